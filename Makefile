@@ -1,0 +1,43 @@
+# `make run` sets up .venv and runs the main job; `make test` also builds Horovod and runs everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export KERAS_BACKEND := tensorflow
+
+.PHONY: run test lint bench clean
+
+run: $(VENV)/.package
+	$(BIN)/keras-dwd run
+
+test: lint $(VENV)/.horovod
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/retention.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) -e ".[dev,plots,text]"
+	touch $@
+
+$(VENV)/.horovod: $(VENV)/.dev scripts/build_horovod.py
+	$(BIN)/python scripts/build_horovod.py --constraint constraints.txt
+	touch $@

@@ -1,0 +1,17 @@
+"""Continual learning for Keras 3: a model that learns task after task without forgetting."""
+
+from keras_dwd import backend_check as backend_check  # first: it may refuse the import
+from keras_dwd.callbacks import PenaltyLogger as PenaltyLogger
+from keras_dwd.curvature.diagonal import DiagonalFisher as DiagonalFisher
+from keras_dwd.evaluation.matrix import AccuracyMatrix as AccuracyMatrix
+from keras_dwd.evaluation.methods import METHODS as METHODS
+from keras_dwd.evaluation.methods import Method as Method
+from keras_dwd.evaluation.runner import SequenceResult as SequenceResult
+from keras_dwd.evaluation.runner import run_sequence as run_sequence
+from keras_dwd.grouping.gmm import GaussianMixtureGrouping as GaussianMixtureGrouping
+from keras_dwd.layers.task_heads import TaskHeads as TaskHeads
+from keras_dwd.model import DWDModel as DWDModel
+from keras_dwd.regularizer import DWDRegularizer as DWDRegularizer
+from keras_dwd.tasks.scenario import Scenario as Scenario
+from keras_dwd.tasks.scenario import Task as Task
+from keras_dwd.version import __version__ as __version__

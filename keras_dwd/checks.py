@@ -1,0 +1,97 @@
+"""Bad data, said clearly and before anything changes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def check_finite(name: str, data: Any) -> None:
+    """Raise `ValueError` if an array in the structure `data` holds NaN or infinity."""
+    for array in _arrays(data):
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            bad = int(np.size(array) - np.isfinite(array).sum())
+            raise ValueError(f"`{name}` must be finite. Received {bad} values that are NaN or Inf.")
+
+
+def check_labels(model: keras.Model, y: Any) -> None:
+    """Raise `ValueError` if integer labels fall outside the model's outputs.
+
+    On a CPU TensorFlow would fail in the middle of an epoch, on a GPU the loss turns NaN.
+    Applies to models of one output with a sparse categorical cross-entropy.
+    """
+    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
+    if loss is keras.losses.sparse_categorical_crossentropy:
+        loss = keras.losses.SparseCategoricalCrossentropy()
+    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        return
+    if loss.get_config().get("ignore_class") is not None or len(model.outputs) != 1:
+        return
+    classes = model.outputs[0].shape[-1]
+    for labels in _arrays(y):
+        if labels.size and (labels.min() < 0 or labels.max() >= classes):
+            raise ValueError(
+                f"Labels must be in [0, {classes}), the number of outputs of the model. Received "
+                f"labels from {labels.min()} to {labels.max()}."
+            )
+
+
+def check_inputs(model: keras.Model, x: Any) -> None:
+    """Raise `ValueError` if `x` does not have the shapes of the model's inputs."""
+    given = tf.nest.flatten(x)
+    if len(given) != len(model.inputs):
+        raise ValueError(
+            f"The model has {len(model.inputs)} inputs, but the data has {len(given)} a batch."
+        )
+    if isinstance(x, dict):  # matched by name, which Keras does; the order says nothing
+        return
+    for expected, tensor in zip(model.inputs, given, strict=True):
+        want, shape = tuple(expected.shape[1:]), tuple(tensor.shape[1:])
+        if shape == want or (*want, 1) == shape or want == (*shape, 1):
+            continue  # Keras adds or drops a last axis of one
+        if len(shape) != len(want) or any(
+            None not in (a, b) and a != b for a, b in zip(shape, want, strict=True)
+        ):
+            raise ValueError(
+                f"Examples of shape {shape} do not fit the model's input {expected.name!r} of "
+                f"shape {want}."
+            )
+
+
+def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """`(x, y, sample_weight)` tensors from all that `fit` takes, `batch_size` at the most.
+
+    Args:
+        data: `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, a
+            `PyDataset` or any other iterable of such batches.
+        batch_size: Larger batches are split.
+    """
+    if isinstance(data, tuple):
+        data = [data]
+    for batch in data:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        if y is None:
+            raise ValueError(
+                "`data` must give (x, y) or (x, y, sample_weight). Received inputs without labels."
+            )
+        parts = (x, y) if sample_weight is None else (x, y, sample_weight)
+        lengths = {int(np.shape(a)[0]) for a in tf.nest.flatten(parts)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"`data` must hold as many labels as examples. Received {sorted(lengths)}."
+            )
+        for start in range(0, lengths.pop(), batch_size):
+            piece = tf.nest.map_structure(
+                lambda a, start=start: tf.convert_to_tensor(a[start : start + batch_size]), parts
+            )
+            yield (*piece, None) if sample_weight is None else piece
+
+
+def _arrays(data: Any) -> list[np.ndarray]:
+    """The arrays and eager tensors in a structure; anything else cannot be looked into cheaply."""
+    if data is None or isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        return []
+    leaves = tf.nest.flatten(data)
+    return [np.asarray(a) for a in leaves if isinstance(a, (np.ndarray, tf.Tensor))]

@@ -1,0 +1,1 @@
+"""What shapes the precision: estimates of the Fisher information."""

@@ -1,0 +1,183 @@
+"""The diagonal Fisher information: how much each parameter matters to the task at hand."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.variables import Arrays, Variables, slot
+
+Estimator = Literal["batch", "exact"]
+
+# Per-example gradients are formed for as many examples at once as fit in this many floats (1 GB).
+_MAX_FLOATS = 2**28
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class DiagonalFisher:
+    """Estimates F_i = E_x[(∂ log p_θ(x) / ∂θ_i)²], online in the training step or in one pass.
+
+    The online estimate is an exponential moving average over training steps,
+    `slot ← γ·slot + (1−γ)·F̂`, divided by `1 − γⁿ` when read (the bias correction of Adam). It
+    is reset at each task boundary. Both forms see the loss of the data alone: no penalty, no
+    weight decay, no regularisation loss.
+
+    Args:
+        estimator: How F̂ of a batch of B examples is computed.
+            `"batch"` is B times the squared mean gradient: free in the training step, biased.
+            `"exact"` is the mean of the squared gradients of single examples with their true
+            labels (the empirical Fisher), in inference mode.
+        gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
+            online estimate off, `consolidate` then needs data.
+        normalize: Divide the Fisher of a task by its mean over all parameters at the boundary,
+            so that the same strength fits networks and tasks whose gradients differ by orders of
+            magnitude, and well-learned tasks (whose gradients vanish) count as much as others.
+
+    Reference:
+        [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);
+        [van de Ven, 2025](https://arxiv.org/abs/2502.11756) on the estimators.
+    """
+
+    def __init__(
+        self, estimator: Estimator = "batch", gamma: float | None = 0.95, normalize: bool = True
+    ):
+        if estimator not in ("batch", "exact"):
+            raise ValueError(f"`estimator` must be 'batch' or 'exact'. Received: {estimator!r}")
+        if gamma is not None and not (np.isscalar(gamma) and 0 <= gamma < 1):
+            raise ValueError(f"`gamma` must be in [0, 1) or None. Received: {gamma!r}")
+        self.estimator = estimator
+        self.gamma = None if gamma is None else float(gamma)
+        self.normalize = bool(normalize)
+        self.slots: dict[str, keras.Variable] = {}
+        # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
+        self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
+
+    def build(self, variables: Variables) -> None:
+        """Create the online slots that `variables` lack."""
+        if self.gamma is not None:
+            for path, variable in variables.items():
+                if path not in self.slots:
+                    self.slots[path] = slot(variable, "fisher")
+
+    def update(self, estimate: dict[str, tf.Tensor], valid: tf.Tensor | None = None) -> None:
+        """One step of the moving average; graph code.
+
+        Args:
+            estimate: F̂ of this batch per variable path.
+            valid: Scalar boolean; where it is false the step leaves no trace.
+        """
+        gamma = self.gamma
+        for path, new in [*estimate.items(), (None, tf.ones(()))]:
+            average = self.weight if path is None else self.slots[path]
+            updated = gamma * average.value + (1 - gamma) * tf.cast(new, "float32")
+            average.assign(updated if valid is None else tf.where(valid, updated, average.value))
+
+    def value(self) -> Arrays:
+        """The bias-corrected online estimate per variable path.
+
+        Raises:
+            ValueError: If no training step was seen since the last boundary.
+        """
+        weight = float(np.asarray(self.weight))
+        if weight == 0:
+            raise ValueError(
+                "There is no online Fisher estimate: the model was not trained since the last "
+                "boundary, or `gamma` is None. Train it first, or pass `data` to `consolidate`."
+            )
+        return {path: np.asarray(v, "float32") / weight for path, v in self.slots.items()}
+
+    def reset(self) -> None:
+        """Forget the online estimate: a new task starts."""
+        for variable in [self.weight, *self.slots.values()]:
+            variable.assign(tf.zeros(variable.shape))
+
+    def of_batch(
+        self,
+        loss: Callable[..., tf.Tensor],
+        variables: Variables,
+        batch: tuple[Any, Any, Any],
+        scale: float = 1.0,
+    ) -> dict[str, tf.Tensor]:
+        """F̂ of one batch, by the configured estimator, in inference mode; graph code.
+
+        Args:
+            loss: `loss(x, y, sample_weight)`, the mean data loss of a batch.
+            variables: What to differentiate by, by path.
+            batch: `(x, y, sample_weight)`; the last may be `None`.
+            scale: The loss is multiplied by this before, its gradients divided by it after
+                differentiation: small gradients underflow in float16.
+        """
+        x, y, sample_weight = batch
+        examples = tf.shape(tf.nest.flatten(x)[0])[0]
+        values = [v.value for v in variables.values()]
+
+        def gradients(*arguments: Any) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                scaled = scale * loss(*arguments)
+            found = tape.gradient(scaled, values, unconnected_gradients="zero")
+            return [tf.cast(tf.convert_to_tensor(g), "float32") / scale for g in found]
+
+        if self.estimator == "batch":
+            count = tf.cast(examples, "float32")
+            squares = [count * tf.square(g) for g in gradients(x, y, sample_weight)]
+        else:
+
+            def of_example(example: Any) -> list[tf.Tensor]:
+                single = tf.nest.map_structure(lambda t: t[None], example)
+                return [tf.square(g) for g in gradients(*single, None)]
+
+            per_example = tf.vectorized_map(of_example, (x, y))
+            if sample_weight is None:
+                squares = [tf.reduce_mean(s, axis=0) for s in per_example]
+            else:
+                # A weight of two is the example seen twice: it weighs the square, linearly.
+                share = tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
+                share /= tf.cast(examples, "float32")
+                squares = [tf.tensordot(share, s, axes=1) for s in per_example]
+        return dict(zip(variables, squares, strict=True))
+
+    def chunk(self, variables: Variables, batch_size: int) -> int:
+        """How many examples of a batch to work on at once, for memory's sake."""
+        if self.estimator == "batch":
+            return batch_size
+        parameters = sum(int(np.prod(v.shape)) for v in variables.values())
+        return max(1, min(batch_size, _MAX_FLOATS // max(parameters, 1)))
+
+    def scaled(self, fisher: Arrays) -> Arrays:
+        """The Fisher as it enters the precision: normalised, where so configured.
+
+        Raises:
+            ValueError: If a value is not finite; names the variable.
+        """
+        for path, values in fisher.items():
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"The Fisher information of {path!r} is not finite: the loss or the weights "
+                    "have diverged. Nothing was changed."
+                )
+        if not self.normalize:
+            return fisher
+        mean = sum(f.sum(dtype="float64") for f in fisher.values())
+        mean /= max(sum(f.size for f in fisher.values()), 1)
+        return {path: f / mean for path, f in fisher.items()} if mean > 0 else fisher
+
+    def state(self) -> Arrays:
+        """The online slots as arrays, under `fisher/PATH`, and `fisher_weight`."""
+        arrays = {f"fisher/{path}": np.asarray(v) for path, v in self.slots.items()}
+        return arrays | {"fisher_weight": np.asarray(self.weight)}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "estimator": self.estimator,
+            "gamma": self.gamma,
+            "normalize": self.normalize,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DiagonalFisher":
+        """The inverse of `get_config`."""
+        return cls(**config)
+

@@ -1,0 +1,1 @@
+"""Training a sequence of tasks and measuring what is retained."""

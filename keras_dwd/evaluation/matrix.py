@@ -1,0 +1,62 @@
+"""The accuracy matrix of a sequence of tasks, and the figures read off it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix:
+    """Accuracies a[t, j] on task j after learning task t.
+
+    Attributes:
+        after: `(tasks, tasks)`; NaN where it was not measured.
+        before: `(tasks,)`, accuracies of the untrained model, for forward transfer.
+
+    Reference:
+        [Lopez-Paz & Ranzato, 2017](https://arxiv.org/abs/1706.08840), equations 2 to 4;
+        [Chaudhry et al., 2018](https://arxiv.org/abs/1801.10112), equation 3 (forgetting).
+    """
+
+    after: np.ndarray
+    before: np.ndarray
+
+    @property
+    def average_accuracy(self) -> float:
+        """mean_j a[T, j]."""
+        return float(self.after[-1].mean())
+
+    @property
+    def learning_accuracy(self) -> float:
+        """mean_j a[j, j]: accuracy right after learning."""
+        return float(np.diag(self.after).mean())
+
+    @property
+    def forgetting(self) -> float:
+        """mean_{j<T} (max_{t<T} a[t, j] − a[T, j]), the maximum over t ≥ j; 0 for one task."""
+        peak, last = self._peak_and_last()
+        return float((peak - last).mean()) if len(peak) else 0.0
+
+    @property
+    def relative_forgetting(self) -> float:
+        """mean_{j<T} (peak_j − a[T, j]) / peak_j; a task that was never learned counts as 0."""
+        peak, last = self._peak_and_last()
+        lost = np.divide(peak - last, peak, out=np.zeros_like(peak), where=peak > 0)
+        return float(lost.mean()) if len(peak) else 0.0
+
+    @property
+    def backward_transfer(self) -> float:
+        """mean_{j<T} (a[T, j] − a[j, j])."""
+        change = self.after[-1, :-1] - np.diag(self.after)[:-1]
+        return float(change.mean()) if len(change) else 0.0
+
+    @property
+    def forward_transfer(self) -> float:
+        """mean_{j>1} (a[j−1, j] − before[j])."""
+        change = np.diag(self.after, 1) - self.before[1:]
+        return float(change.mean()) if len(change) else 0.0
+
+    def _peak_and_last(self) -> tuple[np.ndarray, np.ndarray]:
+        tasks = len(self.after)
+        peak = np.array([self.after[j:-1, j].max() for j in range(tasks - 1)])
+        return peak, self.after[-1, :-1]

@@ -1,0 +1,57 @@
+"""The methods that are compared: settings of one model, not copies of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.regularizer import DWDRegularizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a sequence of tasks is learned.
+
+    Attributes:
+        name: What reports call it.
+        settings: Makes the keyword arguments of `DWDModel` from the strength.
+        strength: Default λ.
+        boundary_pass: Whether the Fisher is estimated in a pass over the task's data at its end,
+            rather than during training.
+        joint: Train on all tasks at once instead: the upper reference.
+    """
+
+    name: str
+    settings: Callable[[float], dict[str, Any]]
+    strength: float = 0.0
+    boundary_pass: bool = False
+    joint: bool = False
+
+
+def _ewc(strength: float) -> dict[str, Any]:
+    return {
+        "strength": strength,
+        "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
+        "grouping": None,
+    }
+
+
+def _online_ewc(strength: float) -> dict[str, Any]:
+    return {
+        "regularizer": DWDRegularizer(strength, decay=0.9, anchor="latest"),
+        "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
+        "grouping": None,
+    }
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("finetune", lambda strength: {"strength": 0.0}),
+        Method("ewc", _ewc, strength=1000.0, boundary_pass=True),
+        Method("online-ewc", _online_ewc, strength=1000.0, boundary_pass=True),
+        Method("dwd", lambda strength: {"strength": strength}, strength=1.0),
+        Method("joint", lambda strength: {"strength": 0.0}, joint=True),
+    )
+}
+"""Every method by name."""

@@ -1,0 +1,170 @@
+"""Learn a sequence of tasks, measuring as it goes."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dwd.evaluation.matrix import AccuracyMatrix
+from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.model import DWDModel
+from keras_dwd.tasks.scenario import Scenario, Task
+
+METRICS = (
+    "average_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "relative_forgetting",
+    "backward_transfer",
+    "forward_transfer",
+)
+
+
+@dataclass
+class SequenceResult:
+    """What one run of a method over a scenario gave.
+
+    Attributes:
+        matrix: Accuracies after each task. Of a joint run every row is the same.
+        steps: Optimizer steps.
+        train_seconds: In `fit`, per task; the first includes tracing the graph.
+        boundary_seconds: In `consolidate`, per task.
+        peak_memory: Largest resident size of the process during the run, bytes.
+        model: The model as trained.
+    """
+
+    matrix: AccuracyMatrix
+    steps: int
+    train_seconds: list[float]
+    boundary_seconds: list[float]
+    peak_memory: int
+    model: DWDModel = field(repr=False)
+
+    def metrics(self) -> dict[str, float]:
+        """All figures by name: those of the matrix (0 to 1), and what it cost."""
+        training, boundaries = sum(self.train_seconds), sum(self.boundary_seconds)
+        return {name: getattr(self.matrix, name) for name in METRICS} | {
+            "steps_per_second": self.steps / training,
+            "steps_per_second_with_boundaries": self.steps / (training + boundaries),
+            "seconds": training + boundaries,
+            "peak_memory_mb": self.peak_memory / 2**20,
+        }
+
+
+def run_sequence(
+    build: Callable[[Scenario], keras.Model],
+    scenario: Scenario,
+    method: str | Method = "dwd",
+    *,
+    strength: float | None = None,
+    epochs: int = 10,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    callbacks: Callable[[int, Task], list[keras.callbacks.Callback]] | None = None,
+    compile_settings: dict[str, Any] | None = None,
+) -> SequenceResult:
+    """Train a fresh model on the tasks of a scenario, one after another.
+
+    Args:
+        build: Makes the plain Keras model for a scenario; called after the seed is set.
+        scenario: The tasks.
+        method: A `Method` or the name of one in `METHODS`.
+        strength: λ, the method's default if `None`.
+        epochs: Per task. A joint run takes as many over the union: the same number of steps.
+        batch_size: For arrays; `tf.data` comes in its own.
+        learning_rate: Of Adam, with a fresh optimizer per task.
+        seed: Of weights, shuffling and dropout.
+        callbacks: Makes the callbacks of a task's `fit` from its index and the task.
+        compile_settings: More arguments of `compile`, or others in place of the defaults
+            (Adam, sparse categorical cross-entropy on logits, accuracy).
+
+    Returns:
+        A `SequenceResult`.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+        method = METHODS[method]
+    keras.utils.set_random_seed(seed)
+    strength = method.strength if strength is None else strength
+    model = DWDModel.from_model(build(scenario), **method.settings(strength))
+
+    def compile_model() -> None:
+        settings = {
+            "optimizer": keras.optimizers.Adam(learning_rate),
+            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            "metrics": ["accuracy"],
+            # A small network's step is shorter than what `fit` does between two of them.
+            "steps_per_execution": 16,
+        }
+        model.compile(**(settings | (compile_settings or {})))
+
+    compile_model()
+    tests = [task.test for task in scenario.tasks]
+    count = len(tests)
+    after = np.full((count, count), np.nan)
+    before = _accuracies(model, tests)
+    result = SequenceResult(AccuracyMatrix(after, before), 0, [], [], 0, model)
+    memory = _PeakMemory()
+    for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
+        if t:
+            compile_model()  # a fresh optimizer: the moments of the last task are not this one's
+        started = time.perf_counter()
+        data = _fit_arguments(task.train, batch_size)
+        model.fit(
+            **data, epochs=epochs, verbose=0, callbacks=callbacks(t, task) if callbacks else None
+        )
+        result.train_seconds.append(time.perf_counter() - started)
+        result.steps += int(model.optimizer.iterations)
+
+        started = time.perf_counter()
+        model.consolidate(task.train if method.boundary_pass else None, batch_size=batch_size)
+        result.boundary_seconds.append(time.perf_counter() - started)
+        if method.joint:
+            after[:] = _accuracies(model, tests)
+        else:
+            # Of the tasks to come only the next is needed, for forward transfer.
+            after[t, : t + 2] = _accuracies(model, tests[: t + 2])
+    result.peak_memory = memory.peak()
+    return result
+
+
+def _fit_arguments(data: Any, batch_size: int) -> dict[str, Any]:
+    if isinstance(data, (tuple, list)):
+        return {"x": data[0], "y": data[1], "batch_size": batch_size}
+    return {"x": data}
+
+
+def _accuracies(model: DWDModel, tests: list[Any]) -> np.ndarray:
+    return np.array(
+        [
+            model.evaluate(**_fit_arguments(test, 256), verbose=0, return_dict=True)["accuracy"]
+            for test in tests
+        ]
+    )
+
+
+class _PeakMemory:
+    """The largest resident size since it was made; since the process began where that is all
+    the system tells.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def peak(self) -> int:
+        try:
+            status = Path("/proc/self/status").read_text()
+            (line,) = (s for s in status.splitlines() if s.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
+        except (OSError, ValueError):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Groups of parameters and the strength λ_k of each."""

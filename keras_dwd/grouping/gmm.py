@@ -1,0 +1,128 @@
+"""Groups of parameters found by a Gaussian mixture, each with its own strength λ_k."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from sklearn.mixture import GaussianMixture
+
+from keras_dwd.variables import Arrays
+
+_CHUNK = 2**18
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class GaussianMixtureGrouping:
+    """Clusters single parameters by log Fisher and log magnitude, and weighs each cluster.
+
+    Layers are heterogeneous, so groups are found in the data instead of being read off the
+    architecture. The strength of group k follows the importance of what is in it,
+
+        λ_k ∝ (mean F in G_k / mean F)^alpha,   Σ_k λ_k Σ_{G_k} F = Σ F
+
+    so that the total precision is unchanged: `alpha` moves it between groups, `strength` alone
+    sets how much there is. Parameters with zero Fisher information belong to no group.
+
+    Args:
+        groups: K ≥ 1, number of groups. 1 is plain EWC: one strength for all.
+        alpha: 0 gives every group the same strength; above 0 important groups are held tighter
+            than their Fisher alone would, below 0 the differences are levelled.
+        samples: The mixture is fitted to this many parameters drawn at random, then applied to all.
+        seed: Of that draw and of the fit.
+
+    Reference:
+        McLachlan & Peel, "Finite Mixture Models", 2000.
+    """
+
+    def __init__(self, groups: int = 4, alpha: float = 0.5, samples: int = 10_000, seed: int = 0):
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"`groups` must be an integer >= 1. Received: {groups!r}")
+        if not (np.isscalar(alpha) and np.isfinite(alpha)):
+            raise ValueError(f"`alpha` must be a finite number. Received: {alpha!r}")
+        if not isinstance(samples, int) or samples < groups:
+            raise ValueError(
+                f"`samples` must be an integer >= `groups` ({groups}). Received: {samples!r}"
+            )
+        self.groups = groups
+        self.alpha = float(alpha)
+        self.samples = samples
+        self.seed = seed
+
+    def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, list[dict[str, float]]]:
+        """Group all parameters and give each the λ_k of its group.
+
+        Args:
+            fisher: Fisher information per variable path.
+            values: The variables' values, same keys and shapes.
+
+        Returns:
+            λ_k per parameter, shaped as `fisher` (0 where the Fisher is 0), and a summary per
+            group: `size`, `mean_fisher`, `strength`. Groups are ordered by mean Fisher, rising.
+
+        Raises:
+            ValueError: If there are fewer parameters with Fisher information than groups.
+        """
+        paths = list(fisher)
+        flat = np.concatenate([fisher[p].ravel() for p in paths]).astype("float64")
+        theta = np.concatenate([values[p].ravel() for p in paths]).astype("float64")
+        used = np.flatnonzero(flat > 0)
+        if self.groups > flat.size:
+            raise ValueError(
+                f"`groups` must not exceed the number of parameters ({flat.size}). "
+                f"Received: {self.groups}"
+            )
+        if used.size <= self.groups:  # too little to cluster: one group holds everything
+            assigned, count = np.zeros(used.size, int), 1
+        else:
+            assigned, count = self._cluster(flat[used], theta[used]), self.groups
+
+        sizes = np.bincount(assigned, minlength=count)
+        sums = np.bincount(assigned, weights=flat[used], minlength=count)
+        means = sums / np.maximum(sizes, 1)
+        overall = sums.sum() / max(used.size, 1)
+        ratio = np.divide(means, overall, out=np.ones_like(means), where=means > 0)
+        relative = np.where(sizes > 0, ratio**self.alpha, 0.0)
+        weighted = (relative * sums).sum()
+        strengths = relative * (sums.sum() / weighted) if weighted > 0 else relative
+
+        per_parameter = np.zeros(flat.size, "float32")
+        per_parameter[used] = strengths[assigned]
+        split = np.split(per_parameter, np.cumsum([fisher[p].size for p in paths])[:-1])
+        summary = [
+            {
+                "size": int(sizes[k]),
+                "mean_fisher": float(means[k]),
+                "strength": float(strengths[k]),
+            }
+            for k in np.argsort(means)
+            if sizes[k]
+        ]
+        shaped = {p: s.reshape(fisher[p].shape) for p, s in zip(paths, split, strict=True)}
+        return shaped, summary
+
+    def _cluster(self, fisher: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """The group of each parameter."""
+        tiny = np.finfo("float64").tiny
+        features = np.stack([np.log(fisher), np.log(np.abs(theta) + 1e-8)], axis=1)
+        features = np.nan_to_num(features, neginf=np.log(tiny))
+        features = (features - features.mean(0)) / np.maximum(features.std(0), 1e-12)
+        draw = np.random.default_rng(self.seed).permutation(len(features))[: self.samples]
+        mixture = GaussianMixture(
+            self.groups, random_state=self.seed, reg_covar=1e-3, init_params="k-means++"
+        ).fit(features[draw])
+        chunks = range(0, len(features), _CHUNK)
+        return np.concatenate([mixture.predict(features[i : i + _CHUNK]) for i in chunks])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "groups": self.groups,
+            "alpha": self.alpha,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GaussianMixtureGrouping":
+        """The inverse of `get_config`."""
+        return cls(**config)

@@ -1,0 +1,1 @@
+"""Layers that models for several tasks need."""

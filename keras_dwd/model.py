@@ -1,0 +1,428 @@
+"""The model that learns task after task."""
+
+import hashlib
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.checks import batches, check_finite, check_inputs, check_labels
+from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.grouping.gmm import GaussianMixtureGrouping
+from keras_dwd.layers.task_heads import HeadGate
+from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.variables import Arrays, Variables, by_path
+
+# Gradients of single examples underflow in float16; the loss is scaled by this before they are
+# taken. A power of two, so that dividing by it again is exact.
+_FLOAT16_SCALE = 1024.0
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class DWDModel(keras.Model):
+    """A Keras model that keeps what it knew while `fit` trains it on the next task.
+
+    Train it as any Keras model. After each task call `consolidate`: the Fisher information of the
+    task, grouped and weighted, is folded into a quadratic pull towards the task's parameters,
+    which every later training step adds to its gradient. Nothing else changes: losses, metrics,
+    optimizers, callbacks, saving and export are those of Keras.
+
+    Fine-tuning, EWC and online EWC are settings of the same model:
+
+    | method | settings |
+    | --- | --- |
+    | fine-tuning | `strength=0` |
+    | EWC | `fisher=DiagonalFisher("exact", gamma=None, normalize=False), grouping=None` |
+    | online EWC | the same, `regularizer=DWDRegularizer(λ, decay=0.9, anchor="latest")` |
+    | DWD | the defaults |
+
+    Args:
+        *args: `inputs, outputs` of a functional model. For any other model see `from_model`.
+        strength: λ ≥ 0, short for `regularizer=DWDRegularizer(strength)`.
+        regularizer: A `DWDRegularizer`, the penalty with its own settings.
+        fisher: A `DiagonalFisher`: how the importance of parameters is estimated.
+        grouping: A `GaussianMixtureGrouping`, `"gmm"` for the default one, or `None`: one
+            strength for all parameters.
+        **kwargs: Of `keras.Model`.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(keras.Sequential([...]))
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    for x, y in tasks:
+        model.fit(x, y, epochs=10)
+        model.consolidate((x, y))
+    ```
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        strength: float | None = None,
+        regularizer: DWDRegularizer | None = None,
+        fisher: DiagonalFisher | None = None,
+        grouping: GaussianMixtureGrouping | Literal["gmm"] | None = "gmm",
+        **kwargs: Any,
+    ):
+        if not (args or "inputs" in kwargs):
+            raise TypeError(
+                "DWDModel is built from `inputs` and `outputs`. "
+                "Use `DWDModel.from_model(model)` for a sequential or subclassed model."
+            )
+        regularizer, fisher, grouping = (
+            keras.saving.deserialize_keras_object(s) if isinstance(s, dict) else s
+            for s in (regularizer, fisher, grouping)
+        )
+        if strength is not None:
+            if regularizer is not None:
+                raise ValueError("Give `strength` or `regularizer`, not both.")
+            regularizer = DWDRegularizer(strength)
+        if grouping == "gmm":
+            grouping = GaussianMixtureGrouping()
+        for name, given, kind in (
+            ("regularizer", regularizer, DWDRegularizer),
+            ("fisher", fisher, DiagonalFisher),
+            ("grouping", grouping, GaussianMixtureGrouping),
+        ):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"`{name}` must be a {kind.__name__}. Received: {given!r}")
+        super().__init__(*args, **kwargs)
+        self.regularizer = regularizer if regularizer is not None else DWDRegularizer()
+        self.fisher = fisher if fisher is not None else DiagonalFisher()
+        self.grouping = grouping
+        self.tasks_learned = 0
+        self.groups: list[dict[str, float]] = []
+        # The weights at the last boundary, as a digest: nothing to fold before they change.
+        self._weights_digest = b""
+        self._head_gate = HeadGate()
+        by_path(self)  # fails on ambiguous names while it is still cheap to mend
+
+    @classmethod
+    def from_model(cls, model: keras.Model, inputs: Any = None, **settings: Any) -> "DWDModel":
+        """A `DWDModel` around an existing model, sharing its layers and weights.
+
+        Args:
+            model: Functional, sequential or subclassed, built; possibly trained already: then
+                `consolidate(its data)` makes what it knows the first task.
+            inputs: For a subclassed model, `keras.Input`s to call it on. Made from the shapes it
+                was built with where left out, as float32.
+            **settings: Of `DWDModel`.
+
+        Raises:
+            ValueError: If the model is not built, or a subclassed one cannot tell its inputs.
+        """
+        if not model.built:
+            raise ValueError(
+                f"`model` must be built before it can be wrapped. {model.name!r} has no weights "
+                "yet: give it an `Input`, call `build`, or call it on data."
+            )
+        settings.setdefault("name", model.name)
+        if inputs is None and not _is_graph(model):
+            shape = (model.get_build_config() or {}).get("input_shape")
+            if shape is None or any(isinstance(s, (list, tuple, dict)) for s in shape):
+                raise ValueError(
+                    f"`inputs` is needed: {model.name!r} is a subclassed model that does not tell "
+                    "one input shape. Pass the `keras.Input`s to call it on."
+                )
+            inputs = keras.Input(shape[1:])
+        if inputs is not None:
+            return cls(inputs, model(inputs), **settings)
+        if isinstance(model, keras.Sequential):
+            return cls(model.inputs[0], model.outputs[0], **settings)
+        return cls(model.input, model.output, **settings)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.fit`, which first refuses arrays with NaN and labels outside the outputs."""
+        check_finite("x", x)
+        check_finite("y", y)
+        check_labels(self, y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Create the slots the training step updates, then trace as Keras does."""
+        if self._learns_online:
+            self.fisher.build(self._pulled_variables())
+        self._head_gate.build(self._trainable_by_path())
+        return super().make_train_function(force)
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """`keras.Model.train_step`, with the pull added and the Fisher updated.
+
+        The gradient of the loss is exactly Keras' own. Before the first boundary it goes to the
+        optimizer untouched.
+        """
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise RuntimeError(
+                "DWDModel does not train under a tf.distribute strategy with several replicas."
+            )
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        trainable = self._trainable_by_path()
+        variables = list(trainable.values())
+        with tf.GradientTape(persistent=True) as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
+            added_loss = tf.add_n(added) if added else None
+            scaled_loss = self.optimizer.scale_loss(loss)
+        examples = tf.shape(next(t for t in tf.nest.flatten(x) if t is not None))[0]
+        self._loss_tracker.update_state(loss, sample_weight=examples)
+
+        gradients = tape.gradient(scaled_loss, variables)
+        # 1 unless the optimizer scales the loss (mixed precision): gradients carry that factor.
+        scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
+
+        if self._learns_online:
+            if self.fisher.estimator == "batch":
+                added_gradients = (
+                    tape.gradient(added_loss, variables)
+                    if added_loss is not None
+                    else [None] * len(variables)
+                )
+                data_gradients = _data_gradients(gradients, added_gradients, scale)
+                count = tf.cast(examples, "float32")
+                estimate = {
+                    path: count * tf.square(g)
+                    for path, g in zip(trainable, data_gradients, strict=True)
+                    if g is not None
+                }
+            else:
+                estimate = self.fisher.of_batch(
+                    self._data_loss, trainable, (x, y, sample_weight), self._float16_scale
+                )
+            estimate = {path: e for path, e in estimate.items() if path in self.fisher.slots}
+            self.fisher.update(estimate, _all_finite(estimate) if scale is not None else None)
+        del tape
+
+        kept = self._head_gate.open(trainable, gradients)
+        self.optimizer.apply_gradients(
+            zip(self._with_pull(trainable, gradients, scale), variables, strict=True)
+        )
+        self._head_gate.close(kept)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def consolidate(self, data: Any = None, batch_size: int = 32) -> None:
+        """End the current task: protect what it learned from the tasks to come.
+
+        Args:
+            data: The task's training data, to estimate its Fisher information in one pass:
+                `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, or any
+                iterable of such batches. `None` uses the online estimate that training kept.
+            batch_size: Examples per batch of that pass; memory decides where it is too large.
+
+        Raises:
+            ValueError: If the weights did not change since the last boundary, if data is empty,
+                not finite, of other shapes than the model's inputs or labelled outside its
+                outputs, or if there is no estimate to use. The model is then as before.
+        """
+        values = {path: np.asarray(v) for path, v in self._trainable_by_path().items()}
+        digest = _digest(values)
+        if self.tasks_learned and digest == self._weights_digest:
+            raise ValueError(
+                "The weights are those of the last boundary: train the model on the next task "
+                "before consolidating again."
+            )
+        variables = self._pulled_variables()
+        summary: list[dict[str, float]] = []
+        if variables:
+            fisher = self.fisher.value() if data is None else self._estimate(data, batch_size)
+            variables = {path: v for path, v in variables.items() if path in fisher}
+            fisher = self.fisher.scaled({path: fisher[path] for path in variables})
+            importance = fisher
+            if self.grouping is not None:
+                strengths, summary = self.grouping.strengths(
+                    fisher, {path: values[path] for path in fisher}
+                )
+                importance = {path: strengths[path] * fisher[path] for path in fisher}
+            self.regularizer.fold(variables, importance)
+            self.fisher.reset()
+        self._head_gate.reset()
+        self.tasks_learned += 1
+        self.groups = summary
+        self._weights_digest = digest
+        self.train_function = None  # trace again: there is a pull now, or one on other variables
+
+    def penalty(self) -> tf.Tensor:
+        """The current penalty ½ Σ Λ (θ − c)², a float32 scalar.
+
+        It is not part of the reported loss: its value would cost a pass over all weights a step.
+        `PenaltyLogger` reports it once an epoch.
+        """
+        return self.regularizer.value(self._trainable_by_path())
+
+    def get_config(self) -> dict[str, Any]:
+        """Configuration of the model, its settings included; state is in the weights file."""
+        serialize = keras.saving.serialize_keras_object
+        return super().get_config() | {
+            "regularizer": serialize(self.regularizer),
+            "fisher": serialize(self.fisher),
+            "grouping": None if self.grouping is None else serialize(self.grouping),
+        }
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the consolidation state next to the weights."""
+        super().save_own_variables(store)
+        for name, array in self._state().items():
+            store[_key(name)] = array
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what `save_own_variables` wrote; files of plain models hold none and change none."""
+        own = {key: store[key] for key in store.keys() if key.isdigit()}
+        if own:
+            super().load_own_variables(own)
+        saved = {key: np.asarray(store[key]) for key in store.keys() if not key.isdigit()}
+        if saved:
+            self._restore(saved, by_path(self))
+
+    # Below: how it is done.
+
+    @property
+    def _learns_online(self) -> bool:
+        return self.fisher.gamma is not None and bool(self._pulled_variables())
+
+    @property
+    def _float16_scale(self) -> float:
+        reduced = any(getattr(layer, "compute_dtype", None) == "float16" for layer in self.layers)
+        return _FLOAT16_SCALE if reduced else 1.0
+
+    def _trainable_by_path(self) -> Variables:
+        """Trainable variables, in the order of `trainable_variables`."""
+        paths = {id(v): path for path, v in by_path(self).items()}
+        return {paths[id(v)]: v for v in self.trainable_variables}
+
+    def _pulled_variables(self) -> Variables:
+        trainable = self._trainable_by_path().items()
+        return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
+
+    def _data_loss(self, x: Any, y: Any, sample_weight: Any = None) -> tf.Tensor:
+        """The loss of the data alone, in inference mode."""
+        loss = self.compute_loss(x, y, self(x, training=False), sample_weight, training=False)
+        # Subtracting the added losses again leaves a gradient of exactly zero for them.
+        return loss - sum(tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses)
+
+    def _with_pull(
+        self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None
+    ) -> list[Any]:
+        total = []
+        for (path, variable), gradient in zip(variables.items(), gradients, strict=True):
+            pull = self.regularizer.gradient(path, variable) if gradient is not None else None
+            if pull is not None:
+                pull = pull if scale is None else pull * tf.cast(scale, pull.dtype)
+                gradient = tf.convert_to_tensor(gradient) + pull
+            total.append(gradient)
+        return total
+
+    def _estimate(self, data: Any, batch_size: int) -> Arrays:
+        """The Fisher information over `data`, one pass in inference mode."""
+        if not self.compiled:
+            raise ValueError("Compile the model first: its loss defines the Fisher information.")
+        variables = self._pulled_variables()
+
+        @tf.function(reduce_retracing=True)
+        def of_batch(x: Any, y: Any, sample_weight: Any) -> dict[str, tf.Tensor]:
+            batch = (x, y, sample_weight)
+            return self.fisher.of_batch(self._data_loss, variables, batch, self._float16_scale)
+
+        sums: dict[str, tf.Tensor] = {}
+        examples = 0
+        for x, y, sample_weight in batches(data, self.fisher.chunk(variables, batch_size)):
+            check_inputs(self, x)
+            for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+                check_finite(f"data: {name}", part)
+            check_labels(self, y)
+            count = len(tf.nest.flatten(y)[0])
+            estimate = of_batch(x, y, sample_weight)
+            sums = {p: count * e + sums.get(p, 0.0) for p, e in estimate.items()}
+            examples += count
+        if not examples:
+            raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
+        return {path: np.asarray(total) / examples for path, total in sums.items()}
+
+    def _state(self) -> Arrays:
+        if not (self.tasks_learned or self.fisher.slots):
+            return {}
+        return {
+            **self.regularizer.state(),
+            **self.fisher.state(),
+            **self._head_gate.state(),
+            "tasks_learned": np.asarray(self.tasks_learned, "int64"),
+            "weights_digest": np.frombuffer(self._weights_digest, "uint8"),
+        }
+
+    def _restore(self, saved: Arrays, variables: Variables) -> None:
+        """Take over a saved state, after all of it was found to fit the model."""
+        tasks_learned = int(saved.pop("tasks_learned"))
+        digest = saved.pop("weights_digest").tobytes()
+        weight = saved.pop("fisher_weight")
+        values = {}
+        for path, variable in variables.items():
+            for kind in ("precision", "anchor", "fisher", "in_use"):
+                array = saved.pop(_key(f"{kind}/{path}"), None)
+                if array is None:
+                    continue
+                expected = tuple(variable.shape[:1] if kind == "in_use" else variable.shape)
+                if array.shape != expected:
+                    raise ValueError(
+                        f"The saved {kind} of {path!r} has shape {array.shape}, but {expected} "
+                        "is expected. Nothing was loaded."
+                    )
+                values[kind, path] = array
+        if saved:
+            raise ValueError(
+                f"The file holds state that fits no variable of the model: {sorted(saved)}. "
+                "Nothing was loaded."
+            )
+        self.fisher.build({p: v for p, v in variables.items() if ("fisher", p) in values})
+        self._head_gate.build({p: v for p, v in variables.items() if ("in_use", p) in values})
+        slots = {
+            "precision": self.regularizer.precisions,
+            "anchor": self.regularizer.anchors,
+            "fisher": self.fisher.slots,
+            "in_use": self._head_gate.in_use,
+        }
+        for (kind, path), array in values.items():
+            if kind in ("precision", "anchor"):
+                self.regularizer.build_slot(path, variables[path])
+            slots[kind][path].assign(array)
+        self.fisher.weight.assign(weight)
+        self.tasks_learned = tasks_learned
+        self._weights_digest = digest
+        self.train_function = None
+
+
+def _is_graph(model: keras.Model) -> bool:
+    """Whether the model is a graph of layers that can be rebuilt around its inputs."""
+    return isinstance(model, (keras.Sequential, DWDModel)) or bool(getattr(model, "inputs", None))
+
+
+def _key(name: str) -> str:
+    return name.replace("/", "|")  # a slash would nest the entry in the file
+
+
+def _digest(values: Arrays) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(values):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(values[path]).view("uint8").data)
+    return digest.digest()
+
+
+def _data_gradients(
+    gradients: list[Any], added: list[Any], scale: tf.Tensor | None
+) -> list[tf.Tensor | None]:
+    """Gradients of the data loss: those of the total, unscaled, less those of added losses."""
+    result: list[tf.Tensor | None] = []
+    for gradient, extra in zip(gradients, added, strict=True):
+        if gradient is not None:
+            gradient = tf.cast(tf.convert_to_tensor(gradient), "float32")
+            gradient = gradient if scale is None else gradient / scale
+            if extra is not None:
+                gradient -= tf.cast(tf.convert_to_tensor(extra), "float32")
+        result.append(gradient)
+    return result
+
+
+def _all_finite(estimate: dict[str, tf.Tensor]) -> tf.Tensor:
+    # A sum is not finite if a part is not: one pass without a boolean copy of everything.
+    return tf.math.is_finite(tf.add_n([tf.reduce_sum(e) for e in estimate.values()]))

@@ -1,0 +1,1 @@
+"""Sequences of tasks and the data sets they are made from."""

@@ -1,0 +1,102 @@
+"""Classification data sets by name: scikit-learn's digits, or one prepared for tfds."""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels in memory.
+
+    Attributes:
+        name: As given to `load`.
+        x_train: Training images, `(n, height, width, channels)`, uint8.
+        y_train: Training labels `(n,)`, int32.
+        x_test: Test images.
+        y_test: Test labels.
+        classes: Number of classes.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Load a data set, without ever touching the network.
+
+    Args:
+        name: `digits` (1,797 images of 8 × 8, part of scikit-learn), or a classification data set
+            of tensorflow-datasets that is prepared in `data_dir`.
+        data_dir: Folder of prepared tfds data sets. The environment variable `TFDS_DATA_DIR`
+            where left out, else `~/tensorflow_datasets`.
+
+    Raises:
+        FileNotFoundError: If `data_dir` does not exist.
+        ValueError: If the data set is not there, or is not one of images and labels.
+    """
+    if name == "digits":
+        return _digits()
+    given = data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+    return _tfds(name, Path(given).expanduser())
+
+
+@functools.lru_cache(maxsize=1)
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    x = np.round(bunch.images[..., None] * (255 / 16)).astype("uint8")
+    y = bunch.target.astype("int32")
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=0.2, stratify=y, random_state=0
+    )
+    return Dataset("digits", x_train, y_train, x_test, y_test, 10)
+
+
+@functools.lru_cache(maxsize=2)
+def _tfds(name: str, folder: Path) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The data directory {str(folder)!r} does not exist. Set `--data-dir` or "
+            "TFDS_DATA_DIR to a folder of prepared tensorflow-datasets data."
+        )
+    # `tfds.load` looks for a data set it does not find on the network, for minutes: look first.
+    prepared = {p.parent.parent.name for p in folder.glob("*/*/dataset_info.json")}
+    if name not in prepared:
+        known = ", ".join(sorted({"digits", *prepared}))
+        raise ValueError(
+            f"Unknown data set {name!r}: it is not prepared in {str(folder)!r}. Known here: "
+            f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR`."
+        )
+    import tensorflow_datasets as tfds
+
+    versions = [p.parent for p in (folder / name).glob("*/dataset_info.json")]
+    newest = max(versions, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+    builder = tfds.builder_from_directory(str(newest))
+    keys = builder.info.supervised_keys
+    missing = {"train", "test"} - set(builder.info.splits)
+    if keys is None or missing or not isinstance(
+        builder.info.features[keys[1]], tfds.features.ClassLabel
+    ):
+        raise ValueError(
+            f"The data set {name!r} is not one of images and class labels with the splits 'train' "
+            f"and 'test'. Received splits {sorted(builder.info.splits)}, supervised keys {keys}."
+        )
+
+    def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+        data: Any = builder.as_dataset(split=split, as_supervised=True)
+        x, y = zip(*tfds.as_numpy(data), strict=True)
+        return np.stack(x), np.asarray(y, "int32")
+
+    classes = builder.info.features[keys[1]].num_classes
+    return Dataset(name, *arrays("train"), *arrays("test"), classes)

@@ -1,0 +1,269 @@
+"""Sequences of tasks: split by classes, permuted, or brought by the user."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.tasks.datasets import Dataset
+
+Setting = Literal["task", "class", "domain"]
+SETTINGS: tuple[Setting, ...] = ("task", "class", "domain")
+KINDS = ("split", "permuted")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: a name, training data and test data.
+
+    Attributes:
+        name: What reports call it.
+        train: `(x, y)` of arrays or a batched `tf.data.Dataset` of such pairs. `x` may be any
+            structure of arrays, for instance `(images, task_ids)`.
+        test: The same.
+    """
+
+    name: str
+    train: Any
+    test: Any
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A sequence of tasks of one input shape.
+
+    Attributes:
+        name: What reports call it.
+        tasks: The tasks in order.
+        setting: What a model is told and asked. `task`: the task's id comes with each example,
+            each task has its own head. `domain`: no id, all tasks share their outputs. `class`:
+            no id, every class of every task has its own output.
+        outputs: Outputs of the model, per head in the setting `task`.
+        input_shape: Of one example, without the task id; `None` for `tf.data`.
+
+    Example:
+
+    ```python
+    scenario = Scenario.from_tasks([("day", (x1, y1), (u1, v1)), ("night", (x2, y2), (u2, v2))])
+    ```
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    setting: Setting
+    outputs: int
+    input_shape: tuple[int, ...] | None
+
+    @classmethod
+    def from_tasks(
+        cls,
+        tasks: Iterable[Task | tuple[str, Any, Any]],
+        name: str = "custom",
+        outputs: int | None = None,
+        setting: Setting = "domain",
+    ) -> "Scenario":
+        """A scenario of the user's own tasks.
+
+        Args:
+            tasks: `Task`s or `(name, train, test)`.
+            name: What reports call it.
+            outputs: Number of classes (per head in the setting `task`); from the labels of arrays
+                where left out.
+            setting: See `Scenario`; in the setting `task` the data must hold the task ids.
+
+        Raises:
+            ValueError: If there is no task, if one is empty, holds NaN, or has other shapes than
+                the first, or if a label is not in `[0, outputs)`.
+        """
+        made = tuple(t if isinstance(t, Task) else Task(*t) for t in tasks)
+        if not made:
+            raise ValueError("`tasks` must hold at least one task. Received none.")
+        shapes = {task.name: _check(task, outputs) for task in made}
+        first = shapes[made[0].name]
+        for task_name, shape in shapes.items():
+            if shape is not None and first is not None and shape != first:
+                raise ValueError(
+                    f"All tasks must have examples of one shape. Task {made[0].name!r} has "
+                    f"{first}, task {task_name!r} has {shape}."
+                )
+        if outputs is None:
+            labels = [np.max(t.train[1]) for t in made if isinstance(t.train, (tuple, list))]
+            if not labels:
+                raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
+            outputs = int(max(labels)) + 1
+        return cls(name, made, setting, outputs, first[0] if first else None)
+
+    def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Scenario":
+        """The same tasks with part of the *training* data in place of the test data.
+
+        For tuning: the test data is not in what this returns.
+
+        Args:
+            fraction: In (0, 1), of each task's training examples.
+            seed: Of the draw.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"`fraction` must be in (0, 1). Received: {fraction!r}")
+        tasks = []
+        for task in self.tasks:
+            if isinstance(task.train, tf.data.Dataset):
+                raise ValueError(f"Task {task.name!r} is `tf.data`: hold data back before.")
+            count = len(tf.nest.flatten(task.train)[0])
+            order = np.random.default_rng(seed).permutation(count)
+            held = max(1, round(fraction * count))
+
+            def pick(index: np.ndarray, train: Any = task.train) -> Any:
+                return tf.nest.map_structure(lambda a: np.asarray(a)[index], train)
+
+            tasks.append(replace(task, train=pick(order[held:]), test=pick(order[:held])))
+        return replace(self, name=f"{self.name} (validation)", tasks=tuple(tasks))
+
+    def joint(self) -> Task:
+        """One task of all training data, the upper reference; its test data is that of the last."""
+        trains = [task.train for task in self.tasks]
+        if isinstance(trains[0], tf.data.Dataset):
+            data = trains[0]
+            for other in trains[1:]:
+                data = data.concatenate(other)
+            # Shuffled by batch, as that is the unit the user's data comes in.
+            return Task("joint", data.shuffle(1000), self.tasks[-1].test)
+        data = tf.nest.map_structure(lambda *a: np.concatenate(a), *trains)
+        return Task("joint", data, self.tasks[-1].test)
+
+
+def split(
+    data: Dataset,
+    tasks: int = 5,
+    setting: Setting = "task",
+    class_order_seed: int | None = None,
+    images_per_class: int | None = None,
+) -> Scenario:
+    """Each task a share of the classes.
+
+    Args:
+        data: From `datasets.load`.
+        tasks: Number of tasks; must divide the number of classes.
+        setting: See `Scenario`.
+        class_order_seed: Of `numpy.random.RandomState(seed).permutation(classes)`; `None` keeps
+            the classes in their order.
+        images_per_class: Training images of each class to use, the first ones; all if `None`.
+    """
+    _check_choice("setting", setting, SETTINGS)
+    if not 1 <= tasks <= data.classes or data.classes % tasks:
+        raise ValueError(
+            f"`tasks` must divide the {data.classes} classes of {data.name!r}. Received: {tasks}"
+        )
+    order = np.arange(data.classes)
+    if class_order_seed is not None:
+        order = np.random.RandomState(class_order_seed).permutation(data.classes)
+    each = data.classes // tasks
+    made = []
+    for t in range(tasks):
+        classes = order[t * each : (t + 1) * each]
+
+        def select(x: np.ndarray, y: np.ndarray, limit: int | None, c: Any = classes) -> Any:
+            kept = np.sort(np.concatenate([np.flatnonzero(y == k)[:limit] for k in c]))
+            local = np.argsort(c)[np.searchsorted(np.sort(c), y[kept])]
+            return x[kept], local.astype("int32")
+
+        train = select(data.x_train, data.y_train, images_per_class)
+        test = select(data.x_test, data.y_test, None)
+        made.append((f"classes {', '.join(map(str, classes))}", train, test))
+    return _in_setting(f"split:{data.name}", made, setting, each)
+
+
+def permuted(
+    data: Dataset,
+    tasks: int = 5,
+    setting: Setting = "domain",
+    seed: int = 0,
+    images_per_class: int | None = None,
+) -> Scenario:
+    """Each task all classes, with its own fixed permutation of the pixels; none for the first.
+
+    Args:
+        data: From `datasets.load`.
+        tasks: Number of tasks.
+        setting: See `Scenario`.
+        seed: Of the permutations.
+        images_per_class: Training images of each class to use, the first ones; all if `None`.
+    """
+    _check_choice("setting", setting, SETTINGS)
+    if tasks < 1:
+        raise ValueError(f"`tasks` must be at least 1. Received: {tasks}")
+    rng = np.random.default_rng(seed)
+    shape = data.x_train.shape[1:]
+    pixels = int(np.prod(shape))
+    labels = range(data.classes)
+    kept = np.sort(
+        np.concatenate([np.flatnonzero(data.y_train == k)[:images_per_class] for k in labels])
+    )
+    made = []
+    for t in range(tasks):
+        order = np.arange(pixels) if t == 0 else rng.permutation(pixels)
+
+        def shuffle(x: np.ndarray, order: np.ndarray = order) -> np.ndarray:
+            return x.reshape(len(x), pixels)[:, order].reshape(-1, *shape)
+
+        train = shuffle(data.x_train[kept]), data.y_train[kept]
+        made.append((f"permutation {t}", train, (shuffle(data.x_test), data.y_test)))
+    return _in_setting(f"permuted:{data.name}", made, setting, data.classes)
+
+
+def _in_setting(name: str, tasks: Sequence[Any], setting: Setting, classes: int) -> Scenario:
+    """Give tasks with labels of their own, from 0, what the setting tells a model."""
+
+    def data(pair: Any, t: int) -> Any:
+        x, y = pair[0].astype("float32") / 255, pair[1]
+        if setting == "task":
+            return (x, np.full(len(x), t, "int32")), y
+        return x, (y + t * classes if setting == "class" else y)
+
+    made = [Task(n, data(train, t), data(test, t)) for t, (n, train, test) in enumerate(tasks)]
+    outputs = classes * len(tasks) if setting == "class" else classes
+    return Scenario.from_tasks(made, name, outputs, setting)
+
+
+def _check(task: Task, outputs: int | None) -> tuple[tuple[int, ...], ...] | None:
+    """The shapes of an example, or `None` for `tf.data`; raises on what no model can learn."""
+    from keras_dwd.checks import check_finite
+
+    shapes = None
+    for part, data in (("train", task.train), ("test", task.test)):
+        if isinstance(data, tf.data.Dataset):
+            if int(data.cardinality()) == 0:
+                raise ValueError(f"The {part} data of task {task.name!r} is empty.")
+            continue
+        if not (isinstance(data, (tuple, list)) and len(data) == 2):
+            raise ValueError(
+                f"The {part} data of task {task.name!r} must be (x, y) or a `tf.data.Dataset`. "
+                f"Received: {type(data).__name__}"
+            )
+        x, y = tf.nest.flatten(data[0]), np.asarray(data[1])
+        if not len(y):
+            raise ValueError(f"The {part} data of task {task.name!r} is empty.")
+        if any(len(a) != len(y) for a in x):
+            raise ValueError(
+                f"The {part} data of task {task.name!r} has {[len(a) for a in x]} examples and "
+                f"{len(y)} labels."
+            )
+        check_finite(f"{part} data of task {task.name}", data)
+        if outputs is not None and y.ndim == 1 and not 0 <= y.min() <= y.max() < outputs:
+            raise ValueError(
+                f"The labels of task {task.name!r} must be in [0, {outputs}). Received labels "
+                f"from {y.min()} to {y.max()} in its {part} data."
+            )
+        own = tuple(tuple(np.shape(a)[1:]) for a in x)
+        if shapes is not None and own != shapes:
+            raise ValueError(
+                f"Task {task.name!r} has examples of shape {shapes} to train on and {own} to test."
+            )
+        shapes = own
+    return shapes
+
+
+def _check_choice(name: str, given: Any, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}. Received: {given!r}")

@@ -1,0 +1,49 @@
+"""Addressing variables by path: a position in a list shifts when a layer is frozen."""
+
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+"""One array per variable, keyed by its path in the model."""
+
+Variables = dict[str, keras.Variable]
+"""Variables, keyed by their path in the model."""
+
+
+def by_path(model: keras.Model) -> Variables:
+    """All variables of a model by the names of the layers they are in, outermost first.
+
+    `variable.path` will not do: it starts with the name of whatever model was being built at the
+    time, and is another one after loading.
+
+    Raises:
+        ValueError: If two variables share a path.
+    """
+    found: Variables = {}
+    for path, variable in _walk(model, "", set()):
+        if path in found:
+            raise ValueError(
+                f"Two variables of the model are called {path!r}, and nothing tells them apart. "
+                "Give the layers distinct names."
+            )
+        found[path] = variable
+    return found
+
+
+def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str, keras.Variable]]:
+    for inner in getattr(layer, "layers", []):
+        yield from _walk(inner, f"{prefix}{inner.name}/", seen)
+    for variable in layer.variables:
+        if id(variable) not in seen:
+            seen.add(id(variable))
+            _, inside, rest = f"/{variable.path}".rpartition(f"/{layer.name}/")
+            yield prefix + (rest if inside else variable.path), variable
+
+
+def slot(variable: keras.Variable, name: str, dtype: str = "float32") -> keras.Variable:
+    """A variable of zeros, shaped like `variable`, that no model tracks."""
+    return keras.Variable(
+        np.zeros(variable.shape, dtype), trainable=False, dtype=dtype, name=name
+    )
