@@ -97,6 +97,7 @@ class DWDModel(keras.Model):
         # The weights at the last boundary, as a digest: nothing to fold before they change.
         self._weights_digest = b""
         self._head_gate = HeadGate()
+        self._traced_fisher: tuple[Any, Any] | None = None
         by_path(self)  # fails on ambiguous names while it is still cheap to mend
 
     @classmethod
@@ -235,13 +236,15 @@ class DWDModel(keras.Model):
                     fisher, {path: values[path] for path in fisher}
                 )
                 importance = {path: strengths[path] * fisher[path] for path in fisher}
+            pulled = set(self.regularizer.precisions)
             self.regularizer.fold(variables, importance)
             self.fisher.reset()
+            if set(self.regularizer.precisions) != pulled:
+                self.train_function = None  # the step traced so far knows nothing of these slots
         self._head_gate.reset()
         self.tasks_learned += 1
         self.groups = summary
         self._weights_digest = digest
-        self.train_function = None  # trace again: there is a pull now, or one on other variables
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ Σ Λ (θ − c)², a float32 scalar.
@@ -318,12 +321,6 @@ class DWDModel(keras.Model):
         if not self.compiled:
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
         variables = self._pulled_variables()
-
-        @tf.function(reduce_retracing=True)
-        def of_batch(x: Any, y: Any, sample_weight: Any) -> dict[str, tf.Tensor]:
-            batch = (x, y, sample_weight)
-            return self.fisher.of_batch(self._data_loss, variables, batch, self._float16_scale)
-
         sums: dict[str, tf.Tensor] = {}
         examples = 0
         for x, y, sample_weight in batches(data, self.fisher.chunk(variables, batch_size)):
@@ -332,12 +329,25 @@ class DWDModel(keras.Model):
                 check_finite(f"data: {name}", part)
             check_labels(self, y)
             count = len(tf.nest.flatten(y)[0])
-            estimate = of_batch(x, y, sample_weight)
+            estimate = self._fisher_of_batch(variables, (x, y, sample_weight))
             sums = {p: count * e + sums.get(p, 0.0) for p, e in estimate.items()}
             examples += count
         if not examples:
             raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
         return {path: np.asarray(total) / examples for path, total in sums.items()}
+
+    def _fisher_of_batch(self, variables: Variables, batch: Any) -> dict[str, tf.Tensor]:
+        """F̂ of one batch, by a graph that is kept from task to task."""
+        # `compile` drops the training function, and with it the losses this graph refers to.
+        key = (self.train_function, tuple(variables))
+        if self._traced_fisher is None or self._traced_fisher[0] != key:
+
+            @tf.function(reduce_retracing=True)
+            def of_batch(batch: Any) -> dict[str, tf.Tensor]:
+                return self.fisher.of_batch(self._data_loss, variables, batch, self._float16_scale)
+
+            self._traced_fisher = (key, of_batch)
+        return self._traced_fisher[1](batch)
 
     def _state(self) -> Arrays:
         if not (self.tasks_learned or self.fisher.slots):

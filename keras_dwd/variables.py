@@ -44,6 +44,4 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
 
 def slot(variable: keras.Variable, name: str, dtype: str = "float32") -> keras.Variable:
     """A variable of zeros, shaped like `variable`, that no model tracks."""
-    return keras.Variable(
-        np.zeros(variable.shape, dtype), trainable=False, dtype=dtype, name=name
-    )
+    return keras.Variable(np.zeros(variable.shape, dtype), trainable=False, dtype=dtype, name=name)

@@ -180,4 +180,3 @@ class DiagonalFisher:
     def from_config(cls, config: dict[str, Any]) -> "DiagonalFisher":
         """The inverse of `get_config`."""
         return cls(**config)
-

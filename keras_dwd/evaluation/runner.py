@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import METHODS, Method
@@ -78,7 +79,7 @@ def run_sequence(
         strength: λ, the method's default if `None`.
         epochs: Per task. A joint run takes as many over the union: the same number of steps.
         batch_size: For arrays; `tf.data` comes in its own.
-        learning_rate: Of Adam, with a fresh optimizer per task.
+        learning_rate: Of Adam, whose state is reset for each task.
         seed: Of weights, shuffling and dropout.
         callbacks: Makes the callbacks of a task's `fit` from its index and the task.
         compile_settings: More arguments of `compile`, or others in place of the defaults
@@ -95,26 +96,26 @@ def run_sequence(
     strength = method.strength if strength is None else strength
     model = DWDModel.from_model(build(scenario), **method.settings(strength))
 
-    def compile_model() -> None:
-        settings = {
-            "optimizer": keras.optimizers.Adam(learning_rate),
-            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            "metrics": ["accuracy"],
-            # A small network's step is shorter than what `fit` does between two of them.
-            "steps_per_execution": 16,
-        }
-        model.compile(**(settings | (compile_settings or {})))
-
-    compile_model()
-    tests = [task.test for task in scenario.tasks]
+    settings = {
+        "optimizer": keras.optimizers.Adam(learning_rate),
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "metrics": ["accuracy"],
+        # A small network's step is shorter than what `fit` does between two of them.
+        "steps_per_execution": 64,
+    }
+    model.compile(**(settings | (compile_settings or {})))
+    model.optimizer.build(model.trainable_variables)
+    fresh = [np.asarray(v) for v in model.optimizer.variables]
+    tests = [_as_batches(task.test) for task in scenario.tasks]
     count = len(tests)
     after = np.full((count, count), np.nan)
     before = _accuracies(model, tests)
     result = SequenceResult(AccuracyMatrix(after, before), 0, [], [], 0, model)
     memory = _PeakMemory()
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
-        if t:
-            compile_model()  # a fresh optimizer: the moments of the last task are not this one's
+        # The moments of the last task are not this one's; a new optimizer would trace anew.
+        for variable, value in zip(model.optimizer.variables, fresh, strict=True):
+            variable.assign(value)
         started = time.perf_counter()
         data = _fit_arguments(task.train, batch_size)
         model.fit(
@@ -141,13 +142,16 @@ def _fit_arguments(data: Any, batch_size: int) -> dict[str, Any]:
     return {"x": data}
 
 
-def _accuracies(model: DWDModel, tests: list[Any]) -> np.ndarray:
-    return np.array(
-        [
-            model.evaluate(**_fit_arguments(test, 256), verbose=0, return_dict=True)["accuracy"]
-            for test in tests
-        ]
-    )
+def _as_batches(data: Any) -> tf.data.Dataset:
+    """Test data, made ready once instead of at each of the many evaluations."""
+    if isinstance(data, tf.data.Dataset):
+        return data
+    return tf.data.Dataset.from_tensor_slices(tuple(data)).batch(256).cache().prefetch(1)
+
+
+def _accuracies(model: DWDModel, tests: list[tf.data.Dataset]) -> np.ndarray:
+    results = [model.evaluate(test, verbose=0, return_dict=True) for test in tests]
+    return np.array([result["accuracy"] for result in results])
 
 
 class _PeakMemory:

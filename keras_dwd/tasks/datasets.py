@@ -85,8 +85,10 @@ def _tfds(name: str, folder: Path) -> Dataset:
     builder = tfds.builder_from_directory(str(newest))
     keys = builder.info.supervised_keys
     missing = {"train", "test"} - set(builder.info.splits)
-    if keys is None or missing or not isinstance(
-        builder.info.features[keys[1]], tfds.features.ClassLabel
+    if (
+        keys is None
+        or missing
+        or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel)
     ):
         raise ValueError(
             f"The data set {name!r} is not one of images and class labels with the splits 'train' "
