@@ -8,6 +8,30 @@ import numpy as np
 import tensorflow as tf
 
 
+def number(name: str, given: Any, low: float, high: float = np.inf, closed: bool = True) -> float:
+    """`given` as a float, or `ValueError` unless it is a finite number in [low, high].
+
+    Args:
+        name: Of the argument.
+        given: What was passed.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+        closed: Whether `high` itself is allowed.
+    """
+    valid = isinstance(given, (int, float, np.number)) and not isinstance(given, bool)
+    if not (valid and np.isfinite(given) and low <= given <= high and (closed or given != high)):
+        end = "]" if closed and np.isfinite(high) else ")"
+        raise ValueError(f"`{name}` must be a number in [{low}, {high}{end}. Received: {given!r}")
+    return float(given)
+
+
+def integer(name: str, given: Any, low: int) -> int:
+    """`given`, or `ValueError` unless it is an integer >= low."""
+    if not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < low:
+        raise ValueError(f"`{name}` must be an integer >= {low}. Received: {given!r}")
+    return int(given)
+
+
 def check_finite(name: str, data: Any) -> None:
     """Raise `ValueError` if an array in the structure `data` holds NaN or infinity."""
     for array in _arrays(data):

@@ -33,8 +33,9 @@ class DWDModel(keras.Model):
     | method | settings |
     | --- | --- |
     | fine-tuning | `strength=0` |
-    | EWC | `fisher=DiagonalFisher("exact", gamma=None, normalize=False), grouping=None` |
-    | online EWC | the same, `regularizer=DWDRegularizer(λ, decay=0.9, anchor="latest")` |
+    | EWC | `regularizer=DWDRegularizer(λ, anchor="folded")`, `grouping=None`, \
+    `fisher=DiagonalFisher("exact", gamma=None, normalize=False)` |
+    | online EWC | the same, with `regularizer=DWDRegularizer(λ, decay=0.9)` |
     | DWD | the defaults |
 
     Args:
@@ -71,27 +72,19 @@ class DWDModel(keras.Model):
                 "DWDModel is built from `inputs` and `outputs`. "
                 "Use `DWDModel.from_model(model)` for a sequential or subclassed model."
             )
-        regularizer, fisher, grouping = (
-            keras.saving.deserialize_keras_object(s) if isinstance(s, dict) else s
-            for s in (regularizer, fisher, grouping)
-        )
         if strength is not None:
             if regularizer is not None:
                 raise ValueError("Give `strength` or `regularizer`, not both.")
             regularizer = DWDRegularizer(strength)
         if grouping == "gmm":
             grouping = GaussianMixtureGrouping()
-        for name, given, kind in (
-            ("regularizer", regularizer, DWDRegularizer),
-            ("fisher", fisher, DiagonalFisher),
-            ("grouping", grouping, GaussianMixtureGrouping),
-        ):
-            if given is not None and not isinstance(given, kind):
-                raise ValueError(f"`{name}` must be a {kind.__name__}. Received: {given!r}")
+        made_regularizer = _setting("regularizer", regularizer, DWDRegularizer)
+        made_fisher = _setting("fisher", fisher, DiagonalFisher)
+        made_grouping = _setting("grouping", grouping, GaussianMixtureGrouping)
         super().__init__(*args, **kwargs)
-        self.regularizer = regularizer if regularizer is not None else DWDRegularizer()
-        self.fisher = fisher if fisher is not None else DiagonalFisher()
-        self.grouping = grouping
+        self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
+        self.fisher: DiagonalFisher = made_fisher or DiagonalFisher()
+        self.grouping: GaussianMixtureGrouping | None = made_grouping
         self.tasks_learned = 0
         self.groups: list[dict[str, float]] = []
         # The weights at the last boundary, as a digest: nothing to fold before they change.
@@ -175,7 +168,7 @@ class DWDModel(keras.Model):
         scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
 
         if self._learns_online:
-            if self.fisher.estimator == "batch":
+            if self.fisher.estimator == "batch":  # at no cost: the gradient is there
                 added_gradients = (
                     tape.gradient(added_loss, variables)
                     if added_loss is not None
@@ -271,10 +264,11 @@ class DWDModel(keras.Model):
 
     def load_own_variables(self, store: Any) -> None:
         """Read what `save_own_variables` wrote; files of plain models hold none and change none."""
-        own = {key: store[key] for key in store.keys() if key.isdigit()}
+        keys = list(store.keys())  # of a file, which cannot be iterated over itself
+        own = {key: store[key] for key in keys if key.isdigit()}
         if own:
             super().load_own_variables(own)
-        saved = {key: np.asarray(store[key]) for key in store.keys() if not key.isdigit()}
+        saved = {key: np.asarray(store[key]) for key in keys if not key.isdigit()}
         if saved:
             self._restore(saved, by_path(self))
 
@@ -298,11 +292,13 @@ class DWDModel(keras.Model):
         trainable = self._trainable_by_path().items()
         return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
 
-    def _data_loss(self, x: Any, y: Any, sample_weight: Any = None) -> tf.Tensor:
-        """The loss of the data alone, in inference mode."""
-        loss = self.compute_loss(x, y, self(x, training=False), sample_weight, training=False)
+    def _data_loss(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[tf.Tensor, Any]:
+        """The loss of the data alone and the outputs, in inference mode."""
+        y_pred = self(x, training=False)
+        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
         # Subtracting the added losses again leaves a gradient of exactly zero for them.
-        return loss - sum(tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses)
+        added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
+        return (loss - tf.add_n(added) if added else loss), y_pred
 
     def _with_pull(
         self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None
@@ -399,6 +395,15 @@ class DWDModel(keras.Model):
         self.tasks_learned = tasks_learned
         self._weights_digest = digest
         self.train_function = None
+
+
+def _setting(name: str, given: Any, kind: type) -> Any:
+    """A setting as given or as `get_config` wrote it."""
+    if isinstance(given, dict):
+        given = keras.saving.deserialize_keras_object(given)
+    if given is not None and not isinstance(given, kind):
+        raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
+    return given
 
 
 def _is_graph(model: keras.Model) -> bool:

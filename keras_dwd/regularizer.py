@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.checks import number
 from keras_dwd.variables import Arrays, Variables, slot
 
 Anchor = Literal["folded", "latest"]
@@ -18,11 +19,13 @@ class DWDRegularizer(keras.regularizers.Regularizer):
 
     The penalty on the parameters θ is `½ Σ_i Λ_i (θ_i − c_i)²` with two slots per variable: the
     precision Λ and the anchor c. All tasks learned so far are folded into them, so that neither
-    the memory nor the cost of a training step grows with the number of tasks:
+    the memory nor the cost of a training step grows with the number of tasks. Task t adds
+    `a_t = strength · λ_k · F_t` to the precision. With `anchor="folded"` this is exactly the sum
+    of one penalty per task:
 
         Σ_t ½ a_t (θ − θ*_t)²  =  ½ Λ (θ − c)² + const,   Λ = Σ_t a_t,   c = Σ_t a_t θ*_t / Λ
 
-    with `a_t = strength · λ_k · F_t`. `DWDModel` owns one for all its variables. It adds the
+    `DWDModel` owns one for all its variables. It adds the
     gradient `Λ (θ − c)` to that of the loss in closed form, so nothing is differentiated for it.
 
     Given to a layer as `kernel_regularizer` (or `bias_regularizer`, …) of a `DWDModel` it holds no
@@ -34,8 +37,9 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             all of it off: the model then trains as any Keras model does.
         decay: In [0, 1]. What an old task's precision is multiplied by at each later boundary.
             1 keeps the sum over all tasks (EWC); less is the γ of online EWC.
-        anchor: `"folded"` is the exact anchor of the sum over tasks. `"latest"` moves it to the
-            newest parameters, as online EWC does.
+        anchor: `"latest"` moves the anchor to the newest parameters: they are where the sum of
+            all tasks' penalties led, so that older optima do not pull twice. `"folded"` keeps the
+            exact sum over tasks of EWC as first published.
 
     Example:
 
@@ -46,18 +50,15 @@ class DWDRegularizer(keras.regularizers.Regularizer):
 
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796), equation 3;
+        [Huszár, 2018](https://arxiv.org/abs/1712.03847), on which anchor the sum should have;
         [Schwarz et al., 2018](https://arxiv.org/abs/1805.06370), section 4 (online EWC).
     """
 
-    def __init__(self, strength: float = 1.0, decay: float = 1.0, anchor: Anchor = "folded"):
-        if not (np.isscalar(strength) and np.isfinite(strength) and strength >= 0):
-            raise ValueError(f"`strength` must be a finite number >= 0. Received: {strength!r}")
-        if not (np.isscalar(decay) and 0 <= decay <= 1):
-            raise ValueError(f"`decay` must be in [0, 1]. Received: {decay!r}")
+    def __init__(self, strength: float = 1.0, decay: float = 1.0, anchor: Anchor = "latest"):
         if anchor not in ("folded", "latest"):
             raise ValueError(f"`anchor` must be 'folded' or 'latest'. Received: {anchor!r}")
-        self.strength = float(strength)
-        self.decay = float(decay)
+        self.strength = number("strength", strength, 0)
+        self.decay = number("decay", decay, 0, 1)
         self.anchor = anchor
         self.precisions: dict[str, keras.Variable] = {}
         self.anchors: dict[str, keras.Variable] = {}

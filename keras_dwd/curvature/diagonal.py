@@ -1,15 +1,16 @@
 """The diagonal Fisher information: how much each parameter matters to the task at hand."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.checks import number
 from keras_dwd.variables import Arrays, Variables, slot
 
-Estimator = Literal["batch", "exact"]
+Estimator = Literal["batch", "exact", "influence"]
 
 # Per-example gradients are formed for as many examples at once as fit in this many floats (1 GB).
 _MAX_FLOATS = 2**28
@@ -29,6 +30,9 @@ class DiagonalFisher:
             `"batch"` is B times the squared mean gradient: free in the training step, biased.
             `"exact"` is the mean of the squared gradients of single examples with their true
             labels (the empirical Fisher), in inference mode.
+            `"influence"` is the same with each example's square divided by r + median(r), where
+            r is the squared norm of the loss gradient at the model's outputs: examples that are
+            learned well, whose gradients vanish, count as much as those that are not.
         gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
             online estimate off, `consolidate` then needs data.
         normalize: Divide the Fisher of a task by its mean over all parameters at the boundary,
@@ -43,12 +47,11 @@ class DiagonalFisher:
     def __init__(
         self, estimator: Estimator = "batch", gamma: float | None = 0.95, normalize: bool = True
     ):
-        if estimator not in ("batch", "exact"):
-            raise ValueError(f"`estimator` must be 'batch' or 'exact'. Received: {estimator!r}")
-        if gamma is not None and not (np.isscalar(gamma) and 0 <= gamma < 1):
-            raise ValueError(f"`gamma` must be in [0, 1) or None. Received: {gamma!r}")
+        if estimator not in get_args(Estimator):
+            known = ", ".join(get_args(Estimator))
+            raise ValueError(f"`estimator` must be one of {known}. Received: {estimator!r}")
         self.estimator = estimator
-        self.gamma = None if gamma is None else float(gamma)
+        self.gamma = None if gamma is None else number("gamma", gamma, 0, 1, closed=False)
         self.normalize = bool(normalize)
         self.slots: dict[str, keras.Variable] = {}
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
@@ -68,10 +71,11 @@ class DiagonalFisher:
             estimate: F̂ of this batch per variable path.
             valid: Scalar boolean; where it is false the step leaves no trace.
         """
-        gamma = self.gamma
-        for path, new in [*estimate.items(), (None, tf.ones(()))]:
-            average = self.weight if path is None else self.slots[path]
-            updated = gamma * average.value + (1 - gamma) * tf.cast(new, "float32")
+        if self.gamma is None:
+            raise ValueError("The online estimate is switched off: `gamma` is None.")
+        averages = [(self.slots[path], new) for path, new in estimate.items()]
+        for average, new in [*averages, (self.weight, tf.ones(()))]:
+            updated = self.gamma * average.value + (1 - self.gamma) * tf.cast(new, "float32")
             average.assign(updated if valid is None else tf.where(valid, updated, average.value))
 
     def value(self) -> Arrays:
@@ -95,7 +99,7 @@ class DiagonalFisher:
 
     def of_batch(
         self,
-        loss: Callable[..., tf.Tensor],
+        loss: Callable[..., tuple[tf.Tensor, Any]],
         variables: Variables,
         batch: tuple[Any, Any, Any],
         scale: float = 1.0,
@@ -103,7 +107,7 @@ class DiagonalFisher:
         """F̂ of one batch, by the configured estimator, in inference mode; graph code.
 
         Args:
-            loss: `loss(x, y, sample_weight)`, the mean data loss of a batch.
+            loss: `loss(x, y, sample_weight)`: the mean data loss of a batch, and the outputs.
             variables: What to differentiate by, by path.
             batch: `(x, y, sample_weight)`; the last may be `None`.
             scale: The loss is multiplied by this before, its gradients divided by it after
@@ -113,29 +117,37 @@ class DiagonalFisher:
         examples = tf.shape(tf.nest.flatten(x)[0])[0]
         values = [v.value for v in variables.values()]
 
-        def gradients(*arguments: Any) -> list[tf.Tensor]:
+        def gradients(*arguments: Any) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            """By the variables, and by the outputs of the model."""
             with tf.GradientTape() as tape:
-                scaled = scale * loss(*arguments)
-            found = tape.gradient(scaled, values, unconnected_gradients="zero")
-            return [tf.cast(tf.convert_to_tensor(g), "float32") / scale for g in found]
+                value, outputs = loss(*arguments)
+                scaled = scale * value
+            sources = (values, tf.nest.flatten(outputs))
+            found = tape.gradient(scaled, sources, unconnected_gradients="zero")
+            return tf.nest.map_structure(
+                lambda g: tf.cast(tf.convert_to_tensor(g), "float32") / scale, found
+            )
 
         if self.estimator == "batch":
             count = tf.cast(examples, "float32")
-            squares = [count * tf.square(g) for g in gradients(x, y, sample_weight)]
+            squares = [count * tf.square(g) for g in gradients(x, y, sample_weight)[0]]
         else:
 
-            def of_example(example: Any) -> list[tf.Tensor]:
+            def of_example(example: Any) -> tuple[list[tf.Tensor], tf.Tensor]:
                 single = tf.nest.map_structure(lambda t: t[None], example)
-                return [tf.square(g) for g in gradients(*single, None)]
+                by_variables, by_outputs = gradients(*single, None)
+                residual = tf.add_n([tf.reduce_sum(tf.square(g)) for g in by_outputs])
+                return [tf.square(g) for g in by_variables], residual
 
-            per_example = tf.vectorized_map(of_example, (x, y))
-            if sample_weight is None:
-                squares = [tf.reduce_mean(s, axis=0) for s in per_example]
-            else:
+            per_example, residuals = tf.vectorized_map(of_example, (x, y))
+            share = tf.ones((examples,)) / tf.cast(examples, "float32")
+            if sample_weight is not None:
                 # A weight of two is the example seen twice: it weighs the square, linearly.
-                share = tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
-                share /= tf.cast(examples, "float32")
-                squares = [tf.tensordot(share, s, axes=1) for s in per_example]
+                share *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
+            if self.estimator == "influence":
+                median = tf.sort(residuals)[examples // 2]
+                share *= tf.math.reciprocal_no_nan(residuals + median)
+            squares = [tf.tensordot(share, s, axes=1) for s in per_example]
         return dict(zip(variables, squares, strict=True))
 
     def chunk(self, variables: Variables, batch_size: int) -> int:

@@ -30,7 +30,7 @@ class Method:
 
 def _ewc(strength: float) -> dict[str, Any]:
     return {
-        "strength": strength,
+        "regularizer": DWDRegularizer(strength, anchor="folded"),
         "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
         "grouping": None,
     }
@@ -38,7 +38,7 @@ def _ewc(strength: float) -> dict[str, Any]:
 
 def _online_ewc(strength: float) -> dict[str, Any]:
     return {
-        "regularizer": DWDRegularizer(strength, decay=0.9, anchor="latest"),
+        "regularizer": DWDRegularizer(strength, decay=0.9),
         "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
         "grouping": None,
     }

@@ -1,5 +1,6 @@
 """Learn a sequence of tasks, measuring as it goes."""
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable
@@ -155,15 +156,11 @@ def _accuracies(model: DWDModel, tests: list[tf.data.Dataset]) -> np.ndarray:
 
 
 class _PeakMemory:
-    """The largest resident size since it was made; since the process began where that is all
-    the system tells.
-    """
+    """The largest resident size since it was made; since the process began if not on Linux."""
 
     def __init__(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
     def peak(self) -> int:
         try:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
+from keras_dwd.checks import integer, number
 from keras_dwd.variables import Arrays
 
 _CHUNK = 2**18
@@ -35,18 +36,10 @@ class GaussianMixtureGrouping:
     """
 
     def __init__(self, groups: int = 4, alpha: float = 0.5, samples: int = 10_000, seed: int = 0):
-        if not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"`groups` must be an integer >= 1. Received: {groups!r}")
-        if not (np.isscalar(alpha) and np.isfinite(alpha)):
-            raise ValueError(f"`alpha` must be a finite number. Received: {alpha!r}")
-        if not isinstance(samples, int) or samples < groups:
-            raise ValueError(
-                f"`samples` must be an integer >= `groups` ({groups}). Received: {samples!r}"
-            )
-        self.groups = groups
-        self.alpha = float(alpha)
-        self.samples = samples
-        self.seed = seed
+        self.groups = integer("groups", groups, 1)
+        self.alpha = number("alpha", alpha, -np.inf)
+        self.samples = integer("samples", samples, self.groups)
+        self.seed = integer("seed", seed, 0)
 
     def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, list[dict[str, float]]]:
         """Group all parameters and give each the λ_k of its group.

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_dwd.checks import integer
 from keras_dwd.variables import Arrays, Variables
 
 
@@ -52,11 +53,8 @@ class TaskHeads(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        for name, given in (("tasks", tasks), ("units", units)):
-            if not isinstance(given, int) or given < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1. Received: {given!r}")
-        self.tasks = tasks
-        self.units = units
+        self.tasks = integer("tasks", tasks, 1)
+        self.units = integer("units", units, 1)
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)

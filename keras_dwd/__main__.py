@@ -1,0 +1,5 @@
+"""`python -m keras_dwd` is `keras-dwd`."""
+
+from keras_dwd.cli import main
+
+main()

@@ -1,0 +1,204 @@
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from keras_dwd import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
+from keras_dwd.cli import app
+from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.files import write_json
+
+
+@settings(max_examples=50, deadline=None)
+@given(tasks=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+def test_metrics_equal_their_definitions(tasks, seed):
+    rng = np.random.default_rng(seed)
+    a, before = rng.uniform(0.1, 1, (tasks, tasks)), rng.uniform(size=tasks)
+    matrix = AccuracyMatrix(a, before)
+    last = tasks - 1
+    forgetting, relative, backward, forward = [], [], [], []
+    for j in range(last):
+        peak = max(a[t][j] for t in range(j, last))
+        forgetting.append(peak - a[last][j])
+        relative.append((peak - a[last][j]) / peak)
+        backward.append(a[last][j] - a[j][j])
+        forward.append(a[j][j + 1] - before[j + 1])
+
+    def mean(values):
+        return sum(values) / len(values) if values else 0.0
+
+    assert matrix.average_accuracy == pytest.approx(mean(list(a[last])))
+    assert matrix.learning_accuracy == pytest.approx(mean([a[j][j] for j in range(tasks)]))
+    assert matrix.forgetting == pytest.approx(mean(forgetting))
+    assert matrix.relative_forgetting == pytest.approx(mean(relative))
+    assert matrix.backward_transfer == pytest.approx(mean(backward))
+    assert matrix.forward_transfer == pytest.approx(mean(forward))
+
+
+def scenario(as_dataset=False):
+    def data(seed):
+        x, y = blobs(48, seed=seed)
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(16) if as_dataset else (x, y)
+
+    tasks = [(f"task {t}", data(t), data(t)) for t in range(3)]
+    return Scenario.from_tasks(tasks, outputs=3)
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method, as_dataset):
+    result = run_sequence(lambda s: mlp(), scenario(as_dataset), method, epochs=4)
+    assert result.matrix.after.shape == (3, 3)
+    assert not np.isnan(result.matrix.after[-1]).any()
+    assert result.steps == (36 if as_dataset or method != "joint" else 20)
+    metrics = result.metrics()
+    assert metrics["steps_per_second"] >= metrics["steps_per_second_with_boundaries"] > 0
+    assert metrics["peak_memory_mb"] > 50
+    assert len(result.train_seconds) == (1 if method == "joint" else 3)
+
+
+def test_a_run_repeats_itself():
+    runs = [run_sequence(lambda s: mlp(), scenario(), "dwd", epochs=2, seed=3) for _ in "ab"]
+    np.testing.assert_array_equal(runs[0].matrix.after, runs[1].matrix.after)
+
+
+def test_the_optimizer_is_fresh_for_each_task():
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            variables = self.model.optimizer.variables
+            rate = self.model.optimizer.learning_rate
+            seen.append([float(np.sum(v)) for v in variables if v is not rate])
+
+    run_sequence(
+        lambda s: mlp(), scenario(), "finetune", epochs=1, callbacks=lambda t, task: [Look()]
+    )
+    assert len(seen) == 3
+    assert np.all(np.array(seen) == 0)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="Known: finetune, ewc"):
+        run_sequence(lambda s: mlp(), scenario(), "sgd")
+    method = Method("mine", lambda strength: {"strength": strength}, strength=2.0)
+    assert (
+        run_sequence(lambda s: mlp(), scenario(), method, epochs=1).model.regularizer.strength == 2
+    )
+
+
+def test_files_are_whole_or_untouched(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises((TypeError, ValueError)):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+# The command line.
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["run", *arguments])
+
+
+def test_run_writes_and_prints(tmp_path):
+    out = tmp_path / "results.json"
+    result = invoke(
+        *("--tasks", "2", "--seeds", "2", "--epochs", "1", "--methods", "finetune,dwd,joint"),
+        *("--out", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    assert "permuted:digits, 2 tasks" in result.output
+    assert "finetune" in result.output
+    content = json.loads(out.read_text())
+    assert set(content) == {"protocol", "versions", "methods"}
+    assert content["protocol"]["seeds"] == [0, 1]
+    for method in ("finetune", "dwd", "joint"):
+        entry = content["methods"][method]
+        metric = entry["metrics"]["average_accuracy"]
+        assert metric["mean"] == pytest.approx(np.mean(metric["per_seed"]))
+        assert metric["std"] == pytest.approx(np.std(metric["per_seed"], ddof=1))
+        assert np.shape(entry["accuracy_matrices"]) == (2, 2, 2)
+        assert np.mean(entry["accuracy_matrices"][0][-1]) == pytest.approx(metric["per_seed"][0])
+
+
+def test_json_is_all_that_is_printed():
+    command = [sys.executable, "-m", "keras_dwd", "run", "--json", "--scenario", "split:digits"]
+    command += ["--tasks", "2", "--seeds", "1", "--epochs", "1", "--methods", "finetune"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["protocol"]["setting"] == "task"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--scenario", "rotated:digits"], "Known: split:NAME, permuted:NAME"),
+        (["--scenario", "split:"], "Unknown scenario 'split:'"),
+        (["--scenario", "split:nothing"], "Known here: digits"),
+        (["--scenario", "split:mnist", "--data-dir", "nowhere"], "does not exist"),
+        (["--methods", "dwd,x"], "Unknown method 'x'"),
+        (["--strength", "-1"], "`strength`"),
+        (["--seeds", "0"], "`seeds`"),
+        (["--epochs", "0"], "`epochs`"),
+        (["--profile", "x"], "`profile` must be one of cpu, full"),
+        (["--setting", "x"], "`setting` must be one of"),
+        (["--tasks", "3", "--scenario", "split:digits"], "must divide"),
+        (["--out", "nowhere/x.json"], "does not exist"),
+    ],
+)
+def test_bad_options_are_one_clear_line(arguments, error, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    result = invoke(*arguments)
+    assert isinstance(result.exception, (ValueError, FileNotFoundError))
+    assert error in str(result.exception)
+
+
+def test_errors_have_no_traceback():
+    command = [sys.executable, "-m", "keras_dwd", "run", "--scenario", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Unknown scenario 'x'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_split_cifar100_by_the_command_line(data_dir, tmp_path):
+    result = invoke(
+        *("--scenario", "split:cifar100", "--tasks", "10", "--methods", "dwd", "--seeds", "1"),
+        *("--epochs", "1", "--data-dir", str(data_dir), "--out", str(tmp_path / "c.json")),
+    )
+    assert result.exit_code == 0, result.output
+    protocol = json.loads((tmp_path / "c.json").read_text())["protocol"]
+    assert protocol["class_order_seed"] == 1993
+    assert protocol["images_per_class"] == 200
+
+
+def test_forgetting_is_plain_on_permuted_digits():
+    experiment = Experiment(epochs=5, tasks=3)
+    finetune, dwd = (experiment.run(m).metrics() for m in ("finetune", "dwd"))
+    assert finetune["forgetting"] > 0.2
+    assert dwd["forgetting"] < 0.7 * finetune["forgetting"]
+    assert dwd["average_accuracy"] > finetune["average_accuracy"] + 0.05
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+def test_other_backends_are_refused(backend):
+    done = subprocess.run(
+        [sys.executable, "-c", "import keras_dwd"],
+        env=os.environ | {"KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"but the backend is '{backend}'" in done.stderr

@@ -1,0 +1,258 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+from keras_dwd import DiagonalFisher, DWDModel
+from keras_dwd.variables import by_path
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+EXACT = {"fisher": DiagonalFisher("exact", gamma=None, normalize=False), "grouping": None}
+
+
+def mixed_net(dtype=None):
+    """Dense, Conv, BatchNorm and Embedding."""
+    image = keras.Input((6, 6, 2), dtype=dtype)
+    word = keras.Input((3,), dtype="int32")
+    x = layers.Conv2D(3, 3, activation="relu", dtype=dtype, name="conv")(image)
+    x = layers.BatchNormalization(dtype=dtype, name="norm")(x)
+    x = layers.Flatten(dtype=dtype)(x)
+    e = layers.Flatten(dtype=dtype)(layers.Embedding(5, 2, dtype=dtype, name="embed")(word))
+    x = layers.Dropout(0.5, dtype=dtype)(layers.Concatenate(dtype=dtype)([x, e]))
+    x = layers.Dense(7, activation="tanh", dtype=dtype, name="dense")(x)
+    return keras.Model([image, word], layers.Dense(4, dtype=dtype, name="head")(x))
+
+
+def mixed_data(count=12, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(count, 6, 6, 2)).astype("float32")
+    word = rng.integers(0, 5, (count, 3)).astype("int32")
+    return (image, word), rng.integers(0, 4, count).astype("int32")
+
+
+def trained_mixed(**settings):
+    model = DWDModel.from_model(mixed_net(), **settings)
+    model.compile("adam", LOSS)
+    model.fit(*mixed_data(), epochs=3, verbose=0)  # moves the BatchNorm statistics
+    return model
+
+
+def float64_losses(model):
+    """Per-example loss and gradients of a float64 copy, one example at a time."""
+    copy = mixed_net("float64")
+    copy.set_weights([w.astype("float64") for w in model.get_weights()])
+
+    def loss(x, y, i):
+        logits = copy([x[0][i : i + 1].astype("float64"), x[1][i : i + 1]], training=False)
+        return -tf.nn.log_softmax(logits)[0, y[i]]
+
+    return copy, loss
+
+
+def test_exact_equals_a_float64_loop():
+    model = trained_mixed(strength=1.0, **EXACT)
+    x, y = mixed_data()
+    copy, loss = float64_losses(model)
+    expected = [np.zeros(v.shape) for v in copy.trainable_variables]
+    for i in range(len(y)):
+        with tf.GradientTape() as tape:
+            value = loss(x, y, i)
+        gradients = tape.gradient(value, [v.value for v in copy.trainable_variables])
+        for total, gradient in zip(expected, gradients, strict=True):
+            total += np.asarray(tf.convert_to_tensor(gradient)) ** 2 / len(y)
+    measured = model._estimate((x, y), batch_size=5)
+    assert len(measured) == len(expected) == 9
+    for (path, fisher), reference in zip(measured.items(), expected, strict=True):
+        np.testing.assert_allclose(fisher, reference, rtol=1e-5, atol=1e-5 * reference.max()), path
+
+
+def test_exact_equals_finite_differences():
+    model = trained_mixed(strength=1.0, **EXACT)
+    x, y = mixed_data()
+    copy, loss = float64_losses(model)
+    measured = model._estimate((x, y), batch_size=5)
+    places = {
+        "dense/kernel": (3, 2),
+        "conv/kernel": (1, 1, 0, 2),
+        "embed/embeddings": (2, 1),
+        "norm/gamma": (1,),
+    }
+    variables = by_path(copy)
+    for path, index in places.items():
+        variable = variables[path]
+        before, step, total = np.array(variable), 1e-5, 0.0
+        for i in range(len(y)):
+            sides = []
+            for sign in (1, -1):
+                moved = before.copy()
+                moved[index] += sign * step
+                variable.assign(moved)
+                sides.append(float(loss(x, y, i)))
+            total += ((sides[0] - sides[1]) / (2 * step)) ** 2 / len(y)
+        variable.assign(before)
+        assert measured[path][index] == pytest.approx(total, rel=1e-4)
+
+
+def test_estimating_leaves_the_model_alone():
+    model = trained_mixed(strength=1.0, **EXACT)
+    before = [np.array(w) for w in model.weights]
+    model._estimate(mixed_data(), batch_size=4)
+    for a, b in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batch_is_the_squared_mean_gradient_times_the_batch_size():
+    model = compiled(strength=1.0, fisher=DiagonalFisher("batch", normalize=False))
+    x, y = blobs(40)
+    with tf.GradientTape() as tape:
+        loss = LOSS(y, model(x))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    measured = model._estimate((x, y), batch_size=40)
+    for fisher, gradient in zip(measured.values(), gradients, strict=True):
+        np.testing.assert_allclose(fisher, 40 * np.asarray(gradient) ** 2, rtol=1e-4, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(gamma=st.floats(0, 0.999), seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 30))
+def test_the_moving_average_equals_its_closed_form(gamma, seed, steps):
+    fisher = DiagonalFisher(gamma=gamma)
+    variable = keras.Variable(np.zeros(3, "float32"))
+    fisher.build({"w": variable})
+    estimates = np.random.default_rng(seed).uniform(0, 10, (steps, 3)).astype("float32")
+    for estimate in estimates:
+        fisher.update({"w": tf.constant(estimate)})
+    shares = (1 - gamma) * gamma ** np.arange(steps - 1, -1, -1, dtype="float64")
+    expected = (shares[:, None] * estimates).sum(0) / shares.sum()
+    np.testing.assert_allclose(fisher.value()["w"], expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "exact"])
+def test_training_updates_it_every_step(estimator):
+    x, y = blobs(24)
+    model = compiled(
+        optimizer=keras.optimizers.SGD(0.0),
+        strength=1.0,
+        fisher=DiagonalFisher(estimator, gamma=0.5, normalize=False),
+    )
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    batches = [model._estimate((x[i : i + 8], y[i : i + 8]), 8) for i in (0, 8, 16)]
+    for path, value in model.fisher.value().items():
+        expected = (batches[0][path] + 2 * batches[1][path] + 4 * batches[2][path]) / 7
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "exact"])
+def test_it_sees_neither_penalty_nor_regularisation(estimator):
+    x, y = blobs(24)
+
+    def online(**dense):
+        keras.utils.set_random_seed(1)
+        model = compiled(
+            mlp(**dense),
+            optimizer=keras.optimizers.SGD(0.0),
+            strength=100.0,
+            fisher=DiagonalFisher(estimator, gamma=0.9, normalize=False),
+        )
+        model.fit(x, y, shuffle=False, verbose=0)
+        return model
+
+    plain = online()
+    expected = plain.fisher.value()
+    decayed = online(kernel_regularizer="l2", activity_regularizer="l2", bias_regularizer="l1")
+    for path, value in decayed.fisher.value().items():
+        np.testing.assert_allclose(value, expected[path], rtol=1e-4, atol=1e-9)
+    # Now with a penalty: same weights and data give the same estimate, whatever pulls.
+    plain.consolidate()
+    plain.regularizer.anchors["hidden/kernel"].assign_add(tf.ones((6, 8)))
+    assert float(plain.penalty()) > 1
+    plain.fit(x, y, shuffle=False, verbose=0)
+    for path, value in plain.fisher.value().items():
+        np.testing.assert_allclose(value, expected[path], rtol=1e-6)
+
+
+def test_mixed_precision_gives_the_float32_fisher():
+    x, y = blobs(256)
+    measured = {}
+    for policy in ("float32", "mixed_float16"):
+        for estimator in ("batch", "exact"):
+            keras.utils.set_random_seed(3)
+            keras.config.set_dtype_policy(policy)
+            try:
+                model = compiled(
+                    optimizer=keras.optimizers.SGD(0.0),
+                    strength=1.0,
+                    fisher=DiagonalFisher(estimator, gamma=0.9, normalize=False),
+                )
+            finally:
+                keras.config.set_dtype_policy("float32")
+            model.fit(x, y, shuffle=False, verbose=0)
+            measured[policy, estimator, "online"] = model.fisher.value()
+            measured[policy, estimator, "pass"] = model._estimate((x, y), 64)
+    for estimator in ("batch", "exact"):
+        for form in ("online", "pass"):
+            full = measured["float32", estimator, form]
+            half = measured["mixed_float16", estimator, form]
+            for path, value in full.items():
+                assert np.abs(half[path] - value).sum() <= 0.02 * value.sum(), (path, estimator)
+
+
+def test_batches_that_overflow_leave_no_trace():
+    fisher = DiagonalFisher(gamma=0.5)
+    fisher.build({"w": keras.Variable([0.0])})
+    fisher.update({"w": tf.constant([3.0])}, valid=tf.constant(True))
+    fisher.update({"w": tf.constant([np.inf])}, valid=tf.constant(False))
+    np.testing.assert_allclose(fisher.value()["w"], [3.0])
+
+
+def test_influence_weighs_examples_by_their_residual():
+    model = compiled(strength=1.0, fisher=DiagonalFisher("influence", None, normalize=False))
+    x, y = blobs(9)
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    squares, residuals = [], []
+    for i in range(9):
+        with tf.GradientTape() as tape:
+            logits = copy(x[i : i + 1])
+            loss = LOSS(y[i : i + 1], logits)
+        gradients = tape.gradient(loss, [v.value for v in copy.trainable_variables])
+        squares.append([np.asarray(g) ** 2 for g in gradients])
+        residuals.append(
+            float(np.sum((np.eye(3)[y[i]] - keras.ops.softmax(logits[0]).numpy()) ** 2))
+        )
+    weights = 1 / (np.array(residuals) + np.median(residuals)) / 9
+    for k, value in enumerate(model._estimate((x, y), 9).values()):
+        expected = sum(w * s[k] for w, s in zip(weights, squares, strict=True))
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_sample_weights_count_examples():
+    model = compiled(strength=1.0, **EXACT)
+    x, y = blobs(10)
+    weight = np.array([2, 1, 0, 0, 1, 1, 1, 1, 1, 2], "float32")
+    repeated = np.repeat(np.arange(10), weight.astype(int))
+    once = model._estimate((x, y, weight), 4)
+    twice = model._estimate((x[repeated], y[repeated]), 4)
+    for path, value in once.items():
+        np.testing.assert_allclose(value, twice[path], rtol=1e-4, atol=1e-9)
+
+
+def test_normalised_fisher_has_mean_one():
+    model = compiled(strength=1.0)
+    scaled = model.fisher.scaled(model._estimate(blobs(), 32))
+    assert np.concatenate([f.ravel() for f in scaled.values()]).mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_there_must_be_an_estimate():
+    model = compiled(strength=1.0)
+    with pytest.raises(ValueError, match="no online Fisher estimate"):
+        model.consolidate()
+
+
+@pytest.mark.parametrize("gamma", [1.0, -0.1, float("nan"), "x"])
+def test_bad_gamma(gamma):
+    with pytest.raises(ValueError, match="`gamma`"):
+        DiagonalFisher(gamma=gamma)

@@ -1,0 +1,399 @@
+"""`DWDModel` behaves as a Keras model does, in every way Keras users train one."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled, mlp, weights
+from keras import layers
+
+from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, PenaltyLogger
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def rich_net():
+    """BatchNorm, dropout, weight decay and activity regularisation."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu", kernel_regularizer="l2"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.Dense(3, activity_regularizer="l2"),
+        ]
+    )
+
+
+def train(model, compile_settings=None, fit_settings=None, optimizer="adam"):
+    model.compile(
+        optimizer=keras.optimizers.get(optimizer)
+        if isinstance(optimizer, str)
+        else keras.optimizers.get(keras.optimizers.serialize(optimizer)),
+        **({"loss": LOSS, "metrics": ["accuracy"]} | (compile_settings or {})),
+    )
+    keras.utils.set_random_seed(7)
+    arguments = {"x": blobs()[0], "y": blobs()[1], "epochs": 2, "batch_size": 8, "verbose": 0}
+    return model.fit(**(arguments | (fit_settings or {}))).history
+
+
+WAYS = {
+    "plain": {},
+    "class_weight": {"fit_settings": {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}},
+    "sample_weight": {"fit_settings": {"sample_weight": np.linspace(0, 2, 64)}},
+    "steps_per_execution": {"compile_settings": {"steps_per_execution": 3}},
+    "jit_compile": {"compile_settings": {"jit_compile": True}},
+    "run_eagerly": {"compile_settings": {"run_eagerly": True}},
+    "accumulation": {"optimizer": keras.optimizers.Adam(gradient_accumulation_steps=3)},
+    "clipping": {"optimizer": keras.optimizers.SGD(0.1, global_clipnorm=0.5)},
+    "ema": {"optimizer": keras.optimizers.SGD(0.1, use_ema=True)},
+    "weight_decay": {"optimizer": keras.optimizers.AdamW(weight_decay=0.1)},
+    "loss_scale": {"optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))},
+    "validation": {"fit_settings": {"validation_split": 0.25}},
+}
+
+
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"strength": 5.0}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_before_the_first_boundary_it_is_bit_identical_to_keras(way, settings):
+    keras.utils.set_random_seed(1)
+    plain = rich_net()
+    expected = train(plain, **WAYS[way])
+    keras.utils.set_random_seed(1)
+    model = DWDModel.from_model(rich_net(), **settings)
+    history = train(model, **WAYS[way])
+    assert history == expected
+    for a, b in zip(weights(plain), weights(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_after_a_boundary_the_pull_holds_the_weights(way):
+    """The same second task moves what matters less far with a pull than without."""
+    moved = {}
+    for strength in (0.0, 20.0):
+        keras.utils.set_random_seed(1)
+        model = DWDModel.from_model(rich_net(), strength=strength)
+        train(model, **WAYS[way])
+        model.consolidate()
+        before = np.array(model.trainable_variables[0])
+        x, y = blobs(seed=9)
+        train(model, WAYS[way].get("compile_settings"), {"x": x, "y": y, "epochs": 8})
+        moved[strength] = np.abs(np.array(model.trainable_variables[0]) - before).mean()
+    assert moved[20.0] < 0.9 * moved[0.0]
+
+
+def test_the_step_is_the_gradient_of_loss_plus_penalty():
+    x, y = blobs()
+    model = compiled(optimizer=keras.optimizers.SGD(0.1), strength=4.0)
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.random.normal(variable.shape))
+    with tf.GradientTape() as tape:
+        total = LOSS(y, model(x)) + model.penalty()
+    variables = [v.value for v in model.trainable_variables]
+    expected = [
+        np.array(v) - 0.1 * np.array(g)
+        for v, g in zip(variables, tape.gradient(total, variables), strict=True)
+    ]
+    model.fit(x, y, batch_size=len(x), verbose=0)
+    for variable, value in zip(model.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_pulls_as_float32_does():
+    x, y = blobs(32)
+    results = []
+    for policy in ("float32", "mixed_float16"):
+        keras.utils.set_random_seed(1)
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = compiled(optimizer=keras.optimizers.SGD(0.05), strength=5.0, grouping=None)
+        finally:
+            keras.config.set_dtype_policy("float32")
+        model.fit(x, y, shuffle=False, verbose=0)
+        model.consolidate((x, y))
+        model.fit(*blobs(32, seed=4), epochs=5, shuffle=False, verbose=0)
+        results.append(weights(model))
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    for full, half in zip(*results, strict=True):
+        np.testing.assert_allclose(half, full, atol=0.02)
+
+
+def test_several_inputs_and_outputs():
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    shared = layers.Dense(6, activation="tanh", name="shared")
+    x = layers.Add()([shared(a), shared(b)])
+    outputs = {
+        "kind": layers.Dense(3, name="kind")(x),
+        "size": layers.Dense(1, name="size")(x),
+    }
+    model = DWDModel([a, b], outputs, strength=1.0, fisher=DiagonalFisher("exact"))
+    model.compile(
+        "adam",
+        {"kind": LOSS, "size": "mse"},
+        loss_weights={"kind": 1.0, "size": 0.1},
+        metrics={"kind": "accuracy"},
+    )
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(20, 4)).astype("float32") for _ in "ab"]
+    y = {"kind": rng.integers(0, 3, 20), "size": rng.normal(size=(20, 1)).astype("float32")}
+    history = model.fit(x, y, epochs=2, verbose=0).history
+    assert {"loss", "kind_loss", "size_loss", "kind_accuracy"} <= set(history)
+    model.consolidate((x, y))
+    model.fit(x, y, verbose=0)
+    assert float(model.penalty()) > 0
+    assert set(model.predict(x, verbose=0)) == {"kind", "size"}
+
+
+def test_frozen_layers_are_neither_trained_nor_folded():
+    x, y = blobs()
+    model = compiled(strength=1.0)
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    model.get_layer("hidden").trainable = False
+    model.compile("adam", LOSS)
+    held = np.array(model.regularizer.precisions["hidden/kernel"])
+    before = np.array(model.get_layer("hidden").kernel)
+    model.fit(x, y, epochs=2, verbose=0)
+    model.consolidate((x, y))
+    np.testing.assert_array_equal(before, model.get_layer("hidden").kernel)
+    np.testing.assert_array_equal(held, model.regularizer.precisions["hidden/kernel"])
+    model.get_layer("hidden").trainable = True
+    model.compile("adam", LOSS)
+    model.fit(x, y, verbose=0)
+    model.consolidate()
+    assert np.any(held != np.array(model.regularizer.precisions["hidden/kernel"]))
+
+
+def test_recompiling_keeps_what_was_learned():
+    x, y = blobs()
+    model = compiled(strength=1.0)
+    model.fit(x, y, verbose=0)
+    model.consolidate()
+    precision = np.array(model.regularizer.precisions["head/kernel"])
+    model.compile("adam", LOSS)
+    model.fit(*blobs(seed=5), verbose=0)
+    np.testing.assert_array_equal(precision, model.regularizer.precisions["head/kernel"])
+    assert float(model.penalty()) > 0
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(8, activation="tanh")
+        self.head = layers.Dense(3)
+
+    def call(self, x):
+        return self.head(self.hidden(x))
+
+
+def functional():
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, layers.Dense(3)(layers.Dense(8)(inputs)))
+
+
+@pytest.mark.parametrize("kind", [mlp, functional, Subclassed])
+def test_any_kind_of_model_shares_its_weights(kind):
+    base = kind()
+    x, y = blobs()
+    base(x)
+    model = compiled(base, strength=1.0)
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    np.testing.assert_allclose(base.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+    assert {id(v) for v in base.trainable_variables} == {id(v) for v in model.trainable_variables}
+    assert len(model.regularizer.precisions) == 4
+
+
+def test_a_model_someone_else_trained_is_the_first_task():
+    base = mlp()
+    base.compile("adam", LOSS)
+    base.fit(*blobs(), verbose=0)
+    model = compiled(base, strength=1.0)
+    model.consolidate(blobs())
+    assert model.tasks_learned == 1
+
+
+def test_a_keras_file_keeps_everything(tmp_path):
+    x, y = blobs()
+    model = compiled(optimizer="adam", regularizer=DWDRegularizer(3.0, decay=0.9))
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    model.fit(*blobs(seed=3), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(again, DWDModel)
+    assert again.regularizer.get_config() == model.regularizer.get_config()
+    assert again.tasks_learned == 1
+    assert float(again.penalty()) == float(model.penalty()) > 0
+    states = [m._state() for m in (model, again)]
+    assert states[0].keys() == states[1].keys()
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name])
+    for m in (model, again):
+        keras.utils.set_random_seed(2)
+        m.fit(*blobs(seed=4), verbose=0)
+        m.consolidate()
+    for a, b in zip(weights(model), weights(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_state_is_no_weight_of_the_model(tmp_path):
+    x, y = blobs()
+    model = compiled(strength=1.0)
+    count = len(model.get_weights())
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    assert len(model.get_weights()) == count == 4
+    model.export(tmp_path / "saved", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(served.serve(x), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+def test_state_that_fits_no_variable_is_refused(tmp_path):
+    model = compiled(strength=1.0)
+    model.fit(*blobs(), verbose=0)
+    state = {name.replace("/", "|"): array for name, array in model._state().items()}
+    state["precision|elsewhere"] = np.zeros(3)
+    before = model._state()
+    with pytest.raises(ValueError, match=r"precision.elsewhere"):
+        model.load_own_variables(state)
+    for name, array in model._state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_penalty_logger():
+    model = compiled(strength=1.0)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    history = model.fit(*blobs(seed=2), epochs=2, verbose=0, callbacks=[PenaltyLogger()]).history
+    assert history["penalty"][-1] == pytest.approx(float(model.penalty()))
+    assert history["penalty"][-1] > 0
+
+
+def test_other_layers_in_models_within_models():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="dense")], name="inner")
+    other = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="dense")], name="other")
+    inputs = keras.Input((6,))
+    model = compiled(keras.Model(inputs, layers.Dense(3, name="dense")(other(inner(inputs)))))
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    assert set(model.regularizer.precisions) == {
+        f"{where}dense/{what}" for where in ("", "inner/", "other/") for what in ("kernel", "bias")
+    }
+
+
+# Bad input: a clear error, before anything changes.
+
+
+def _refused(model, error, action):
+    before, state = weights(model), model._state()
+    with pytest.raises(ValueError, match=error):
+        action()
+    for a, b in zip(before, weights(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert state.keys() == model._state().keys()
+    for name, array in model._state().items():
+        np.testing.assert_array_equal(array, state[name])
+
+
+def _with(x, index, value):
+    x = x.copy()
+    x.flat[index] = value
+    return x
+
+
+X, Y = blobs()
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        ((X, _with(Y, 3, 3)), r"Labels must be in \[0, 3\)"),
+        ((X, _with(Y, 3, -1)), r"Labels must be in \[0, 3\)"),
+        ((_with(X, 7, np.nan), Y), "finite"),
+        ((X[:0], Y[:0]), "empty"),
+        (tf.data.Dataset.from_tensor_slices((X, Y)).take(0).batch(4), "empty"),
+        ((X[:, :5], Y), r"shape \(5,\)"),
+        ((X, Y[:5]), "as many labels"),
+        (tf.data.Dataset.from_tensor_slices(X).batch(4), "without labels"),
+        ((X, Y, _with(np.ones(64), 2, np.inf)), "sample_weight"),
+    ],
+)
+def test_consolidate_refuses(data, error):
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    _refused(model, error, lambda: model.consolidate(data))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error"),
+    [
+        (_with(X, 7, np.nan), Y, "`x` must be finite"),
+        (X, _with(Y, 0, 9), "Labels must be"),
+    ],
+)
+def test_fit_refuses(x, y, error):
+    model = compiled(strength=1.0)
+    _refused(model, error, lambda: model.fit(x, y, verbose=0))
+
+
+def test_consolidating_twice_without_training_is_refused():
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    model.consolidate()
+    _refused(model, "train the model on the next task", lambda: model.consolidate((X, Y)))
+
+
+def test_diverged_weights_are_refused():
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    model.fisher.slots["head/kernel"].assign(tf.fill((8, 3), np.inf))
+    _refused(model, "'head/kernel' is not finite", model.consolidate)
+
+
+def test_more_groups_than_parameters_are_refused():
+    from keras_dwd import GaussianMixtureGrouping
+
+    model = compiled(strength=1.0, grouping=GaussianMixtureGrouping(84, samples=100))
+    model.fit(X, Y, verbose=0)
+    _refused(model, r"number of parameters \(83\)", model.consolidate)
+
+
+def test_constructor_refuses():
+    with pytest.raises(TypeError, match="from_model"):
+        DWDModel(strength=1.0)
+    with pytest.raises(ValueError, match="must be built"):
+        DWDModel.from_model(keras.Sequential([layers.Dense(3)]))
+    with pytest.raises(ValueError, match="not both"):
+        DWDModel.from_model(mlp(), strength=1.0, regularizer=DWDRegularizer())
+    with pytest.raises(ValueError, match="`fisher` must be a DiagonalFisher"):
+        DWDModel.from_model(mlp(), fisher="exact")
+    with pytest.raises(ValueError, match="`strength`"):
+        DWDModel.from_model(mlp(), strength=-1)
+    with pytest.raises(ValueError, match="Compile the model first"):
+        DWDModel.from_model(mlp()).consolidate((X, Y))
+
+
+def test_ambiguous_names_are_refused():
+    class Two(layers.Layer):
+        def build(self, shape):
+            self.a = self.add_weight(shape=(3,), name="w")
+            self.b = self.add_weight(shape=(3,), name="w")
+
+        def call(self, x):
+            return x + self.a + self.b
+
+    inputs = keras.Input((3,))
+    with pytest.raises(ValueError, match="distinct names"):
+        DWDModel(inputs, Two(name="two")(inputs))
+
+
+def test_several_replicas_are_refused(monkeypatch):
+    model = compiled(strength=1.0)
+    strategy = tf.distribute.get_strategy()
+    monkeypatch.setattr(type(strategy.extended), "_num_replicas_in_sync", 2)
+    with pytest.raises(RuntimeError, match="several replicas"):
+        model.fit(X, Y, verbose=0)

@@ -1,0 +1,99 @@
+import keras
+import numpy as np
+import pytest
+from conftest import blobs
+from keras import layers
+
+from keras_dwd import DiagonalFisher, DWDModel, TaskHeads
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def heads_model(tasks=3, units=2, optimizer=None, **settings):
+    features, task = keras.Input((6,)), keras.Input((), dtype="int32")
+    x = layers.Dense(8, activation="tanh", name="hidden")(features)
+    model = DWDModel([features, task], TaskHeads(tasks, units, name="heads")(x, task), **settings)
+    model.compile(optimizer or keras.optimizers.AdamW(0.01, weight_decay=0.1), LOSS)
+    return model
+
+
+def task_data(task, seed=0):
+    x, y = blobs(32, classes=2, seed=seed)
+    return (x, np.full(32, task, "int32")), y
+
+
+def test_outputs_are_those_of_each_examples_own_head():
+    model = heads_model()
+    x, _ = blobs(9)
+    task = np.arange(9, dtype="int32") % 3
+    kernel, bias = (np.array(v) for v in model.get_layer("heads").weights)
+    hidden = np.tanh(x @ np.array(model.get_layer("hidden").kernel))
+    expected = [hidden[i] @ kernel[task[i]] + bias[task[i]] for i in range(9)]
+    np.testing.assert_allclose(model.predict((x, task), verbose=0), expected, rtol=1e-4, atol=1e-6)
+    column = model.get_layer("heads")(model.get_layer("hidden")(x), task[:, None])
+    np.testing.assert_allclose(column, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [None, 3])
+@pytest.mark.parametrize("strength", [0.0, 10.0])
+def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation):
+    optimizer = keras.optimizers.AdamW(
+        0.01, weight_decay=0.1, gradient_accumulation_steps=accumulation
+    )
+    model = heads_model(strength=strength, optimizer=optimizer)
+    kernel = model.get_layer("heads").kernel
+    for task in range(3):
+        before = np.array(kernel)
+        model.fit(*task_data(task, seed=task), epochs=3, batch_size=8, verbose=0)
+        model.consolidate()
+        after = np.array(kernel)
+        for head in range(3):
+            assert np.array_equal(after[head], before[head]) == (head != task)
+
+
+def test_all_heads_train_on_mixed_batches():
+    model = heads_model(strength=1.0)
+    before = np.array(model.get_layer("heads").kernel)
+    x, y = blobs(60, classes=2)
+    model.fit((x, np.arange(60, dtype="int32") % 3), y, epochs=2, verbose=0)
+    changed = np.any(before != np.array(model.get_layer("heads").kernel), axis=(1, 2))
+    assert changed.all()
+
+
+@pytest.mark.parametrize("estimator", ["batch", "exact"])
+def test_heads_of_other_tasks_have_no_fisher(estimator):
+    model = heads_model(strength=1.0, fisher=DiagonalFisher(estimator))
+    model.fit(*task_data(1), verbose=0)
+    model.consolidate(task_data(1) if estimator == "exact" else None)
+    precision = np.array(model.regularizer.precisions["heads/kernel"])
+    assert np.all(precision[[0, 2]] == 0)
+    assert np.all(precision[1] > 0)
+
+
+def test_file_round_trip(tmp_path):
+    model = heads_model(strength=1.0)
+    model.fit(*task_data(0), verbose=0)
+    model.save(tmp_path / "heads.keras")
+    again = keras.models.load_model(tmp_path / "heads.keras")
+    x = task_data(2)[0]
+    np.testing.assert_array_equal(model.predict(x, verbose=0), again.predict(x, verbose=0))
+    np.testing.assert_array_equal(again._head_gate.in_use["heads/kernel"], [True, False, False])
+
+
+def test_each_head_is_initialised_on_its_own():
+    layer = TaskHeads(2, 50)
+    layer(np.zeros((1, 300), "float32"), np.zeros(1, "int32"))
+    kernel = np.array(layer.kernel)
+    limit = (6 / 350) ** 0.5  # of Glorot's uniform for 300 inputs and 50 outputs
+    assert not np.array_equal(kernel[0], kernel[1])
+    assert 0.95 * limit < np.abs(kernel).max() <= limit
+
+
+def test_config_and_bad_arguments():
+    layer = TaskHeads(2, 3, activation="softmax", kernel_regularizer="l2")
+    assert TaskHeads.from_config(layer.get_config()).get_config() == layer.get_config()
+    for arguments in ({"tasks": 0, "units": 2}, {"tasks": 2, "units": 1.5}):
+        with pytest.raises(ValueError, match="must be an integer >= 1"):
+            TaskHeads(**arguments)
+    with pytest.raises(ValueError, match=r"\(batch, features\)"):
+        TaskHeads(2, 3)(np.zeros((1, 2, 3), "float32"), np.zeros(1, "int32"))
