@@ -35,7 +35,7 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) -e ".[dev,plots,text]"
+	$(PIP) -e ".[dev,plots]"
 	touch $@
 
 $(VENV)/.horovod: $(VENV)/.dev scripts/build_horovod.py

@@ -140,7 +140,7 @@ def run_sequence(
 def _fit_arguments(data: Any, batch_size: int) -> dict[str, Any]:
     if isinstance(data, (tuple, list)):
         return {"x": data[0], "y": data[1], "batch_size": batch_size}
-    return {"x": data}
+    return {"x": data, "shuffle": False}  # whoever made the dataset shuffles it
 
 
 def _as_batches(data: Any) -> tf.data.Dataset:

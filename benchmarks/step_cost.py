@@ -1,0 +1,124 @@
+"""What DWD costs: step time relative to fine-tuning, and its growth with the number of tasks.
+
+Both models of a pair live in one process and are timed in alternation; the ratio of the medians
+over many short rounds is reported, so that a machine whose speed drifts does not decide it.
+
+Usage: python benchmarks/step_cost.py [--rounds N] [--out FILE]
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd import DWDModel, Scenario, Task
+from keras_dwd.evaluation.experiment import versions
+from keras_dwd.evaluation.files import write_json
+from keras_dwd.evaluation.profiles import conv_net, resnet18_like
+
+BATCH = 32
+NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 2)}
+
+
+def scenario(tasks=20):
+    """20 tasks of 10 classes each on images of 32 × 32: for the shapes only."""
+    return Scenario("cost", tuple(Task(str(t), None, None) for t in range(tasks)), "task", 10, (32, 32, 3))
+
+
+def batch(task, rng):
+    x = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32")
+    y = rng.integers(0, 10, BATCH)
+    return (tf.constant(x), tf.fill((BATCH,), np.int32(task))), tf.constant(y)
+
+
+class Trainer:
+    """A compiled model and the function that makes some of its training steps."""
+
+    def __init__(self, build, **settings):
+        keras.utils.set_random_seed(0)
+        self.model = DWDModel.from_model(build(scenario()), **settings)
+        self.model.compile(
+            keras.optimizers.Adam(1e-4), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+        self.rng = np.random.default_rng(0)
+        self.data = batch(0, self.rng)
+
+    def learn_tasks(self, count):
+        while self.model.tasks_learned < count:
+            self.model.train_on_batch(*batch(self.model.tasks_learned, self.rng))
+            self.model.consolidate()
+        self.data = batch(self.model.tasks_learned, self.rng)
+
+    def seconds(self, steps):
+        step = tf.function(self.model.train_step) if not hasattr(self, "step") else self.step
+        self.step = step
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = step(self.data)["loss"]
+        float(loss)  # wait for it
+        return (time.perf_counter() - started) / steps
+
+
+def ratio(numerator, denominator, steps, rounds):
+    """Median over rounds of the ratio within a round, and the median step times."""
+    times = []
+    for trainer in (numerator, denominator):
+        trainer.seconds(3)  # trace and warm up
+    for r in range(rounds):
+        pair = [numerator, denominator]
+        if r % 2:
+            measured = [t.seconds(steps) for t in reversed(pair)][::-1]
+        else:
+            measured = [t.seconds(steps) for t in pair]
+        times.append(measured)
+    above, below = (statistics.median(t[i] for t in times) for i in (0, 1))
+    ratios = sorted(a / b for a, b in times)
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+        "milliseconds": [1000 * above, 1000 * below],
+        "rounds": rounds,
+        "steps_per_round": steps,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "step_cost.json"
+    )
+    options = parser.parse_args()
+    results = {}
+    for name, (build, steps) in NETWORKS.items():
+        finetune, early, late = Trainer(build, strength=0.0), Trainer(build), Trainer(build)
+        early.learn_tasks(2)
+        late.learn_tasks(19)
+        parameters = early.model.count_params()
+        state = sum(a.nbytes for a in early.model._state().values())
+        results[name] = {
+            "parameters": parameters,
+            "state_bytes_per_parameter": state / parameters,
+            "dwd_to_finetune": ratio(early, finetune, steps, options.rounds),
+            "task_20_to_task_2": ratio(late, early, steps, options.rounds),
+        }
+        for key in ("dwd_to_finetune", "task_20_to_task_2"):
+            print(f"{name}: {key} {results[name][key]['ratio']:.3f}", flush=True)
+    write_json(
+        options.out,
+        {
+            "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, images 32 x 32 x 3, "
+            "defaults of DWDModel against strength=0 (= keras.Model.fit), alternating in one "
+            "process, median ratio over rounds; state in bytes per parameter after 2 tasks",
+            "versions": versions(),
+            "networks": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
