@@ -5,18 +5,26 @@ the same epochs. The value with the highest validation accuracy is run on the te
 three seeds. The grids lie at different places because the methods' Fisher information has
 different scales; where the best value is at the end of a grid, the output says so.
 
-Usage: python benchmarks/retention.py [--scenario NAME ...] [--data-dir DIR]
+Runs go on side by side, one process per core with one thread for each operation: steps/s are of
+one core.
+
+Usage: python benchmarks/retention.py [--scenario NAME ...] [--data-dir DIR] [--processes N]
 """
 
 import argparse
+import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
+from rich.console import Console
 
 from keras_dwd.cli import table
-from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.experiment import Experiment, summarize, versions
 from keras_dwd.evaluation.files import write_json
-from rich.console import Console
 
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
@@ -25,29 +33,47 @@ SCENARIOS = {
 }
 TUNING_SEEDS = {"permuted-digits": (0, 1, 2), "split-digits": (0, 1, 2), "split-cifar100": (0,)}
 GRIDS = {
-    "permuted-digits": {m: (10, 30, 100, 300, 1000) for m in ("ewc", "online-ewc", "dwd")},
-    "split-digits": {m: (10, 30, 100, 300, 1000) for m in ("ewc", "online-ewc", "dwd")},
-    "split-cifar100": {m: (300, 1000, 3000, 10000) for m in ("ewc", "dwd")},
+    "permuted-digits": dict.fromkeys(("ewc", "online-ewc", "dwd"), (10, 30, 100, 300, 1000)),
+    "split-digits": dict.fromkeys(("ewc", "online-ewc", "dwd"), (10, 30, 100, 300, 1000)),
+    "split-cifar100": {"ewc": (1000, 3000, 10000, 30000), "dwd": (300, 1000, 3000, 10000)},
 }
 VALIDATION = 0.2
 
 
-def tune(name, data_dir):
+def one_thread():
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def one_run(settings, method, seed, strength):
+    """In a process of its own: what it gave, without the model."""
+    result = Experiment(**settings).run(method, seed, strength)
+    print(
+        f"{settings['scenario']}{' validation' if settings.get('validation') else ''}: {method} "
+        f"λ={strength} seed {seed}: {result.matrix.average_accuracy:.4f}",
+        flush=True,
+    )
+    return dataclasses.replace(result, model=None)
+
+
+def tune(pool, name, settings):
     """Validation accuracies per method and λ, and the best λ per method."""
-    experiment = Experiment(**SCENARIOS[name], data_dir=data_dir, validation=VALIDATION)
-    tried, best = {}, {}
-    for method, grid in GRIDS[name].items():
-        tried[method] = {}
-        for strength in grid:
-            runs = [
-                experiment.run(method, seed, strength).matrix.average_accuracy
-                for seed in TUNING_SEEDS[name]
-            ]
-            tried[method][str(strength)] = float(np.mean(runs))
-            print(f"{name}: {method} λ={strength}: {np.mean(runs):.4f}", flush=True)
-        best[method] = max(grid, key=lambda s, m=method: tried[m][str(s)])
-        if best[method] in (grid[0], grid[-1]):
-            print(f"{name}: the best λ of {method} is at the end of its grid", flush=True)
+    settings = settings | {"validation": VALIDATION}
+    pending = {
+        (method, strength): [
+            pool.submit(one_run, settings, method, seed, strength) for seed in TUNING_SEEDS[name]
+        ]
+        for method, grid in GRIDS[name].items()
+        for strength in grid
+    }
+    tried = {method: {} for method in GRIDS[name]}
+    for (method, strength), runs in pending.items():
+        accuracies = [run.result().matrix.average_accuracy for run in runs]
+        tried[method][strength] = float(np.mean(accuracies))
+    best = {method: max(grid, key=grid.get) for method, grid in tried.items()}
+    for method, strength in best.items():
+        end = strength in (GRIDS[name][method][0], GRIDS[name][method][-1])
+        print(f"{name}: best λ of {method}: {strength}{', an end of its grid' if end else ''}")
     return tried, best
 
 
@@ -56,20 +82,40 @@ def main():
     parser.add_argument("--scenario", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    for name in options.scenario:
-        tried, best = tune(name, options.data_dir)
-        methods = ["finetune", *GRIDS[name], "joint"]
-        experiment = Experiment(**SCENARIOS[name], data_dir=options.data_dir)
-        results = experiment.compare(methods, options.seeds, strengths=best)
-        results["tuning"] = {
-            "validation_fraction": VALIDATION,
-            "seeds": list(TUNING_SEEDS[name]),
-            "validation_accuracy": tried,
-        }
-        write_json(options.out / f"retention_{name}.json", results)
-        Console().print(table(results))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, initializer=one_thread) as pool:
+        for name in options.scenario:
+            settings = SCENARIOS[name] | {"data_dir": options.data_dir}
+            tried, best = tune(pool, name, settings)
+            pending = {
+                method: [
+                    pool.submit(one_run, settings, method, seed, best.get(method, 0.0))
+                    for seed in range(options.seeds)
+                ]
+                for method in ("finetune", *GRIDS[name], "joint")
+            }
+            methods = {
+                method: {
+                    "strength": best.get(method, 0.0),
+                    **summarize([run.result() for run in runs]),
+                }
+                for method, runs in pending.items()
+            }
+            results = {
+                "protocol": Experiment(**settings).describe(options.seeds),
+                "versions": versions(),
+                "methods": methods,
+                "tuning": {
+                    "validation_fraction": VALIDATION,
+                    "seeds": list(TUNING_SEEDS[name]),
+                    "validation_accuracy": tried,
+                },
+            }
+            write_json(options.out / f"retention_{name}.json", results)
+            Console().print(table(results))
 
 
 if __name__ == "__main__":

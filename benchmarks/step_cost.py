@@ -26,7 +26,9 @@ NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 2)}
 
 def scenario(tasks=20):
     """20 tasks of 10 classes each on images of 32 × 32: for the shapes only."""
-    return Scenario("cost", tuple(Task(str(t), None, None) for t in range(tasks)), "task", 10, (32, 32, 3))
+    return Scenario(
+        "cost", tuple(Task(str(t), None, None) for t in range(tasks)), "task", 10, (32, 32, 3)
+    )
 
 
 def batch(task, rng):
@@ -42,7 +44,8 @@ class Trainer:
         keras.utils.set_random_seed(0)
         self.model = DWDModel.from_model(build(scenario()), **settings)
         self.model.compile(
-            keras.optimizers.Adam(1e-4), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            keras.optimizers.Adam(1e-4),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         self.rng = np.random.default_rng(0)
         self.data = batch(0, self.rng)

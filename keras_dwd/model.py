@@ -34,7 +34,7 @@ class DWDModel(keras.Model):
     | --- | --- |
     | fine-tuning | `strength=0` |
     | EWC | `regularizer=DWDRegularizer(λ, anchor="folded")`, `grouping=None`, \
-    `fisher=DiagonalFisher("exact", gamma=None, normalize=False)` |
+    `fisher=DiagonalFisher("exact", gamma=None)` |
     | online EWC | the same, with `regularizer=DWDRegularizer(λ, decay=0.9)` |
     | DWD | the defaults |
 
@@ -222,7 +222,8 @@ class DWDModel(keras.Model):
         if variables:
             fisher = self.fisher.value() if data is None else self._estimate(data, batch_size)
             variables = {path: v for path, v in variables.items() if path in fisher}
-            fisher = self.fisher.scaled({path: fisher[path] for path in variables})
+            fisher = {path: fisher[path] for path in variables}
+            self.fisher.check(fisher)
             importance = fisher
             if self.grouping is not None:
                 strengths, summary = self.grouping.strengths(

@@ -87,7 +87,7 @@ def test_the_model_folds_strength_times_fisher():
     values = {
         f"{layer.name}/{v.name}": np.array(v) for layer in model.layers for v in layer.weights
     }
-    fisher = model.fisher.scaled(model._estimate((x, y), 32))
+    fisher = model._estimate((x, y), 32)
     strengths, summary = model.grouping.strengths(fisher, values)
     model.consolidate((x, y))
     for path, precision in model.regularizer.precisions.items():

@@ -35,24 +35,18 @@ class DiagonalFisher:
             learned well, whose gradients vanish, count as much as those that are not.
         gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
             online estimate off, `consolidate` then needs data.
-        normalize: Divide the Fisher of a task by its mean over all parameters at the boundary,
-            so that the same strength fits networks and tasks whose gradients differ by orders of
-            magnitude, and well-learned tasks (whose gradients vanish) count as much as others.
 
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);
         [van de Ven, 2025](https://arxiv.org/abs/2502.11756) on the estimators.
     """
 
-    def __init__(
-        self, estimator: Estimator = "batch", gamma: float | None = 0.95, normalize: bool = True
-    ):
+    def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95):
         if estimator not in get_args(Estimator):
             known = ", ".join(get_args(Estimator))
             raise ValueError(f"`estimator` must be one of {known}. Received: {estimator!r}")
         self.estimator = estimator
         self.gamma = None if gamma is None else number("gamma", gamma, 0, 1, closed=False)
-        self.normalize = bool(normalize)
         self.slots: dict[str, keras.Variable] = {}
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
@@ -157,23 +151,14 @@ class DiagonalFisher:
         parameters = sum(int(np.prod(v.shape)) for v in variables.values())
         return max(1, min(batch_size, _MAX_FLOATS // max(parameters, 1)))
 
-    def scaled(self, fisher: Arrays) -> Arrays:
-        """The Fisher as it enters the precision: normalised, where so configured.
-
-        Raises:
-            ValueError: If a value is not finite; names the variable.
-        """
+    def check(self, fisher: Arrays) -> None:
+        """Raise `ValueError` naming the variable if a value is not finite."""
         for path, values in fisher.items():
             if not np.isfinite(values).all():
                 raise ValueError(
                     f"The Fisher information of {path!r} is not finite: the loss or the weights "
                     "have diverged. Nothing was changed."
                 )
-        if not self.normalize:
-            return fisher
-        mean = sum(f.sum(dtype="float64") for f in fisher.values())
-        mean /= max(sum(f.size for f in fisher.values()), 1)
-        return {path: f / mean for path, f in fisher.items()} if mean > 0 else fisher
 
     def state(self) -> Arrays:
         """The online slots as arrays, under `fisher/PATH`, and `fisher_weight`."""
@@ -185,7 +170,6 @@ class DiagonalFisher:
         return {
             "estimator": self.estimator,
             "gamma": self.gamma,
-            "normalize": self.normalize,
         }
 
     @classmethod

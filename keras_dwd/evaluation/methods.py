@@ -31,7 +31,7 @@ class Method:
 def _ewc(strength: float) -> dict[str, Any]:
     return {
         "regularizer": DWDRegularizer(strength, anchor="folded"),
-        "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
+        "fisher": DiagonalFisher("exact", gamma=None),
         "grouping": None,
     }
 
@@ -39,7 +39,7 @@ def _ewc(strength: float) -> dict[str, Any]:
 def _online_ewc(strength: float) -> dict[str, Any]:
     return {
         "regularizer": DWDRegularizer(strength, decay=0.9),
-        "fisher": DiagonalFisher("exact", gamma=None, normalize=False),
+        "fisher": DiagonalFisher("exact", gamma=None),
         "grouping": None,
     }
 
@@ -48,9 +48,9 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("finetune", lambda strength: {"strength": 0.0}),
-        Method("ewc", _ewc, strength=1000.0, boundary_pass=True),
-        Method("online-ewc", _online_ewc, strength=1000.0, boundary_pass=True),
-        Method("dwd", lambda strength: {"strength": strength}, strength=1.0),
+        Method("ewc", _ewc, strength=100.0, boundary_pass=True),
+        Method("online-ewc", _online_ewc, strength=100.0, boundary_pass=True),
+        Method("dwd", lambda strength: {"strength": strength}, strength=100.0),
         Method("joint", lambda strength: {"strength": 0.0}, joint=True),
     )
 }

@@ -50,7 +50,7 @@ def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile
         images = None if small or name == "full" else 400
         return Profile("MLP 100-100", mlp, 10, images_per_class=images)
     if name == "cpu":
-        return Profile("conv 32-32/2-64-64/2-pool-dense 128", conv_net, 10, images_per_class=200)
+        return Profile("conv 32-32/2-64-64/2-pool-dense 128", conv_net, 8, images_per_class=200)
     return Profile("ResNet-32", resnet32, 60, batch_size=128)
 
 

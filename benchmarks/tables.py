@@ -1,0 +1,96 @@
+"""Write the tables of the README from the files in `benchmarks/results`.
+
+Usage: python benchmarks/tables.py [--check]
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+COLUMNS = {
+    "average_accuracy": "accuracy %",
+    "forgetting": "forgetting %",
+    "relative_forgetting": "relative forgetting %",
+    "learning_accuracy": "right after learning %",
+    "steps_per_second_with_boundaries": "steps/s",
+}
+
+
+def rows(lines):
+    head, *body = lines
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+
+def methods_table(results):
+    """Methods × metrics, mean ± standard deviation over the seeds."""
+    tuned = "tuning" in results
+    lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
+    for name, method in results["methods"].items():
+        cells = [name]
+        if tuned:
+            cells.append(f"{method['strength']:g}" if method["strength"] else "")
+        for key in COLUMNS:
+            metric = method["metrics"][key]
+            if key.startswith("steps"):
+                cells.append(f"{metric['mean']:.0f}")
+            else:
+                cells.append(f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}")
+        lines.append(cells)
+    protocol = results["protocol"]
+    text = f"{protocol['title']}: {protocol['text']}"
+    if tuned:
+        tuning = results["tuning"]
+        count = max(len(tried) for tried in tuning["validation_accuracy"].values())
+        text += (
+            f" λ is the best of {count} per method by the accuracy on "
+            f"{tuning['validation_fraction']:.0%} of the training data held back, "
+            f"seeds {', '.join(map(str, tuning['seeds']))}."
+        )
+    return f"{rows(lines)}\n\n{text}"
+
+
+def cost_table(results):
+    lines = [["network", "parameters", "DWD / fine-tuning", "task 20 / task 2", "state, bytes"]]
+    for name, network in results["networks"].items():
+        lines.append(
+            [
+                name,
+                f"{network['parameters']:,}",
+                *(f"{network[k]['ratio']:.3f}" for k in ("dwd_to_finetune", "task_20_to_task_2")),
+                f"{network['state_bytes_per_parameter']:.1f} a parameter",
+            ]
+        )
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
+def fill(text):
+    """The README with each `<!-- results: FILE -->` block made anew."""
+
+    def block(match):
+        name = match[1]
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        made = cost_table(results) if "networks" in results else methods_table(results)
+        return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
+
+    return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if options.check:
+        sys.exit(0 if fill(text) == text else "README.md differs from benchmarks/results")
+    readme.write_text(fill(text))
+
+
+if __name__ == "__main__":
+    main()
