@@ -1,9 +1,9 @@
 """What is retained: λ tuned for each method on held-back training data, then test accuracy.
 
-Each method that has a λ gets the same number of values, half a decade apart, the same seeds and
+Each method that has a λ gets the same number of values with the same spacing, the same seeds and
 the same epochs. The value with the highest validation accuracy is run on the test data with
-three seeds. The grids lie at different places because the methods' Fisher information has
-different scales; where the best value is at the end of a grid, the output says so.
+three seeds. Where grids lie at different places, it is because the methods' Fisher information differs
+in scale; where the best value is at the end of a grid, the output says so.
 
 Runs go on side by side, one process per core with one thread for each operation: steps/s are of
 one core.

@@ -189,11 +189,12 @@ class DWDModel(keras.Model):
             self.fisher.update(estimate, _all_finite(estimate) if scale is not None else None)
         del tape
 
-        kept = self._head_gate.open(trainable, gradients)
-        self.optimizer.apply_gradients(
-            zip(self._with_pull(trainable, gradients, scale), variables, strict=True)
-        )
-        self._head_gate.close(kept)
+        if variables:
+            kept = self._head_gate.open(trainable, gradients)
+            self.optimizer.apply_gradients(
+                zip(self._with_pull(trainable, gradients, scale), variables, strict=True)
+            )
+            self._head_gate.close(kept)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def consolidate(self, data: Any = None, batch_size: int = 32) -> None:

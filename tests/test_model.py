@@ -167,6 +167,22 @@ def test_frozen_layers_are_neither_trained_nor_folded():
     assert np.any(held != np.array(model.regularizer.precisions["hidden/kernel"]))
 
 
+def test_a_model_without_trainable_layers_can_be_run():
+    model = compiled(strength=1.0)
+    before = weights(model)
+    model.trainable = False
+    model.compile("sgd", LOSS)
+    model.fit(*blobs(), verbose=0)
+    for a, b in zip(before, weights(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_per_output_are_refused_by_the_exact_estimators():
+    fisher = DiagonalFisher("exact")
+    with pytest.raises(ValueError, match="one sample weight per example"):
+        fisher.of_batch(None, {}, (tf.ones((2, 1)), tf.ones(2), {"a": tf.ones(2)}))
+
+
 def test_recompiling_keeps_what_was_learned():
     x, y = blobs()
     model = compiled(strength=1.0)

@@ -5,6 +5,7 @@ from conftest import blobs
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, TaskHeads
+from keras_dwd.layers.task_heads import HeadGate
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -49,6 +50,18 @@ def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation):
         after = np.array(kernel)
         for head in range(3):
             assert np.array_equal(after[head], before[head]) == (head != task)
+
+
+def test_a_step_that_overflows_opens_no_head():
+    gate, kernel = HeadGate(), keras.Variable(np.zeros((2, 3, 2), "float32"))
+    kernel.per_task = True
+    gate.build({"k": kernel})
+    gradient = np.zeros((2, 3, 2), "float32")
+    gate.open({"k": kernel}, [gradient * np.nan])
+    np.testing.assert_array_equal(gate.in_use["k"], [False, False])
+    gradient[1, 0, 0] = 1e-6
+    gate.open({"k": kernel}, [gradient])
+    np.testing.assert_array_equal(gate.in_use["k"], [False, True])
 
 
 def test_all_heads_train_on_mixed_batches():

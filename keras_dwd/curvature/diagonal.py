@@ -108,6 +108,11 @@ class DiagonalFisher:
                 differentiation: small gradients underflow in float16.
         """
         x, y, sample_weight = batch
+        if self.estimator != "batch" and tf.nest.is_nested(sample_weight):
+            raise ValueError(
+                f"The estimator {self.estimator!r} needs one sample weight per example. Received "
+                "weights per output."
+            )
         examples = tf.shape(tf.nest.flatten(x)[0])[0]
         values = [v.value for v in variables.values()]
 
@@ -133,7 +138,7 @@ class DiagonalFisher:
                 residual = tf.add_n([tf.reduce_sum(tf.square(g)) for g in by_outputs])
                 return [tf.square(g) for g in by_variables], residual
 
-            per_example, residuals = tf.vectorized_map(of_example, (x, y))
+            per_example, residuals = tf.vectorized_map(of_example, (x, y), warn=False)
             share = tf.ones((examples,)) / tf.cast(examples, "float32")
             if sample_weight is not None:
                 # A weight of two is the example seen twice: it weighs the square, linearly.

@@ -133,7 +133,9 @@ class HeadGate:
         for (path, variable), gradient in zip(variables.items(), gradients, strict=True):
             if path in self.in_use and gradient is not None:
                 in_use = self.in_use[path]
-                touched = tf.reduce_any(gradient != 0, axis=range(1, len(variable.shape)))
+                # In a step that overflows float16 every head's gradient is NaN.
+                real = (gradient != 0) & tf.math.is_finite(gradient)
+                touched = tf.reduce_any(real, axis=range(1, len(variable.shape)))
                 in_use.assign(tf.logical_or(in_use.value, touched))
                 mask = tf.reshape(in_use.value, (-1, *[1] * (len(variable.shape) - 1)))
                 kept.append((variable, tf.identity(variable.value), mask))
