@@ -12,16 +12,19 @@ run: $(VENV)/.package
 	$(BIN)/keras-dwd run
 
 test: lint $(VENV)/.horovod
-	$(BIN)/python -m pytest
+	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Hours; wants CIFAR-100 prepared for tensorflow-datasets where TFDS_DATA_DIR says.
 bench: $(VENV)/.dev
+	$(BIN)/keras-dwd run --out benchmarks/results/run_default.json
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/retention.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

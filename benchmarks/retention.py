@@ -1,9 +1,9 @@
 """What is retained: λ tuned for each method on held-back training data, then test accuracy.
 
-Each method that has a λ gets the same number of values with the same spacing, the same seeds and
-the same epochs. The value with the highest validation accuracy is run on the test data with
-three seeds. Where grids lie at different places, it is because the methods' Fisher information differs
-in scale; where the best value is at the end of a grid, the output says so.
+Each method that has a λ gets the same values of it, the same seeds and the same epochs. The value
+with the highest validation accuracy is run on the test data with three seeds; where it is at the
+end of the grid, the output says so. What an earlier run under the same protocol and versions has
+found is taken from its file: `--fresh` ignores it.
 
 Runs go on side by side, one process per core with one thread for each operation: steps/s are of
 one core.
@@ -13,6 +13,7 @@ Usage: python benchmarks/retention.py [--scenario NAME ...] [--data-dir DIR] [--
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ from rich.console import Console
 from keras_dwd.cli import table
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
 from keras_dwd.evaluation.files import write_json
+from keras_dwd.evaluation.methods import METHODS
 
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
@@ -33,9 +35,13 @@ SCENARIOS = {
 }
 TUNING_SEEDS = {"permuted-digits": (0, 1, 2), "split-digits": (0, 1, 2), "split-cifar100": (0,)}
 GRIDS = {
-    "permuted-digits": dict.fromkeys(("ewc", "online-ewc", "dwd"), (10, 30, 100, 300, 1000)),
-    "split-digits": dict.fromkeys(("ewc", "online-ewc", "dwd"), (10, 30, 100, 300, 1000)),
-    "split-cifar100": {"ewc": (1000, 3000, 10000, 30000), "dwd": (300, 1000, 3000, 10000)},
+    "permuted-digits": dict.fromkeys(
+        ("ewc", "online-ewc", "dwd", "dwd-online"), (10, 30, 100, 300, 1000)
+    ),
+    "split-digits": dict.fromkeys(
+        ("ewc", "online-ewc", "dwd", "dwd-online"), (10, 30, 100, 300, 1000)
+    ),
+    "split-cifar100": dict.fromkeys(("ewc", "dwd"), (300, 1000, 3000, 10000, 30000)),
 }
 VALIDATION = 0.2
 
@@ -56,7 +62,7 @@ def one_run(settings, method, seed, strength):
     return dataclasses.replace(result, model=None)
 
 
-def tune(pool, name, settings):
+def tune(pool, name, settings, known):
     """Validation accuracies per method and λ, and the best λ per method."""
     settings = settings | {"validation": VALIDATION}
     pending = {
@@ -65,14 +71,15 @@ def tune(pool, name, settings):
         ]
         for method, grid in GRIDS[name].items()
         for strength in grid
+        if strength not in known.get(method, {})
     }
-    tried = {method: {} for method in GRIDS[name]}
+    tried = {method: dict(known.get(method, {})) for method in GRIDS[name]}
     for (method, strength), runs in pending.items():
         accuracies = [run.result().matrix.average_accuracy for run in runs]
         tried[method][strength] = float(np.mean(accuracies))
     best = {method: max(grid, key=grid.get) for method, grid in tried.items()}
     for method, strength in best.items():
-        end = strength in (GRIDS[name][method][0], GRIDS[name][method][-1])
+        end = strength in (min(tried[method]), max(tried[method]))
         print(f"{name}: best λ of {method}: {strength}{', an end of its grid' if end else ''}")
     return tried, best
 
@@ -83,38 +90,51 @@ def main():
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--fresh", action="store_true", help="run everything again")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, initializer=one_thread) as pool:
         for name in options.scenario:
             settings = SCENARIOS[name] | {"data_dir": options.data_dir}
-            tried, best = tune(pool, name, settings)
+            path = options.out / f"retention_{name}.json"
+            protocol = Experiment(**settings).describe(options.seeds)
+            earlier = {} if options.fresh or not path.exists() else json.loads(path.read_text())
+            if earlier and (earlier["protocol"], earlier["versions"]) != (protocol, versions()):
+                earlier = {}
+            known = earlier["tuning"]["validation_accuracy"] if earlier else {}
+            known = {m: {float(s): a for s, a in tried.items()} for m, tried in known.items()}
+            tried, best = tune(pool, name, settings, known)
+            names = ("finetune", *GRIDS[name], "joint")
+            chosen = {m: METHODS[m].configuration(best.get(m, 0.0)) for m in names}
+            methods = {
+                method: earlier["methods"][method]
+                for method in (names if earlier else ())
+                if earlier["methods"].get(method, {}).get("settings") == chosen[method]
+            }
             pending = {
                 method: [
                     pool.submit(one_run, settings, method, seed, best.get(method, 0.0))
                     for seed in range(options.seeds)
                 ]
-                for method in ("finetune", *GRIDS[name], "joint")
+                for method in names
+                if method not in methods
             }
-            methods = {
-                method: {
-                    "strength": best.get(method, 0.0),
-                    **summarize([run.result() for run in runs]),
-                }
-                for method, runs in pending.items()
-            }
+            for method, runs in pending.items():
+                summary = summarize([run.result() for run in runs])
+                methods[method] = {"settings": chosen[method], **summary}
             results = {
-                "protocol": Experiment(**settings).describe(options.seeds),
+                "protocol": protocol,
                 "versions": versions(),
-                "methods": methods,
+                "methods": {method: methods[method] for method in names},
                 "tuning": {
                     "validation_fraction": VALIDATION,
                     "seeds": list(TUNING_SEEDS[name]),
                     "validation_accuracy": tried,
                 },
             }
-            write_json(options.out / f"retention_{name}.json", results)
+            write_json(path, results)
             Console().print(table(results))
 
 

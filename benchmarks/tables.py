@@ -34,7 +34,8 @@ def methods_table(results):
     for name, method in results["methods"].items():
         cells = [name]
         if tuned:
-            cells.append(f"{method['strength']:g}" if method["strength"] else "")
+            strength = method["settings"]["regularizer"]["strength"]
+            cells.append(f"{strength:g}" if strength else "")
         for key in COLUMNS:
             metric = method["metrics"][key]
             if key.startswith("steps"):

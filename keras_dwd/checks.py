@@ -33,8 +33,10 @@ def integer(name: str, given: Any, low: int) -> int:
 
 
 def check_finite(name: str, data: Any) -> None:
-    """Raise `ValueError` if an array in the structure `data` holds NaN or infinity."""
+    """Raise `ValueError` if an array in the structure `data` is empty, holds NaN or infinity."""
     for array in _arrays(data):
+        if array.size == 0:
+            raise ValueError(f"`{name}` is empty: it has shape {array.shape}.")
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             bad = int(np.size(array) - np.isfinite(array).sum())
             raise ValueError(f"`{name}` must be finite. Received {bad} values that are NaN or Inf.")
@@ -92,6 +94,11 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
             `PyDataset` or any other iterable of such batches.
         batch_size: Larger batches are split.
     """
+    endless = (
+        isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY
+    )
+    if endless or (isinstance(data, keras.utils.PyDataset) and data.num_batches is None):
+        raise ValueError("`data` must end. Received an endless dataset: use `take(steps)`.")
     if isinstance(data, tuple):
         data = [data]
     for batch in data:

@@ -90,7 +90,7 @@ class DWDModel(keras.Model):
         # The weights at the last boundary, as a digest: nothing to fold before they change.
         self._weights_digest = b""
         self._head_gate = HeadGate()
-        self._traced_fisher: tuple[Any, Any] | None = None
+        self._traced_fisher: Any = None
         by_path(self)  # fails on ambiguous names while it is still cheap to mend
 
     @classmethod
@@ -107,6 +107,10 @@ class DWDModel(keras.Model):
         Raises:
             ValueError: If the model is not built, or a subclassed one cannot tell its inputs.
         """
+        if isinstance(model, DWDModel):
+            raise ValueError(
+                f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
+            )
         if not model.built:
             raise ValueError(
                 f"`model` must be built before it can be wrapped. {model.name!r} has no weights "
@@ -128,10 +132,17 @@ class DWDModel(keras.Model):
         return cls(model.input, model.output, **settings)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.fit`, which first refuses arrays with NaN and labels outside the outputs."""
-        check_finite("x", x)
-        check_finite("y", y)
-        check_labels(self, y)
+        """`keras.Model.fit`, which first refuses arrays that are empty, with NaN or wrong labels.
+
+        Datasets are not looked into: a pass over them may be expensive, or not repeatable.
+        """
+        held_out = kwargs.get("validation_data")
+        held_out = held_out if isinstance(held_out, (tuple, list)) else ()
+        for prefix, data in (("", (x, y)), ("validation_data: ", held_out)):
+            for name, part in zip(("x", "y"), data, strict=False):
+                check_finite(f"{prefix}{name}", part)
+            check_labels(self, data[1] if len(data) > 1 else None)
+        check_finite("sample_weight", kwargs.get("sample_weight"))
         return super().fit(x, y, *args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -152,6 +163,7 @@ class DWDModel(keras.Model):
                 "DWDModel does not train under a tf.distribute strategy with several replicas."
             )
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        fisher = self.fisher if self._learns_online else None
         trainable = self._trainable_by_path()
         variables = list(trainable.values())
         with tf.GradientTape(persistent=True) as tape:
@@ -167,30 +179,31 @@ class DWDModel(keras.Model):
         # 1 unless the optimizer scales the loss (mixed precision): gradients carry that factor.
         scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
 
-        if self._learns_online:
-            if self.fisher.estimator == "batch":  # at no cost: the gradient is there
-                added_gradients = (
-                    tape.gradient(added_loss, variables)
-                    if added_loss is not None
-                    else [None] * len(variables)
-                )
-                data_gradients = _data_gradients(gradients, added_gradients, scale)
+        data_gradients = gradients
+        if added_loss is not None or scale is not None:
+            from_added = [None] * len(variables)
+            if added_loss is not None:
+                from_added = tape.gradient(added_loss, variables)
+            data_gradients = _data_gradients(gradients, from_added, scale)
+        del tape
+
+        if fisher is not None:
+            if fisher.estimator == "batch":  # at no cost: the gradient is there
                 count = tf.cast(examples, "float32")
                 estimate = {
-                    path: count * tf.square(g)
+                    path: count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
                     for path, g in zip(trainable, data_gradients, strict=True)
                     if g is not None
                 }
             else:
-                estimate = self.fisher.of_batch(
+                estimate = fisher.of_batch(
                     self._data_loss, trainable, (x, y, sample_weight), self._float16_scale
                 )
-            estimate = {path: e for path, e in estimate.items() if path in self.fisher.slots}
-            self.fisher.update(estimate, _all_finite(estimate) if scale is not None else None)
-        del tape
+            estimate = {path: e for path, e in estimate.items() if path in fisher.slots}
+            fisher.update(estimate, _all_finite(estimate) if scale is not None else None)
 
         if variables:
-            kept = self._head_gate.open(trainable, gradients)
+            kept = self._head_gate.open(trainable, data_gradients)
             self.optimizer.apply_gradients(
                 zip(self._with_pull(trainable, gradients, scale), variables, strict=True)
             )
@@ -235,7 +248,7 @@ class DWDModel(keras.Model):
             self.regularizer.fold(variables, importance)
             self.fisher.reset()
             if set(self.regularizer.precisions) != pulled:
-                self.train_function = None  # the step traced so far knows nothing of these slots
+                self._retrace()
         self._head_gate.reset()
         self.tasks_learned += 1
         self.groups = summary
@@ -261,8 +274,11 @@ class DWDModel(keras.Model):
     def save_own_variables(self, store: Any) -> None:
         """Write the consolidation state next to the weights."""
         super().save_own_variables(store)
+        # Named by path, and by position for models whose layers get other names in each process.
+        positions = {path: index for index, path in enumerate(by_path(self))}
         for name, array in self._state().items():
-            store[_key(name)] = array
+            kind, _, path = name.partition("/")
+            store[f"{kind}|{positions[path]}|{path.replace('/', '|')}" if path else kind] = array
 
     def load_own_variables(self, store: Any) -> None:
         """Read what `save_own_variables` wrote; files of plain models hold none and change none."""
@@ -275,6 +291,15 @@ class DWDModel(keras.Model):
             self._restore(saved, by_path(self))
 
     # Below: how it is done.
+
+    def _retrace(self) -> None:
+        """Make the training step anew: the one traced so far knows nothing of new slots.
+
+        Within a `fit` that goes on, which a callback may have called this from, the next step
+        takes the new function.
+        """
+        if self.train_function is not None:
+            self.make_train_function(force=True)
 
     @property
     def _learns_online(self) -> bool:
@@ -338,7 +363,8 @@ class DWDModel(keras.Model):
         """F̂ of one batch, by a graph that is kept from task to task."""
         # `compile` drops the training function, and with it the losses this graph refers to.
         key = (self.train_function, tuple(variables))
-        if self._traced_fisher is None or self._traced_fisher[0] != key:
+        known = self.train_function is not None and self._traced_fisher is not None
+        if not known or self._traced_fisher[0] != key:
 
             @tf.function(reduce_retracing=True)
             def of_batch(batch: Any) -> dict[str, tf.Tensor]:
@@ -360,61 +386,65 @@ class DWDModel(keras.Model):
 
     def _restore(self, saved: Arrays, variables: Variables) -> None:
         """Take over a saved state, after all of it was found to fit the model."""
-        tasks_learned = int(saved.pop("tasks_learned"))
-        digest = saved.pop("weights_digest").tobytes()
-        weight = saved.pop("fisher_weight")
-        values = {}
-        for path, variable in variables.items():
-            for kind in ("precision", "anchor", "fisher", "in_use"):
-                array = saved.pop(_key(f"{kind}/{path}"), None)
-                if array is None:
-                    continue
+        known = ("precision", "anchor", "fisher", "in_use")
+        scalars = {key: array for key, array in saved.items() if "|" not in key}
+        found = [(key.split("|", 2), array) for key, array in saved.items() if "|" in key]
+        paths = [path.replace("|", "/") for (_, _, path), _ in found]
+        if any(path not in variables for path in paths):
+            # A subclassed model does not keep the names of its layers: go by their order.
+            ordered = dict(enumerate(variables))
+            paths = [ordered.get(int(p) if p.isdigit() else -1, "") for (_, p, _), _ in found]
+        values: dict[tuple[str, str], np.ndarray] = {}
+        for ((kind, _, saved_path), array), path in zip(found, paths, strict=True):
+            variable = variables.get(path)
+            expected = None
+            if variable is not None and kind in known:
                 expected = tuple(variable.shape[:1] if kind == "in_use" else variable.shape)
-                if array.shape != expected:
-                    raise ValueError(
-                        f"The saved {kind} of {path!r} has shape {array.shape}, but {expected} "
-                        "is expected. Nothing was loaded."
-                    )
-                values[kind, path] = array
-        if saved:
+            if array.shape != expected or (kind, path) in values:
+                raise ValueError(
+                    f"The saved {kind} of {saved_path.replace('|', '/')!r}, of shape "
+                    f"{array.shape}, fits no variable of the model. Its consolidation state was "
+                    "left as it was."
+                )
+            values[kind, path] = array
+        if set(scalars) != {"tasks_learned", "weights_digest", "fisher_weight"}:
             raise ValueError(
-                f"The file holds state that fits no variable of the model: {sorted(saved)}. "
-                "Nothing was loaded."
+                f"The file holds an incomplete or unknown consolidation state: {sorted(scalars)}. "
+                "That of the model was left as it was."
             )
-        self.fisher.build({p: v for p, v in variables.items() if ("fisher", p) in values})
-        self._head_gate.build({p: v for p, v in variables.items() if ("in_use", p) in values})
         slots = {
             "precision": self.regularizer.precisions,
             "anchor": self.regularizer.anchors,
             "fisher": self.fisher.slots,
             "in_use": self._head_gate.in_use,
         }
+        for held in slots.values():
+            held.clear()
+        self.fisher.build({p: v for p, v in variables.items() if ("fisher", p) in values})
+        self._head_gate.build({p: v for p, v in variables.items() if ("in_use", p) in values})
         for (kind, path), array in values.items():
             if kind in ("precision", "anchor"):
                 self.regularizer.build_slot(path, variables[path])
-            slots[kind][path].assign(array)
-        self.fisher.weight.assign(weight)
-        self.tasks_learned = tasks_learned
-        self._weights_digest = digest
-        self.train_function = None
+            if path in slots[kind]:  # no online slot where this model keeps no online estimate
+                slots[kind][path].assign(array)
+        self.fisher.weight.assign(scalars["fisher_weight"])
+        self.tasks_learned = int(scalars["tasks_learned"])
+        self._weights_digest = scalars["weights_digest"].tobytes()
+        self._retrace()
 
 
-def _setting(name: str, given: Any, kind: type) -> Any:
-    """A setting as given or as `get_config` wrote it."""
+def _setting(name: str, given: Any, kind: Any) -> Any:
+    """A setting as given or as `get_config` wrote it, copied: it will hold this model's state."""
     if isinstance(given, dict):
-        given = keras.saving.deserialize_keras_object(given)
+        return keras.saving.deserialize_keras_object(given)
     if given is not None and not isinstance(given, kind):
         raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
-    return given
+    return given if given is None else type(given).from_config(given.get_config())
 
 
 def _is_graph(model: keras.Model) -> bool:
     """Whether the model is a graph of layers that can be rebuilt around its inputs."""
-    return isinstance(model, (keras.Sequential, DWDModel)) or bool(getattr(model, "inputs", None))
-
-
-def _key(name: str) -> str:
-    return name.replace("/", "|")  # a slash would nest the entry in the file
+    return isinstance(model, keras.Sequential) or bool(getattr(model, "inputs", None))
 
 
 def _digest(values: Arrays) -> bytes:

@@ -1,12 +1,14 @@
 """The Horovod that `scripts/build_horovod.py` builds works in real processes."""
 
+import os
 import sys
 
 import cloudpickle
 import numpy as np
 import pytest
 
-horovod = pytest.importorskip("horovod", reason="Horovod is not installed")
+if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` sets it: there it must be
+    pytest.importorskip("horovod", reason="Horovod is not installed")
 
 
 def worker():

@@ -78,7 +78,9 @@ def test_after_a_boundary_the_pull_holds_the_weights(way):
         model.consolidate()
         before = np.array(model.trainable_variables[0])
         x, y = blobs(seed=9)
-        train(model, WAYS[way].get("compile_settings"), {"x": x, "y": y, "epochs": 8})
+        way_settings = dict(WAYS[way])
+        own = way_settings.pop("fit_settings", {})
+        train(model, fit_settings={**own, "x": x, "y": y, "epochs": 8}, **way_settings)
         moved[strength] = np.abs(np.array(model.trainable_variables[0]) - before).mean()
     assert moved[20.0] < 0.9 * moved[0.0]
 
@@ -104,21 +106,25 @@ def test_the_step_is_the_gradient_of_loss_plus_penalty():
 
 def test_mixed_precision_pulls_as_float32_does():
     x, y = blobs(32)
-    results = []
+    trained = {}
     for policy in ("float32", "mixed_float16"):
-        keras.utils.set_random_seed(1)
-        keras.config.set_dtype_policy(policy)
-        try:
-            model = compiled(optimizer=keras.optimizers.SGD(0.05), strength=5.0, grouping=None)
-        finally:
-            keras.config.set_dtype_policy("float32")
-        model.fit(x, y, shuffle=False, verbose=0)
-        model.consolidate((x, y))
-        model.fit(*blobs(32, seed=4), epochs=5, shuffle=False, verbose=0)
-        results.append(weights(model))
+        for strength in (0.0, 5.0):
+            keras.utils.set_random_seed(1)
+            keras.config.set_dtype_policy(policy)
+            try:
+                model = compiled(
+                    optimizer=keras.optimizers.SGD(0.02), strength=strength, grouping=None
+                )
+            finally:
+                keras.config.set_dtype_policy("float32")
+            model.fit(x, y, shuffle=False, verbose=0)
+            model.consolidate((x, y))
+            model.fit(*blobs(32, seed=4), epochs=40, shuffle=False, verbose=0)
+            trained[policy, strength] = np.concatenate([w.ravel() for w in weights(model)])
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    for full, half in zip(*results, strict=True):
-        np.testing.assert_allclose(half, full, atol=0.02)
+    full, half = (trained[p, 5.0] for p in ("float32", "mixed_float16"))
+    without = trained["mixed_float16", 0.0]
+    assert np.linalg.norm(half - full) < 0.05 * np.linalg.norm(half - without)
 
 
 def test_several_inputs_and_outputs():
@@ -196,8 +202,8 @@ def test_recompiling_keeps_what_was_learned():
 
 
 class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.hidden = layers.Dense(8, activation="tanh")
         self.head = layers.Dense(3)
 
@@ -271,13 +277,104 @@ def test_state_is_no_weight_of_the_model(tmp_path):
 def test_state_that_fits_no_variable_is_refused(tmp_path):
     model = compiled(strength=1.0)
     model.fit(*blobs(), verbose=0)
-    state = {name.replace("/", "|"): array for name, array in model._state().items()}
-    state["precision|elsewhere"] = np.zeros(3)
+    store = {}
+    model.save_own_variables(store)
     before = model._state()
-    with pytest.raises(ValueError, match=r"precision.elsewhere"):
-        model.load_own_variables(state)
+    for bad in (
+        {**store, "precision|9|elsewhere": np.zeros(3)},
+        {**store, "anchor|0|hidden|kernel": np.zeros(3)},
+        {**store, "unknown|0|hidden|kernel": np.zeros((6, 8))},
+        {key: array for key, array in store.items() if key != "tasks_learned"},
+    ):
+        with pytest.raises(ValueError, match="left as it was"):
+            model.load_own_variables(bad)
     for name, array in model._state().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+def test_models_made_from_one_set_of_settings_share_no_state():
+    settings = {"regularizer": DWDRegularizer(10.0), "fisher": DiagonalFisher()}
+    first, second = (compiled(**settings) for _ in "ab")
+    first.fit(*blobs(), verbose=0)
+    first.consolidate()
+    assert first.regularizer.precisions
+    assert not second.regularizer.precisions
+    assert not second.fisher.slots
+
+
+def test_a_callback_may_consolidate_within_fit():
+    class Boundary(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.consolidate()
+
+    model = compiled(strength=1.0)
+    model.fit(*blobs(), epochs=3, verbose=0, callbacks=[Boundary()])
+    assert model.tasks_learned == 3
+    model.fit(*blobs(seed=2), verbose=0)
+    assert float(model.penalty()) > 0
+
+
+def test_an_interrupted_fit_resumes_with_backup_and_restore(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def learn(stop):
+        keras.utils.set_random_seed(5)
+        model = compiled(strength=50.0)
+        model.fit(*blobs(), verbose=0, shuffle=False)
+        model.consolidate()
+        for callbacks in ([Stop()], []) if stop else ([],):
+            backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+            try:
+                model.fit(
+                    *blobs(seed=2),
+                    epochs=4,
+                    verbose=0,
+                    shuffle=False,
+                    callbacks=[backup, *callbacks],
+                )
+            except KeyboardInterrupt:
+                model = compiled(strength=50.0)  # a new process: all is in the backup
+        return model
+
+    expected, resumed = learn(stop=False), learn(stop=True)
+    assert float(resumed.penalty()) == float(expected.penalty()) > 0
+    for a, b in zip(weights(expected), weights(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Nested(Subclassed):
+    """Its layers get new names in each process, as in any subclassed model."""
+
+
+def test_state_follows_a_subclassed_model_whose_layers_are_named_anew(tmp_path):
+    base = Nested()
+    base(blobs()[0])
+    model = compiled(base, strength=1.0)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    model.fit(*blobs(seed=3), verbose=0)
+    model.save(tmp_path / "model.keras")
+    layers.Dense(2), layers.Dense(2)
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert set(again.regularizer.precisions) != set(model.regularizer.precisions)
+    assert float(again.penalty()) == pytest.approx(float(model.penalty()), rel=1e-6)
+
+
+def test_loading_replaces_the_state_as_a_whole():
+    early = compiled(strength=1.0)
+    early.fit(*blobs(), verbose=0)
+    store = {}
+    early.save_own_variables(store)
+    late = compiled(strength=1.0, fisher=DiagonalFisher("exact", gamma=None))
+    late.consolidate(blobs())
+    late.load_own_variables(store)
+    assert late.tasks_learned == 0
+    assert not late.regularizer.precisions
+    assert not late.fisher.slots
 
 
 def test_penalty_logger():
@@ -336,6 +433,7 @@ X, Y = blobs()
         ((X, Y[:5]), "as many labels"),
         (tf.data.Dataset.from_tensor_slices(X).batch(4), "without labels"),
         ((X, Y, _with(np.ones(64), 2, np.inf)), "sample_weight"),
+        (tf.data.Dataset.from_tensor_slices((X, Y)).repeat().batch(4), "must end"),
     ],
 )
 def test_consolidate_refuses(data, error):
@@ -345,15 +443,19 @@ def test_consolidate_refuses(data, error):
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "error"),
+    ("arguments", "error"),
     [
-        (_with(X, 7, np.nan), Y, "`x` must be finite"),
-        (X, _with(Y, 0, 9), "Labels must be"),
+        ({"x": _with(X, 7, np.nan)}, "`x` must be finite"),
+        ({"y": _with(Y, 0, 9)}, "Labels must be"),
+        ({"x": X[:0], "y": Y[:0]}, "`x` is empty"),
+        ({"sample_weight": _with(np.ones(64), 3, np.nan)}, "`sample_weight` must be finite"),
+        ({"validation_data": (X * np.nan, Y)}, "`validation_data: x` must be finite"),
+        ({"validation_data": (X, Y + 2)}, "Labels must be"),
     ],
 )
-def test_fit_refuses(x, y, error):
+def test_fit_refuses(arguments, error):
     model = compiled(strength=1.0)
-    _refused(model, error, lambda: model.fit(x, y, verbose=0))
+    _refused(model, error, lambda: model.fit(**({"x": X, "y": Y, "verbose": 0} | arguments)))
 
 
 def test_consolidating_twice_without_training_is_refused():
@@ -389,6 +491,8 @@ def test_constructor_refuses():
         DWDModel.from_model(mlp(), fisher="exact")
     with pytest.raises(ValueError, match="`strength`"):
         DWDModel.from_model(mlp(), strength=-1)
+    with pytest.raises(ValueError, match="is a DWDModel already"):
+        DWDModel.from_model(DWDModel.from_model(mlp()))
     with pytest.raises(ValueError, match="Compile the model first"):
         DWDModel.from_model(mlp()).consolidate((X, Y))
 

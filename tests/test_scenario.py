@@ -117,6 +117,7 @@ X, Y = pair()
         ([("a", (X * np.nan, Y), (X, Y))], {}, "must be finite"),
         ([("a", (X, Y), (X, Y + 1))], {"outputs": 3}, r"must be in \[0, 3\).*from 1 to 3"),
         ([("a", (X, Y), (X, Y)), ("b", pair(shape=(5,)), pair(shape=(5,)))], {}, "one shape"),
+        ([("a", (X, Y), (X, Y)), ("a", pair(shape=(5,)), pair(shape=(5,)))], {}, "one shape"),
         ([("a", (X, Y), pair(shape=(5,)))], {}, r"shape \(\(4,\),\) to train on"),
         ([("a", X, (X, Y))], {}, r"must be \(x, y\)"),
     ],

@@ -10,10 +10,14 @@ from keras_dwd.layers.task_heads import HeadGate
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def heads_model(tasks=3, units=2, optimizer=None, **settings):
+def heads_model(tasks=3, units=2, optimizer=None, kernel_regularizer=None, **settings):
     features, task = keras.Input((6,)), keras.Input((), dtype="int32")
     x = layers.Dense(8, activation="tanh", name="hidden")(features)
-    model = DWDModel([features, task], TaskHeads(tasks, units, name="heads")(x, task), **settings)
+    model = DWDModel(
+        [features, task],
+        TaskHeads(tasks, units, kernel_regularizer=kernel_regularizer, name="heads")(x, task),
+        **settings,
+    )
     model.compile(optimizer or keras.optimizers.AdamW(0.01, weight_decay=0.1), LOSS)
     return model
 
@@ -41,7 +45,7 @@ def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation):
     optimizer = keras.optimizers.AdamW(
         0.01, weight_decay=0.1, gradient_accumulation_steps=accumulation
     )
-    model = heads_model(strength=strength, optimizer=optimizer)
+    model = heads_model(strength=strength, optimizer=optimizer, kernel_regularizer="l2")
     kernel = model.get_layer("heads").kernel
     for task in range(3):
         before = np.array(kernel)

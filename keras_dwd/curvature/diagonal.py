@@ -27,7 +27,8 @@ class DiagonalFisher:
 
     Args:
         estimator: How F̂ of a batch of B examples is computed.
-            `"batch"` is B times the squared mean gradient: free in the training step, biased.
+            `"batch"` is B times the squared mean gradient: free in the training step, biased. It
+            takes the loss for a mean over examples, as Keras losses are by default.
             `"exact"` is the mean of the squared gradients of single examples with their true
             labels (the empirical Fisher), in inference mode.
             `"influence"` is the same with each example's square divided by r + median(r), where
@@ -52,11 +53,11 @@ class DiagonalFisher:
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
 
     def build(self, variables: Variables) -> None:
-        """Create the online slots that `variables` lack."""
-        if self.gamma is not None:
-            for path, variable in variables.items():
-                if path not in self.slots:
-                    self.slots[path] = slot(variable, "fisher")
+        """Create the online slots that `variables` lack; the average then starts anew for all."""
+        missing = [path for path in variables if path not in self.slots]
+        if self.gamma is not None and missing:
+            self.slots |= {path: slot(variables[path], "fisher") for path in missing}
+            self.reset()
 
     def update(self, estimate: dict[str, tf.Tensor], valid: tf.Tensor | None = None) -> None:
         """One step of the moving average; graph code.

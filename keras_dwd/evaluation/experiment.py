@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import sklearn
 import tensorflow as tf
 
 from keras_dwd.evaluation.methods import METHODS, Method
@@ -120,7 +121,7 @@ class Experiment:
             observer: Gives the callbacks of each `fit`.
 
         Returns:
-            A JSON-able dictionary: `protocol`, `versions`, and per method its `strength`, `metrics`
+            A JSON-able dictionary: `protocol`, `versions`, and per method its `settings`, `metrics`
             (`mean`, `std`, `per_seed` of each) and `accuracy_matrices`.
         """
         unknown = [name for name in methods if name not in METHODS]
@@ -132,11 +133,12 @@ class Experiment:
         if seeds < 1:
             raise ValueError(f"`seeds` must be at least 1. Received: {seeds}")
         strengths = strengths or {}
+        chosen = {name: strengths.get(name, METHODS[name].strength) for name in methods}
+        settings = {name: METHODS[name].configuration(s) for name, s in chosen.items()}
         results = {}
-        for name in methods:
-            strength = strengths.get(name, METHODS[name].strength)
+        for name, strength in chosen.items():
             runs = [self.run(name, seed, strength, observer) for seed in range(seeds)]
-            results[name] = {"strength": strength, **summarize(runs)}
+            results[name] = {"settings": settings[name], **summarize(runs)}
         return {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
 
     def describe(self, seeds: int) -> dict[str, Any]:
@@ -202,6 +204,7 @@ def versions() -> dict[str, str]:
         "keras_dwd": __version__,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
+        "scikit-learn": sklearn.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

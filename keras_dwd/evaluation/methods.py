@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
 
 
@@ -27,6 +30,17 @@ class Method:
     boundary_pass: bool = False
     joint: bool = False
 
+    def configuration(self, strength: float) -> dict[str, Any]:
+        """All settings of the model, defaults included, as they are written to result files."""
+        inputs = keras.Input((1,))
+        model = DWDModel(inputs, keras.layers.Dense(1)(inputs), **self.settings(strength))
+        return {
+            "regularizer": model.regularizer.get_config(),
+            "fisher": model.fisher.get_config(),
+            "grouping": model.grouping.get_config() if model.grouping else None,
+            "boundary_pass": self.boundary_pass,
+        }
+
 
 def _ewc(strength: float) -> dict[str, Any]:
     return {
@@ -34,6 +48,10 @@ def _ewc(strength: float) -> dict[str, Any]:
         "fisher": DiagonalFisher("exact", gamma=None),
         "grouping": None,
     }
+
+
+def _dwd(strength: float) -> dict[str, Any]:
+    return {"strength": strength, "fisher": DiagonalFisher("exact", gamma=None)}
 
 
 def _online_ewc(strength: float) -> dict[str, Any]:
@@ -50,7 +68,8 @@ METHODS: dict[str, Method] = {
         Method("finetune", lambda strength: {"strength": 0.0}),
         Method("ewc", _ewc, strength=100.0, boundary_pass=True),
         Method("online-ewc", _online_ewc, strength=100.0, boundary_pass=True),
-        Method("dwd", lambda strength: {"strength": strength}, strength=100.0),
+        Method("dwd", _dwd, strength=100.0, boundary_pass=True),
+        Method("dwd-online", lambda strength: {"strength": strength}, strength=100.0),
         Method("joint", lambda strength: {"strength": 0.0}, joint=True),
     )
 }

@@ -17,7 +17,8 @@ class TaskHeads(keras.layers.Layer):
 
     For task-incremental models: the task of an example is known, also at inference. In a
     `DWDModel` a head is neither trained nor pulled until examples of its task arrive: momentum,
-    weight decay and penalty leave the heads of other tasks exactly as they are.
+    weight decay, regularisation and penalty leave the heads of other tasks exactly as they are.
+    (An optimizer with `use_ema=True` keeps an average of its own that the model cannot mend.)
 
     Args:
         tasks: Number of tasks.

@@ -71,17 +71,23 @@ def _tfds(name: str, folder: Path) -> Dataset:
             "TFDS_DATA_DIR to a folder of prepared tensorflow-datasets data."
         )
     # `tfds.load` looks for a data set it does not find on the network, for minutes: look first.
-    prepared = {p.parent.parent.name for p in folder.glob("*/*/dataset_info.json")}
-    if name not in prepared:
-        known = ", ".join(sorted({"digits", *prepared}))
+    versions: dict[str, list[Path]] = {}
+    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):  # the latter: configs
+        for file in folder.glob(pattern):
+            key = str(file.parent.parent.relative_to(folder))
+            versions.setdefault(key, []).append(file.parent)
+    if name not in versions:
+        known = ", ".join(sorted({"digits", *versions}))
         raise ValueError(
             f"Unknown data set {name!r}: it is not prepared in {str(folder)!r}. Known here: "
             f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR`."
         )
     import tensorflow_datasets as tfds
 
-    versions = [p.parent for p in (folder / name).glob("*/dataset_info.json")]
-    newest = max(versions, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+    numbers = {
+        p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")] for p in versions[name]
+    }
+    newest = max(numbers, key=lambda p: numbers[p])
     builder = tfds.builder_from_directory(str(newest))
     keys = builder.info.supervised_keys
     missing = {"train", "test"} - set(builder.info.splits)

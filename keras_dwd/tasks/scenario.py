@@ -80,13 +80,13 @@ class Scenario:
         made = tuple(t if isinstance(t, Task) else Task(*t) for t in tasks)
         if not made:
             raise ValueError("`tasks` must hold at least one task. Received none.")
-        shapes = {task.name: _check(task, outputs) for task in made}
-        first = shapes[made[0].name]
-        for task_name, shape in shapes.items():
+        shapes = [_check(task, outputs) for task in made]
+        first = shapes[0]
+        for task, shape in zip(made, shapes, strict=True):
             if shape is not None and first is not None and shape != first:
                 raise ValueError(
                     f"All tasks must have examples of one shape. Task {made[0].name!r} has "
-                    f"{first}, task {task_name!r} has {shape}."
+                    f"{first}, task {task.name!r} has {shape}."
                 )
         if outputs is None:
             labels = [np.max(t.train[1]) for t in made if isinstance(t.train, (tuple, list))]
