@@ -46,9 +46,9 @@ WAYS = {
     "run_eagerly": {"compile_settings": {"run_eagerly": True}},
     "accumulation": {"optimizer": keras.optimizers.Adam(gradient_accumulation_steps=3)},
     "clipping": {"optimizer": keras.optimizers.SGD(0.1, global_clipnorm=0.5)},
-    "ema": {"optimizer": keras.optimizers.SGD(0.1, use_ema=True)},
+    "ema": {"optimizer": keras.optimizers.SGD(0.02, use_ema=True)},
     "weight_decay": {"optimizer": keras.optimizers.AdamW(weight_decay=0.1)},
-    "loss_scale": {"optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))},
+    "loss_scale": {"optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.02))},
     "validation": {"fit_settings": {"validation_split": 0.25}},
 }
 
@@ -71,7 +71,7 @@ def test_before_the_first_boundary_it_is_bit_identical_to_keras(way, settings):
 def test_after_a_boundary_the_pull_holds_the_weights(way):
     """The same second task moves what matters less far with a pull than without."""
     moved = {}
-    for strength in (0.0, 20.0):
+    for strength in (0.0, 10.0):
         keras.utils.set_random_seed(1)
         model = DWDModel.from_model(rich_net(), strength=strength)
         train(model, **WAYS[way])
@@ -82,7 +82,7 @@ def test_after_a_boundary_the_pull_holds_the_weights(way):
         own = way_settings.pop("fit_settings", {})
         train(model, fit_settings={**own, "x": x, "y": y, "epochs": 8}, **way_settings)
         moved[strength] = np.abs(np.array(model.trainable_variables[0]) - before).mean()
-    assert moved[20.0] < 0.9 * moved[0.0]
+    assert moved[10.0] < 0.9 * moved[0.0]
 
 
 def test_the_step_is_the_gradient_of_loss_plus_penalty():
