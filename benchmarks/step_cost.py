@@ -19,6 +19,7 @@ from keras_dwd import DWDModel, Scenario, Task
 from keras_dwd.evaluation.experiment import versions
 from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
+from keras_dwd.state import state_of
 
 BATCH = 32
 NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 2)}
@@ -105,7 +106,7 @@ def main():
         early.learn_tasks(1)
         late.learn_tasks(19)
         parameters = early.model.count_params()
-        state = sum(a.nbytes for a in early.model._state().values())
+        state = sum(a.nbytes for a in state_of(early.model).values())
         results[name] = {
             "parameters": parameters,
             "state_bytes_per_parameter": state / parameters,

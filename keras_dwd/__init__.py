@@ -2,7 +2,11 @@
 
 from keras_dwd import backend_check as backend_check  # first: it may refuse the import
 from keras_dwd.callbacks import PenaltyLogger as PenaltyLogger
-from keras_dwd.curvature.diagonal import DiagonalFisher as DiagonalFisher
+from keras_dwd.curvature.fisher import DiagonalFisher as DiagonalFisher
+from keras_dwd.curvature.kronecker import KroneckerFisher as KroneckerFisher
+from keras_dwd.curvature.rules import Flow as Flow
+from keras_dwd.curvature.rules import Rule as Rule
+from keras_dwd.curvature.rules import register_rule as register_rule
 from keras_dwd.evaluation.matrix import AccuracyMatrix as AccuracyMatrix
 from keras_dwd.evaluation.methods import METHODS as METHODS
 from keras_dwd.evaluation.methods import Method as Method
@@ -11,6 +15,7 @@ from keras_dwd.evaluation.runner import run_sequence as run_sequence
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping as GaussianMixtureGrouping
 from keras_dwd.layers.task_heads import TaskHeads as TaskHeads
 from keras_dwd.model import DWDModel as DWDModel
+from keras_dwd.optimizer import DWDOptimizer as DWDOptimizer
 from keras_dwd.regularizer import DWDRegularizer as DWDRegularizer
 from keras_dwd.tasks.scenario import Scenario as Scenario
 from keras_dwd.tasks.scenario import Task as Task

@@ -7,8 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd import optimizer, state
 from keras_dwd.checks import batches, check_finite, check_inputs, check_labels
-from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.curvature.fisher import Fisher, Statistics
+from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.layers.task_heads import HeadGate
 from keras_dwd.regularizer import DWDRegularizer
@@ -42,7 +44,8 @@ class DWDModel(keras.Model):
         *args: `inputs, outputs` of a functional model. For any other model see `from_model`.
         strength: λ ≥ 0, short for `regularizer=DWDRegularizer(strength)`.
         regularizer: A `DWDRegularizer`, the penalty with its own settings.
-        fisher: A `DiagonalFisher`: how the importance of parameters is estimated.
+        fisher: A `KroneckerFisher` (the default) or `DiagonalFisher`: how the importance of
+            parameters is estimated.
         grouping: A `GaussianMixtureGrouping`, `"gmm"` for the default one, or `None`: one
             strength for all parameters.
         **kwargs: Of `keras.Model`.
@@ -63,7 +66,7 @@ class DWDModel(keras.Model):
         *args: Any,
         strength: float | None = None,
         regularizer: DWDRegularizer | None = None,
-        fisher: DiagonalFisher | None = None,
+        fisher: Fisher | None = None,
         grouping: GaussianMixtureGrouping | Literal["gmm"] | None = "gmm",
         **kwargs: Any,
     ):
@@ -79,17 +82,22 @@ class DWDModel(keras.Model):
         if grouping == "gmm":
             grouping = GaussianMixtureGrouping()
         made_regularizer = _setting("regularizer", regularizer, DWDRegularizer)
-        made_fisher = _setting("fisher", fisher, DiagonalFisher)
+        made_fisher = _setting("fisher", fisher, Fisher)
         made_grouping = _setting("grouping", grouping, GaussianMixtureGrouping)
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
-        self.fisher: DiagonalFisher = made_fisher or DiagonalFisher()
+        self.fisher: Fisher = made_fisher or KroneckerFisher()
         self.grouping: GaussianMixtureGrouping | None = made_grouping
+        if self.regularizer.anchor == "folded" and isinstance(self.fisher, KroneckerFisher):
+            raise ValueError(
+                "`anchor` 'folded' is the exact sum over tasks, which only a diagonal has. Use "
+                "`fisher=DiagonalFisher(...)` with it."
+            )
         self.tasks_learned = 0
         self.groups: list[dict[str, float]] = []
         # The weights at the last boundary, as a digest: nothing to fold before they change.
-        self._weights_digest = b""
-        self._head_gate = HeadGate()
+        self.weights_digest = b""
+        self.head_gate = HeadGate()
         self._traced_fisher: Any = None
         by_path(self)  # fails on ambiguous names while it is still cheap to mend
 
@@ -148,8 +156,8 @@ class DWDModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots the training step updates, then trace as Keras does."""
         if self._learns_online:
-            self.fisher.build(self._pulled_variables())
-        self._head_gate.build(self._trainable_by_path())
+            self.fisher.build(self.fisher.shapes(self, self._pulled_variables()))
+        self.head_gate.build(self._trainable_by_path())
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -190,24 +198,20 @@ class DWDModel(keras.Model):
         if fisher is not None:
             if fisher.estimator == "batch":  # at no cost: the gradient is there
                 count = tf.cast(examples, "float32")
-                estimate = {
-                    path: count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
+                statistics = {
+                    f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
                     for path, g in zip(trainable, data_gradients, strict=True)
                     if g is not None
                 }
+                self._learn_fisher(statistics, scale)
             else:
-                estimate = fisher.of_batch(
-                    self._data_loss, trainable, (x, y, sample_weight), self._float16_scale
-                )
-            estimate = {path: e for path, e in estimate.items() if path in fisher.slots}
-            fisher.update(estimate, _all_finite(estimate) if scale is not None else None)
+                due = self.optimizer.iterations.value % fisher.every == 0
+                tf.cond(due, lambda: self._learn_fisher_of((x, y, sample_weight), scale), _nothing)
 
         if variables:
-            kept = self._head_gate.open(trainable, data_gradients)
-            self.optimizer.apply_gradients(
-                zip(self._with_pull(trainable, gradients, scale), variables, strict=True)
-            )
-            self._head_gate.close(kept)
+            kept = self.head_gate.open(trainable, data_gradients)
+            self._apply(trainable, gradients, scale)
+            self.head_gate.close(kept)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def consolidate(self, data: Any = None, batch_size: int = 32) -> None:
@@ -226,7 +230,7 @@ class DWDModel(keras.Model):
         """
         values = {path: np.asarray(v) for path, v in self._trainable_by_path().items()}
         digest = _digest(values)
-        if self.tasks_learned and digest == self._weights_digest:
+        if self.tasks_learned and digest == self.weights_digest:
             raise ValueError(
                 "The weights are those of the last boundary: train the model on the next task "
                 "before consolidating again."
@@ -234,25 +238,21 @@ class DWDModel(keras.Model):
         variables = self._pulled_variables()
         summary: list[dict[str, float]] = []
         if variables:
-            fisher = self.fisher.value() if data is None else self._estimate(data, batch_size)
-            variables = {path: v for path, v in variables.items() if path in fisher}
-            fisher = {path: fisher[path] for path in variables}
-            self.fisher.check(fisher)
-            importance = fisher
+            statistics = self.fisher.value() if data is None else self._estimate(data, batch_size)
+            self.fisher.check(statistics)
+            blocks = self.fisher.blocks(self, variables, statistics)
             if self.grouping is not None:
-                strengths, summary = self.grouping.strengths(
-                    fisher, {path: values[path] for path in fisher}
-                )
-                importance = {path: strengths[path] * fisher[path] for path in fisher}
-            pulled = set(self.regularizer.precisions)
-            self.regularizer.fold(variables, importance)
+                everything = {path: np.asarray(v) for path, v in by_path(self).items()}
+                blocks, summary = self.grouping.apply(blocks, everything)
+            shapes = self.regularizer.shapes()
+            self.regularizer.fold(by_path(self), blocks)
             self.fisher.reset()
-            if set(self.regularizer.precisions) != pulled:
-                self._retrace()
-        self._head_gate.reset()
+            if self.regularizer.shapes() != shapes:
+                self.retrace()
+        self.head_gate.reset()
         self.tasks_learned += 1
         self.groups = summary
-        self._weights_digest = digest
+        self.weights_digest = digest
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ Σ Λ (θ − c)², a float32 scalar.
@@ -274,25 +274,21 @@ class DWDModel(keras.Model):
     def save_own_variables(self, store: Any) -> None:
         """Write the consolidation state next to the weights."""
         super().save_own_variables(store)
-        # Named by path, and by position for models whose layers get other names in each process.
-        positions = {path: index for index, path in enumerate(by_path(self))}
-        for name, array in self._state().items():
-            kind, _, path = name.partition("/")
-            store[f"{kind}|{positions[path]}|{path.replace('/', '|')}" if path else kind] = array
+        state.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Read what `save_own_variables` wrote; files of plain models hold none and change none."""
+        """Take over weights and consolidation state, whichever of the two are there."""
         keys = list(store.keys())  # of a file, which cannot be iterated over itself
         own = {key: store[key] for key in keys if key.isdigit()}
         if own:
             super().load_own_variables(own)
         saved = {key: np.asarray(store[key]) for key in keys if not key.isdigit()}
         if saved:
-            self._restore(saved, by_path(self))
+            state.restore(self, saved)
 
     # Below: how it is done.
 
-    def _retrace(self) -> None:
+    def retrace(self) -> None:
         """Make the training step anew: the one traced so far knows nothing of new slots.
 
         Within a `fit` that goes on, which a callback may have called this from, the next step
@@ -319,21 +315,46 @@ class DWDModel(keras.Model):
         trainable = self._trainable_by_path().items()
         return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
 
-    def _data_loss(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[tf.Tensor, Any]:
-        """The loss of the data alone and the outputs, in inference mode."""
-        y_pred = self(x, training=False)
+    def data_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+        """The loss of the data alone: no penalty, no regularisation. Graph code."""
         loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
         # Subtracting the added losses again leaves a gradient of exactly zero for them.
         added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
-        return (loss - tf.add_n(added) if added else loss), y_pred
+        return loss - tf.add_n(added) if added else loss
+
+    def _learn_fisher(self, statistics: Statistics, scale: tf.Tensor | None) -> None:
+        known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
+        self.fisher.update(known, _all_finite(known) if scale is not None else None)
+
+    def _learn_fisher_of(self, batch: Any, scale: tf.Tensor | None) -> tf.Tensor:
+        variables = self._pulled_variables()
+        statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
+        self._learn_fisher(statistics, scale)
+        return _nothing()
+
+    def _apply(self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None) -> None:
+        """Let the optimizer update the variables, with the pull in it if there is one."""
+        decoupled = optimizer.find(self.optimizer) if self.regularizer.precisions else None
+        if decoupled is None:
+            pulled = self._with_pull(variables, gradients, scale)
+            self.optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
+            return
+
+        def pull(stiffness: dict[int, tf.Tensor]) -> None:
+            known = {path: stiffness[id(v)] for path, v in variables.items() if id(v) in stiffness}
+            self.regularizer.pull(by_path(self), known)
+
+        with decoupled.pulling(pull):
+            self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
 
     def _with_pull(
         self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None
     ) -> list[Any]:
+        pulls = self.regularizer.gradients(by_path(self)) if self.regularizer.precisions else {}
         total = []
         for (path, variable), gradient in zip(variables.items(), gradients, strict=True):
-            pull = self.regularizer.gradient(path, variable) if gradient is not None else None
-            if pull is not None:
+            if path in pulls and gradient is not None:
+                pull = tf.cast(pulls[path], variable.dtype)
                 pull = pull if scale is None else pull * tf.cast(scale, pull.dtype)
                 gradient = tf.convert_to_tensor(gradient) + pull
             total.append(gradient)
@@ -353,13 +374,13 @@ class DWDModel(keras.Model):
             check_labels(self, y)
             count = len(tf.nest.flatten(y)[0])
             estimate = self._fisher_of_batch(variables, (x, y, sample_weight))
-            sums = {p: count * e + sums.get(p, 0.0) for p, e in estimate.items()}
+            sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
             examples += count
         if not examples:
             raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
-        return {path: np.asarray(total) / examples for path, total in sums.items()}
+        return {name: np.asarray(total) / examples for name, total in sums.items()}
 
-    def _fisher_of_batch(self, variables: Variables, batch: Any) -> dict[str, tf.Tensor]:
+    def _fisher_of_batch(self, variables: Variables, batch: Any) -> Statistics:
         """F̂ of one batch, by a graph that is kept from task to task."""
         # `compile` drops the training function, and with it the losses this graph refers to.
         key = (self.train_function, tuple(variables))
@@ -367,70 +388,11 @@ class DWDModel(keras.Model):
         if not known or self._traced_fisher[0] != key:
 
             @tf.function(reduce_retracing=True)
-            def of_batch(batch: Any) -> dict[str, tf.Tensor]:
-                return self.fisher.of_batch(self._data_loss, variables, batch, self._float16_scale)
+            def of_batch(batch: Any) -> Statistics:
+                return self.fisher.of_batch(self, variables, batch, self._float16_scale)
 
             self._traced_fisher = (key, of_batch)
         return self._traced_fisher[1](batch)
-
-    def _state(self) -> Arrays:
-        if not (self.tasks_learned or self.fisher.slots):
-            return {}
-        return {
-            **self.regularizer.state(),
-            **self.fisher.state(),
-            **self._head_gate.state(),
-            "tasks_learned": np.asarray(self.tasks_learned, "int64"),
-            "weights_digest": np.frombuffer(self._weights_digest, "uint8"),
-        }
-
-    def _restore(self, saved: Arrays, variables: Variables) -> None:
-        """Take over a saved state, after all of it was found to fit the model."""
-        known = ("precision", "anchor", "fisher", "in_use")
-        scalars = {key: array for key, array in saved.items() if "|" not in key}
-        found = [(key.split("|", 2), array) for key, array in saved.items() if "|" in key]
-        paths = [path.replace("|", "/") for (_, _, path), _ in found]
-        if any(path not in variables for path in paths):
-            # A subclassed model does not keep the names of its layers: go by their order.
-            ordered = dict(enumerate(variables))
-            paths = [ordered.get(int(p) if p.isdigit() else -1, "") for (_, p, _), _ in found]
-        values: dict[tuple[str, str], np.ndarray] = {}
-        for ((kind, _, saved_path), array), path in zip(found, paths, strict=True):
-            variable = variables.get(path)
-            expected = None
-            if variable is not None and kind in known:
-                expected = tuple(variable.shape[:1] if kind == "in_use" else variable.shape)
-            if array.shape != expected or (kind, path) in values:
-                raise ValueError(
-                    f"The saved {kind} of {saved_path.replace('|', '/')!r}, of shape "
-                    f"{array.shape}, fits no variable of the model. Its consolidation state was "
-                    "left as it was."
-                )
-            values[kind, path] = array
-        if set(scalars) != {"tasks_learned", "weights_digest", "fisher_weight"}:
-            raise ValueError(
-                f"The file holds an incomplete or unknown consolidation state: {sorted(scalars)}. "
-                "That of the model was left as it was."
-            )
-        slots = {
-            "precision": self.regularizer.precisions,
-            "anchor": self.regularizer.anchors,
-            "fisher": self.fisher.slots,
-            "in_use": self._head_gate.in_use,
-        }
-        for held in slots.values():
-            held.clear()
-        self.fisher.build({p: v for p, v in variables.items() if ("fisher", p) in values})
-        self._head_gate.build({p: v for p, v in variables.items() if ("in_use", p) in values})
-        for (kind, path), array in values.items():
-            if kind in ("precision", "anchor"):
-                self.regularizer.build_slot(path, variables[path])
-            if path in slots[kind]:  # no online slot where this model keeps no online estimate
-                slots[kind][path].assign(array)
-        self.fisher.weight.assign(scalars["fisher_weight"])
-        self.tasks_learned = int(scalars["tasks_learned"])
-        self._weights_digest = scalars["weights_digest"].tobytes()
-        self._retrace()
 
 
 def _setting(name: str, given: Any, kind: Any) -> Any:
@@ -470,6 +432,11 @@ def _data_gradients(
     return result
 
 
-def _all_finite(estimate: dict[str, tf.Tensor]) -> tf.Tensor:
+def _all_finite(statistics: Statistics) -> tf.Tensor:
     # A sum is not finite if a part is not: one pass without a boolean copy of everything.
-    return tf.math.is_finite(tf.add_n([tf.reduce_sum(e) for e in estimate.values()]))
+    return tf.math.is_finite(tf.add_n([tf.reduce_sum(s) for s in statistics.values()]))
+
+
+def _nothing() -> tf.Tensor:
+    """What both branches of a conditional return that are there for their effect."""
+    return tf.zeros(())

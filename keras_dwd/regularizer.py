@@ -8,20 +8,21 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.checks import number
-from keras_dwd.variables import Arrays, Variables, slot
+from keras_dwd.curvature.fisher import Block
+from keras_dwd.variables import Arrays, Variables, untracked
 
 Anchor = Literal["folded", "latest"]
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
 class DWDRegularizer(keras.regularizers.Regularizer):
-    """Pulls each trainable variable towards an anchor, weighted by a precision.
+    """Pulls the trainable variables towards an anchor, weighted by a precision.
 
-    The penalty on the parameters θ is `½ Σ_i Λ_i (θ_i − c_i)²` with two slots per variable: the
-    precision Λ and the anchor c. All tasks learned so far are folded into them, so that neither
-    the memory nor the cost of a training step grows with the number of tasks. Task t adds
-    `a_t = strength · λ_k · F_t` to the precision. With `anchor="folded"` this is exactly the sum
-    of one penalty per task:
+    The penalty on the parameters θ is `½ (θ − c)ᵀ Λ (θ − c)`. All tasks learned so far are folded
+    into the anchor c and the precision Λ, so that neither the memory nor the cost of a training
+    step grows with the number of tasks. Task t adds `a_t = strength · λ_k · F_t` to the precision,
+    which is diagonal or has Kronecker factors, as the Fisher information F_t has. With
+    `anchor="folded"` and a diagonal this is exactly the sum of one penalty per task:
 
         Σ_t ½ a_t (θ − θ*_t)²  =  ½ Λ (θ − c)² + const,   Λ = Σ_t a_t,   c = Σ_t a_t θ*_t / Λ
 
@@ -54,13 +55,13 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         [Schwarz et al., 2018](https://arxiv.org/abs/1805.06370), section 4 (online EWC).
     """
 
-    def __init__(self, strength: float = 100.0, decay: float = 1.0, anchor: Anchor = "latest"):
+    def __init__(self, strength: float = 10.0, decay: float = 1.0, anchor: Anchor = "latest"):
         if anchor not in ("folded", "latest"):
             raise ValueError(f"`anchor` must be 'folded' or 'latest'. Received: {anchor!r}")
         self.strength = number("strength", strength, 0)
         self.decay = number("decay", decay, 0, 1)
         self.anchor = anchor
-        self.precisions: dict[str, keras.Variable] = {}
+        self.precisions: dict[str, Block] = {}
         self.anchors: dict[str, keras.Variable] = {}
 
     def __call__(self, x: Any) -> Any:
@@ -72,61 +73,100 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         own = getattr(variable, "regularizer", None)
         return own.strength if isinstance(own, DWDRegularizer) else self.strength
 
-    def fold(self, variables: Variables, importance: Mapping[str, Any]) -> None:
+    def fold(self, variables: Variables, blocks: Mapping[str, Block]) -> None:
         """Fold one more task, learned just now, into precision and anchor.
 
         Args:
-            variables: Those that the task has trained, by path; their values are its θ*.
-            importance: λ_k · F per path, of the variable's shape, ≥ 0.
+            variables: Of the model, by path; their values are the task's θ*.
+            blocks: The Fisher information, with the strengths of groups in it.
         """
-        folded = []
-        for path, variable in variables.items():
-            strength = self.strength_of(variable)
-            if strength == 0:
+        folded: list[tuple[str, Block, Arrays]] = []
+        for key, block in blocks.items():
+            strengths = {path: self.strength_of(variables[path]) for path in block.paths}
+            if not any(strengths.values()):
                 continue
-            theta = np.asarray(variable, "float64")
-            new = strength * np.asarray(importance[path], "float64")
-            old, center = np.zeros_like(theta), np.zeros_like(theta)
-            if path in self.precisions:
-                old = self.decay * np.asarray(self.precisions[path], "float64")
+            new = block.weighted(strengths)
+            old = self.precisions.get(key)
+            total = new if old is None else old.merged(new, self.decay)
+            anchors = {path: np.asarray(variables[path], "float64") for path in block.paths}
+            if self.anchor == "folded" and old is not None:
+                (path,) = block.paths
                 center = np.asarray(self.anchors[path], "float64")
-            total = old + new
-            # c + (new / total)(θ − c): the weighted mean, without cancellation for new << old.
-            share = np.divide(new, total, out=np.ones_like(total), where=total > 0)
-            anchor = theta if self.anchor == "latest" else center + share * (theta - center)
-            folded.append((path, total, anchor))
-        for path, precision, anchor in folded:  # only now, with nothing left that can fail
-            self.build_slot(path, variables[path])
-            self.precisions[path].assign(precision)
+                # c + (new / total)(θ − c): the weighted mean, without cancellation for new << old.
+                whole = total.spectrum()
+                share = np.divide(new.spectrum(), whole, out=np.ones_like(whole), where=whole > 0)
+                anchors[path] = center + share * (anchors[path] - center)
+            folded.append((key, total, anchors))
+        for key, total, anchors in folded:  # only now, with nothing left that can fail
+            self.hold(key, total, anchors)
+
+    def hold(self, key: str, block: Block, anchors: Arrays) -> None:
+        """Keep a precision and its anchors in slots, new ones where the shapes are new."""
+        held = self.precisions[key].leaves() if key in self.precisions else {}
+        leaves = block.leaves()
+        if {n: v.shape for n, v in held.items()} != {n: v.shape for n, v in leaves.items()}:
+            held = {name: untracked(leaf, name) for name, leaf in leaves.items()}
+            self.precisions[key] = block.with_leaves(held)
+        for name, leaf in leaves.items():
+            held[name].assign(leaf)
+        for path, anchor in anchors.items():
+            if path not in self.anchors:
+                self.anchors[path] = untracked(anchor, "anchor")
             self.anchors[path].assign(anchor)
 
-    def build_slot(self, path: str, variable: keras.Variable) -> None:
-        """Create the precision and anchor of `variable`, both zero, unless they exist."""
-        if path not in self.precisions:
-            self.precisions[path] = slot(variable, "precision")
-            self.anchors[path] = slot(variable, "anchor")
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all slots: where they change, the training step must be traced anew."""
+        return {name: tuple(array.shape) for name, array in self._slots().items()}
 
-    def gradient(self, path: str, variable: keras.Variable) -> tf.Tensor | None:
-        """Λ (θ − c), of the variable's shape, or `None` where nothing pulls at it."""
-        precision = self.precisions.get(path)
-        if precision is None:
-            return None
-        difference = tf.cast(variable.value, "float32") - self.anchors[path].value
-        return tf.cast(precision.value * difference, variable.dtype)
+    def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
+        """Λ (θ − c) by path, of the variables' shapes, where something pulls. Graph code."""
+        found: dict[str, tf.Tensor] = {}
+        for block in self.precisions.values():
+            differences = self._differences(block, variables)
+            found |= dict(zip(block.paths, block.multiply(differences), strict=True))
+        return found
+
+    def pull(self, variables: Variables, stiffness: Mapping[str, tf.Tensor]) -> None:
+        """The proximal step θ ← θ − (stiffness + Λ)⁻¹ Λ (θ − c). Graph code.
+
+        Args:
+            variables: Of the model, by path.
+            stiffness: d/η of the variables to move, each of its shape or a scalar.
+        """
+        for block in self.precisions.values():
+            moving = {p: stiffness[p] for p in block.paths if p in stiffness}
+            if moving:
+                moves = block.shrink(self._differences(block, variables), list(moving.values()))
+                for path, move in zip(block.paths, moves, strict=True):
+                    if path in moving:
+                        variables[path].assign_sub(tf.cast(move, variables[path].dtype))
 
     def value(self, variables: Variables) -> tf.Tensor:
-        """The penalty ½ Σ Λ (θ − c)² over `variables`, a float32 scalar, for reporting."""
+        """The penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar, for reporting."""
         total = tf.zeros(())
-        for path, variable in variables.items():
-            if path in self.precisions:
-                difference = tf.cast(variable.value, "float32") - self.anchors[path].value
-                total += 0.5 * tf.reduce_sum(self.precisions[path].value * difference**2)
+        for block in self.precisions.values():
+            differences = self._differences(block, variables)
+            for d, p in zip(differences, block.multiply(differences), strict=True):
+                total += 0.5 * tf.reduce_sum(d * p)
         return total
 
+    def _differences(self, block: Block, variables: Variables) -> list[tf.Tensor]:
+        return [
+            tf.cast(variables[path].value, "float32") - self.anchors[path].value
+            for path in block.paths
+        ]
+
     def state(self) -> Arrays:
-        """All slots as arrays, under `precision/PATH` and `anchor/PATH`."""
-        arrays = {f"precision/{path}": np.asarray(v) for path, v in self.precisions.items()}
-        return arrays | {f"anchor/{path}": np.asarray(v) for path, v in self.anchors.items()}
+        """All slots as arrays, by `kind/PATH`."""
+        return {name: np.asarray(v) for name, v in self._slots().items()}
+
+    def _slots(self) -> Variables:
+        slots = {
+            f"{name}/{key}": leaf
+            for key, block in self.precisions.items()
+            for name, leaf in block.leaves().items()
+        }
+        return slots | {f"anchor/{path}": v for path, v in self.anchors.items()}
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -42,6 +42,6 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
             yield prefix + (rest if inside else variable.path), variable
 
 
-def slot(variable: keras.Variable, name: str, dtype: str = "float32") -> keras.Variable:
-    """A variable of zeros, shaped like `variable`, that no model tracks."""
-    return keras.Variable(np.zeros(variable.shape, dtype), trainable=False, dtype=dtype, name=name)
+def untracked(values: np.ndarray, name: str, dtype: str = "float32") -> keras.Variable:
+    """A variable that no model tracks, holding `values`."""
+    return keras.Variable(np.asarray(values, dtype), trainable=False, dtype=dtype, name=name)

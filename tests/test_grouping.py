@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from keras_dwd import GaussianMixtureGrouping
+from keras_dwd import DiagonalFisher, GaussianMixtureGrouping
 
 
 def planted(sizes=(300, 500, 200), seed=0):
@@ -83,15 +83,21 @@ def test_all_zero_fisher():
 
 def test_the_model_folds_strength_times_fisher():
     x, y = blobs()
-    model = compiled(strength=2.0, grouping=GaussianMixtureGrouping(2, alpha=1.0))
+    model = compiled(
+        strength=2.0,
+        fisher=DiagonalFisher("exact"),
+        grouping=GaussianMixtureGrouping(2, alpha=1.0),
+    )
     values = {
         f"{layer.name}/{v.name}": np.array(v) for layer in model.layers for v in layer.weights
     }
-    fisher = model._estimate((x, y), 32)
+    statistics = model._estimate((x, y), 32)
+    fisher = {path: statistics[f"fisher/{path}"] for path in values}
     strengths, summary = model.grouping.strengths(fisher, values)
     model.consolidate((x, y))
     for path, precision in model.regularizer.precisions.items():
-        np.testing.assert_allclose(precision, 2 * strengths[path] * fisher[path], rtol=1e-4)
+        expected = 2 * strengths[path] * fisher[path]
+        np.testing.assert_allclose(precision.values, expected, rtol=1e-4)
     assert [g["size"] for g in model.groups] == [g["size"] for g in summary]
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dwd import DWDRegularizer
+from keras_dwd.curvature.diagonal import Diagonal
 
 
 def _variable(values):
@@ -16,7 +17,7 @@ def _fold_tasks(regularizer, fishers, optima):
     variable = _variable(optima[0])
     for fisher, theta in zip(fishers, optima, strict=True):
         variable.assign(theta)
-        regularizer.fold({"w": variable}, {"w": fisher})
+        regularizer.fold({"w": variable}, {"w": Diagonal("w", np.asarray(fisher))})
     return variable
 
 
@@ -42,7 +43,7 @@ def test_folding_is_the_explicit_sum_over_tasks(seed, spread, strength):
         value, gradient = explicit(theta.astype("float64"))
         expected.append(value)
         values.append(float(regularizer.value({"w": variable})))
-        folded = np.asarray(regularizer.gradient("w", variable), "float64")
+        folded = np.asarray(regularizer.gradients({"w": variable})["w"], "float64")
         # Relative to the terms of the sum: θ − θ* itself cancels where they happen to be close.
         scale = (fishers * (np.abs(theta) + np.abs(optima))).sum(0) * strength
         assert np.all(np.abs(folded - gradient) <= 1e-6 * scale)
@@ -55,7 +56,7 @@ def test_folding_is_the_explicit_sum_over_tasks(seed, spread, strength):
 def test_decay_and_latest_anchor_are_online_ewc():
     regularizer = DWDRegularizer(2.0, decay=0.5, anchor="latest")
     _fold_tasks(regularizer, [[1.0], [10.0], [100.0]], [[1.0], [2.0], [3.0]])
-    np.testing.assert_allclose(regularizer.precisions["w"], [2 * (100 + 5 + 0.25)])
+    np.testing.assert_allclose(regularizer.precisions["w"].values, [2 * (100 + 5 + 0.25)])
     np.testing.assert_allclose(regularizer.anchors["w"], [3.0])
 
 
@@ -63,13 +64,16 @@ def test_zero_fisher_pulls_nothing():
     regularizer = DWDRegularizer(1.0)
     variable = _fold_tasks(regularizer, [[0.0, 1.0]], [[1.0, 1.0]])
     variable.assign([5.0, 5.0])
-    np.testing.assert_array_equal(regularizer.gradient("w", variable), [0.0, 4.0])
+    np.testing.assert_array_equal(regularizer.gradients({"w": variable})["w"], [0.0, 4.0])
 
 
 def test_a_failing_fold_changes_nothing():
     regularizer = DWDRegularizer(1.0)
     with pytest.raises(KeyError):
-        regularizer.fold({"a": _variable([1.0]), "b": _variable([1.0])}, {"a": [1.0]})
+        regularizer.fold(
+            {"a": _variable([1.0])},
+            {path: Diagonal(path, np.ones(1)) for path in ("a", "b")},
+        )
     assert not regularizer.precisions
 
 
@@ -104,8 +108,9 @@ def test_a_layer_sets_its_own_strength_or_is_excluded():
     assert set(precisions) == {"hidden/bias", "head/kernel", "head/bias"}
     # Relative to the Fisher information, the bias is held twice as tight as the model's own.
     fisher = model._estimate((x, y), 32)
-    np.testing.assert_allclose(precisions["hidden/bias"], 6 * fisher["hidden/bias"], rtol=1e-5)
-    np.testing.assert_allclose(precisions["head/bias"], 3 * fisher["head/bias"], rtol=1e-5)
+    for path, strength in {"hidden/bias": 6, "head/bias": 3}.items():
+        expected = strength * fisher[f"fisher/{path}"]
+        np.testing.assert_allclose(precisions[path].values, expected, rtol=1e-5)
 
 
 def test_in_a_plain_model_it_has_no_effect():

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_dwd.evaluation.methods import METHODS, Method
 from keras_dwd.evaluation.profiles import Profile, profile_for
-from keras_dwd.evaluation.runner import SequenceResult, run_sequence
+from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
 from keras_dwd.tasks import datasets
 from keras_dwd.tasks.scenario import KINDS, Scenario, Task, permuted, split
 from keras_dwd.version import __version__
@@ -148,7 +148,8 @@ class Experiment:
         text = (
             f"{protocol.network}, Adam {protocol.learning_rate:g} reset for each task, batch "
             f"{protocol.batch_size}, {self.epochs} epochs a task, "
-            f"{'all' if images is None else images} training images a class, class order or "
+            f"{'all' if images is None else images} training images a class, Fisher "
+            f"information from a pass over {FISHER_EXAMPLES} of a task, class order or "
             f"permutation seed {self.class_order_seed}, seeds 0–{seeds - 1}, mean ± std; "
             + (
                 f"evaluated on {self.validation:.0%} of the training data, held back."
@@ -170,6 +171,7 @@ class Experiment:
             "batch_size": protocol.batch_size,
             "epochs": self.epochs,
             "images_per_class": images,
+            "fisher_examples": FISHER_EXAMPLES,
             "validation": self.validation,
             "seeds": list(range(seeds)),
         }

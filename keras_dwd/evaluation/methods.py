@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.curvature.fisher import DiagonalFisher
+from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
 
@@ -50,10 +51,6 @@ def _ewc(strength: float) -> dict[str, Any]:
     }
 
 
-def _dwd(strength: float) -> dict[str, Any]:
-    return {"strength": strength, "fisher": DiagonalFisher("exact", gamma=None)}
-
-
 def _online_ewc(strength: float) -> dict[str, Any]:
     return {
         "regularizer": DWDRegularizer(strength, decay=0.9),
@@ -62,14 +59,27 @@ def _online_ewc(strength: float) -> dict[str, Any]:
     }
 
 
+def _dwd(strength: float) -> dict[str, Any]:
+    return {"strength": strength, "fisher": KroneckerFisher(gamma=None)}
+
+
+def _dwd_online(strength: float) -> dict[str, Any]:
+    return {"strength": strength}
+
+
+def _dwd_diagonal(strength: float) -> dict[str, Any]:
+    return {"strength": strength, "fisher": DiagonalFisher("exact", gamma=None)}
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("finetune", lambda strength: {"strength": 0.0}),
         Method("ewc", _ewc, strength=100.0, boundary_pass=True),
         Method("online-ewc", _online_ewc, strength=100.0, boundary_pass=True),
-        Method("dwd", _dwd, strength=100.0, boundary_pass=True),
-        Method("dwd-online", lambda strength: {"strength": strength}, strength=100.0),
+        Method("dwd", _dwd, strength=10.0, boundary_pass=True),
+        Method("dwd-online", _dwd_online, strength=10.0),
+        Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
         Method("joint", lambda strength: {"strength": 0.0}, joint=True),
     )
 }

@@ -1,5 +1,6 @@
 """Groups of parameters found by a Gaussian mixture, each with its own strength λ_k."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import numpy as np
 from sklearn.mixture import GaussianMixture
 
 from keras_dwd.checks import integer, number
+from keras_dwd.curvature.fisher import Block
 from keras_dwd.variables import Arrays
 
 _CHUNK = 2**18
@@ -40,6 +42,26 @@ class GaussianMixtureGrouping:
         self.alpha = number("alpha", alpha, -np.inf)
         self.samples = integer("samples", samples, self.groups)
         self.seed = integer("seed", seed, 0)
+
+    def apply(
+        self, blocks: Mapping[str, Block], values: Arrays
+    ) -> tuple[dict[str, Block], list[dict[str, float]]]:
+        """Weigh each direction of the Fisher information by the λ_k of its group.
+
+        What is grouped are the eigenvalues: the parameters themselves where the Fisher is diagonal,
+        eigen-directions of a layer where it has Kronecker factors.
+
+        Args:
+            blocks: The Fisher information.
+            values: The variables' values by path.
+
+        Returns:
+            The weighted blocks, and the summary of `strengths`.
+        """
+        spectra = {key: block.spectrum() for key, block in blocks.items()}
+        coordinates = {key: block.coordinates(values) for key, block in blocks.items()}
+        strengths, summary = self.strengths(spectra, coordinates)
+        return {key: block.scaled(strengths[key]) for key, block in blocks.items()}, summary
 
     def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, list[dict[str, float]]]:
         """Group all parameters and give each the λ_k of its group.

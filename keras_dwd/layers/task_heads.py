@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_dwd.checks import integer
+from keras_dwd.curvature.rules import Flow, Rule, register_rule
 from keras_dwd.variables import Arrays, Variables
 
 
@@ -108,6 +109,28 @@ class TaskHeads(keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
+
+
+@register_rule(TaskHeads)
+class _TaskHeadsRule(Rule):
+    def squares(
+        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        if len(flows) > 1:  # squares of different calls do not add up
+            return super().squares(layer, flows, weights)
+        (features, task), g = flows[0].inputs, flows[0].gradient
+        chosen = weights[:, None] * self._chosen(layer, task)
+        kernel = tf.einsum("bt,bi,bo->tio", chosen, features**2, g**2)
+        return {"kernel": kernel, "bias": tf.einsum("bt,bo->to", chosen, g**2)}
+
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        (features, task), g = flow.inputs, flow.gradient
+        chosen = self._chosen(layer, task)
+        kernel = tf.einsum("bt,bi,bo->btio", chosen, features, g)
+        return {"kernel": kernel, "bias": tf.einsum("bt,bo->bto", chosen, g)}
+
+    def _chosen(self, layer: keras.Layer, task: tf.Tensor) -> tf.Tensor:
+        return tf.one_hot(tf.cast(tf.reshape(task, (-1,)), "int32"), layer.tasks)
 
 
 class HeadGate:

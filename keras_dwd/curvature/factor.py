@@ -1,0 +1,125 @@
+"""A factor of a Kronecker product: a symmetric positive matrix, of full or low rank."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Factor:
+    """M = U diag(s) Uᵀ + ρ (I − U Uᵀ), of n × n, with r ≤ n orthonormal columns in U.
+
+    Inputs and gradients of a layer have few directions that matter. Those are kept exactly, the
+    rest as their mean: O(n r) to keep and to multiply with.
+
+    Attributes:
+        vectors: U, of `(n, r)`.
+        values: s, of `(r,)`, ≥ 0.
+        rest: ρ ≥ 0, a scalar.
+    """
+
+    vectors: Any
+    values: Any
+    rest: Any
+
+    # Directions are kept until they hold this share of the trace.
+    ENERGY = 0.999
+
+    @property
+    def size(self) -> int:
+        """The number of rows, n."""
+        return int(self.vectors.shape[0])
+
+    @property
+    def trace(self) -> float:
+        """The sum of all eigenvalues."""
+        return float(self.values.sum() + (self.size - len(self.values)) * self.rest)
+
+    def leaves(self) -> dict[str, Any]:
+        """Its arrays by name."""
+        return {"vectors": self.vectors, "values": self.values, "rest": self.rest}
+
+    @staticmethod
+    def from_leaves(leaves: Mapping[str, Any]) -> "Factor":
+        """The inverse of `leaves`.
+
+        Raises:
+            ValueError: If parts are missing, or their shapes do not fit each other.
+        """
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        (n, r) = (*shapes.get("vectors", ()), 0, 0)[:2]
+        if shapes != {"vectors": (n, r), "values": (r,), "rest": ()} or not 0 < r <= n:
+            raise ValueError(f"No factor of a Kronecker product has the parts {shapes}.")
+        return Factor(**leaves)
+
+    @staticmethod
+    def from_matrix(matrix: np.ndarray, rank: int) -> "Factor":
+        """Of a symmetric positive matrix, by its `rank` largest eigenvalues at the most."""
+        values, vectors = np.linalg.eigh(matrix)
+        return Factor._truncated(vectors, values, 0.0, rank)
+
+    @staticmethod
+    def from_sketch(sketch: np.ndarray, probe: np.ndarray, trace: float) -> "Factor":
+        """The Nyström approximation of M from `sketch` = M · `probe`, both of `(n, r)`.
+
+        Reference:
+            [Tropp et al., 2017](https://arxiv.org/abs/1706.05736), algorithm 3.
+        """
+        shift = np.sqrt(len(probe)) * np.finfo("float32").eps * np.linalg.norm(sketch)
+        if shift == 0:
+            return Factor(probe[:, :1], np.zeros(1), np.asarray(0.0))
+        shifted = sketch + shift * probe
+        core = probe.T @ shifted
+        lower = np.linalg.cholesky((core + core.T) / 2)
+        half = np.linalg.solve(lower, shifted.T).T
+        vectors, singular, _ = np.linalg.svd(half, full_matrices=False)
+        values = np.maximum(singular**2 - shift, 0)
+        rest = max(trace - values.sum(), 0.0) / max(len(probe) - len(values), 1)
+        return Factor._truncated(vectors, values, rest, len(values))
+
+    @staticmethod
+    def _truncated(vectors: np.ndarray, values: np.ndarray, rest: float, rank: int) -> "Factor":
+        """Keep the largest eigenvalues; what is left out goes into the rest: the trace stays."""
+        order = np.argsort(values)[::-1]
+        values, vectors = np.maximum(values[order], 0), vectors[:, order]
+        held, outside = np.cumsum(values), len(vectors) - len(values)
+        enough = int(np.searchsorted(held, Factor.ENERGY * held[-1])) + 1
+        kept = max(1, min(rank, enough, len(values)))
+        left = values[kept:].sum() + outside * rest
+        return Factor(
+            vectors[:, :kept], values[:kept], np.asarray(left / max(len(vectors) - kept, 1))
+        )
+
+    def combine(self, mine: float, other: "Factor", its: float, rank: int) -> "Factor":
+        """The sum mine · this + its · other, of `rank` at the most."""
+        (a, d), (b, e) = self._above_rest, other._above_rest
+        rest = mine * d + its * e
+        basis, inside = np.linalg.qr(np.concatenate([self.vectors, other.vectors], 1))
+        weights = np.concatenate([mine * a, its * b])
+        values, vectors = np.linalg.eigh((inside * weights) @ inside.T)
+        return Factor._truncated(basis @ vectors, values + rest, rest, rank)
+
+    def scaled(self, scale: np.ndarray) -> "Factor":
+        """The product diag(scale) · this · diag(scale), its rest again the same everywhere."""
+        values, rest = self._above_rest
+        basis, inside = np.linalg.qr(scale[:, None] * self.vectors)
+        within, vectors = np.linalg.eigh((inside * values) @ inside.T)
+        rest *= float(np.mean(scale**2))
+        return Factor._truncated(basis @ vectors, within + rest, rest, len(within))
+
+    def damped(self, share: float) -> "Factor":
+        """The mean of this and the identity of the same trace, `share` of it the latter."""
+        mean = share * self.trace / self.size
+        keep = 1 - share
+        return Factor(self.vectors, keep * self.values + mean, keep * self.rest + mean)
+
+    def times(self, factor: float) -> "Factor":
+        """This times a number."""
+        return Factor(self.vectors, factor * self.values, factor * self.rest)
+
+    @property
+    def _above_rest(self) -> tuple[np.ndarray, float]:
+        """The same matrix as U diag(s − ρ) Uᵀ + ρ I."""
+        return self.values - self.rest, float(self.rest)

@@ -1,0 +1,381 @@
+"""Estimates of the Fisher information, online in the training step or in one pass over data."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.checks import integer, number
+from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
+from keras_dwd.curvature.taps import Taps
+from keras_dwd.variables import Arrays, Variables, untracked
+
+Estimator = Literal["batch", "exact", "influence", "sampled", "negated"]
+Statistics = dict[str, tf.Tensor]
+"""Means over examples, by `kind/PATH`: all that the estimate of a block is made from."""
+
+
+class Block(Protocol):
+    """A precision matrix over some of a model's variables: `Diagonal` or `Kronecker`.
+
+    Its leaves are arrays while it is made at a boundary, and the variables that hold them in the
+    training step.
+    """
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+    def leaves(self) -> dict[str, Any]: ...
+    def with_leaves(self, leaves: dict[str, Any]) -> Any: ...
+    def multiply(self, differences: list[Any]) -> list[Any]: ...
+    def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]: ...
+    def weighted(self, strengths: dict[str, float]) -> Any: ...
+    def merged(self, new: Any, decay: float) -> Any: ...
+    def spectrum(self) -> np.ndarray: ...
+    def coordinates(self, values: Arrays) -> np.ndarray: ...
+    def scaled(self, strengths: np.ndarray) -> Any: ...
+
+
+# Per-example gradients are formed for as many examples at once as fit in this many floats (1 GB).
+_MAX_FLOATS = 2**28
+
+
+class Fisher:
+    """What `DiagonalFisher` and `KroneckerFisher` share; see there.
+
+    A batch gives statistics that are means over its examples. Their moving average over training
+    steps is the online estimate; their mean over a pass is the one made at a boundary.
+    """
+
+    def __init__(self, estimator: Estimator, gamma: float | None, every: int):
+        if estimator not in get_args(Estimator):
+            known = ", ".join(get_args(Estimator))
+            raise ValueError(f"`estimator` must be one of {known}. Received: {estimator!r}")
+        self.estimator = estimator
+        self.gamma = None if gamma is None else number("gamma", gamma, 0, 1, closed=False)
+        self.every = integer("every", every, 1)
+        self.slots: dict[str, keras.Variable] = {}
+        # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
+        self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
+
+    # What a subclass defines.
+
+    def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
+        """The shape of each statistic, by `kind/PATH`."""
+        return {f"fisher/{path}": tuple(v.shape) for path, v in variables.items()}
+
+    def layer_statistics(
+        self, ruled: RuledLayer, flows: list[Flow], counts: tf.Tensor, weights: tf.Tensor
+    ) -> Statistics:
+        """The statistics of one layer; graph code.
+
+        Args:
+            ruled: The layer.
+            flows: Its calls in this batch.
+            counts: `(batch,)`: what each example counts, 1 without sample weights, over the batch
+                size.
+            weights: `(batch,)`: the same times the estimator's weight of the example's square.
+        """
+        squares = ruled.rule.squares(ruled.layer, flows, weights)
+        return {f"fisher/{ruled.paths[name]}": value for name, value in squares.items()}
+
+    def blocks(
+        self, model: keras.Model, variables: Variables, statistics: Arrays
+    ) -> dict[str, Block]:
+        """The Fisher information made from statistics, block by block."""
+        found: dict[str, Block] = {}
+        for name, values in statistics.items():
+            kind, _, path = name.partition("/")
+            if kind == "fisher" and path in variables:
+                found[path] = Diagonal(path, values)
+        return found
+
+    # The online estimate.
+
+    def build(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Create the online slots that are missing; the average then starts anew for all."""
+        missing = [name for name in shapes if name not in self.slots]
+        if self.gamma is not None and missing:
+            self.slots |= {name: untracked(np.zeros(shapes[name]), "fisher") for name in missing}
+            self.reset()
+
+    def update(self, statistics: Statistics, valid: tf.Tensor | None = None) -> None:
+        """One step of the moving average; graph code.
+
+        Args:
+            statistics: Of this batch.
+            valid: Scalar boolean; where it is false the step leaves no trace.
+        """
+        if self.gamma is None:
+            raise ValueError("The online estimate is switched off: `gamma` is None.")
+        averages = [(self.slots[name], new) for name, new in statistics.items()]
+        for average, new in [*averages, (self.weight, tf.ones(()))]:
+            updated = self.gamma * average.value + (1 - self.gamma) * tf.cast(new, "float32")
+            average.assign(updated if valid is None else tf.where(valid, updated, average.value))
+
+    def value(self) -> Arrays:
+        """The bias-corrected online averages.
+
+        Raises:
+            ValueError: If no training step was seen since the last boundary.
+        """
+        weight = float(np.asarray(self.weight))
+        if weight == 0:
+            raise ValueError(
+                "There is no online Fisher estimate: the model was not trained since the last "
+                "boundary, or `gamma` is None. Train it first, or pass `data` to `consolidate`."
+            )
+        return {name: np.asarray(v, "float32") / weight for name, v in self.slots.items()}
+
+    def reset(self) -> None:
+        """Forget the online estimate: a new task starts."""
+        for variable in [self.weight, *self.slots.values()]:
+            variable.assign(tf.zeros(variable.shape))
+
+    def state(self) -> Arrays:
+        """The online slots as arrays, by `kind/PATH`, and `fisher_weight`."""
+        arrays = {name: np.asarray(v) for name, v in self.slots.items()}
+        return arrays | {"fisher_weight": np.asarray(self.weight)}
+
+    # One batch.
+
+    def of_batch(
+        self, model: Any, variables: Variables, batch: tuple[Any, Any, Any], scale: float = 1.0
+    ) -> Statistics:
+        """The statistics of one batch, in inference mode, of the data loss alone; graph code.
+
+        Args:
+            model: A `DWDModel`.
+            variables: What to differentiate by, by path.
+            batch: `(x, y, sample_weight)`; the last may be `None`.
+            scale: The loss is multiplied by this before, its gradients divided by it after
+                differentiation: small gradients underflow in float16.
+        """
+        x, y, sample_weight = batch
+        examples = tf.cast(tf.shape(tf.nest.flatten(x)[0])[0], "float32")
+        if self.estimator == "batch":
+            return self._of_mean_gradient(model, variables, batch, scale)
+        if tf.nest.is_nested(sample_weight):
+            raise ValueError(
+                f"The estimator {self.estimator!r} needs one sample weight per example. Received "
+                "weights per output."
+            )
+        layers = [ruled for ruled in ruled_layers(model) if ruled.trains(variables)]
+        with tf.GradientTape() as tape:
+            generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
+            with Taps((ruled.layer for ruled in layers), activated=generic) as taps:
+                outputs = model(x, training=False)
+            seen = self._outputs_seen(model, outputs)
+            labels = self._labels(model, y, outputs)
+            losses = tf.vectorized_map(
+                lambda example: model.data_loss(*tf.nest.map_structure(lambda t: t[None], example)),
+                (x, labels, seen),
+                warn=False,
+            )
+            total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
+        calls = {ruled: taps.calls(ruled.layer) for ruled in layers}
+        for ruled, seen_calls in calls.items():
+            if ruled.rule is GENERIC and not all(call.plain for call in seen_calls or ()):
+                calls[ruled] = None
+        tapped = [call for found in calls.values() for call in found or ()]
+        by_calls, by_outputs = tape.gradient(
+            total,
+            ([call.output for call in tapped], tf.nest.flatten(outputs)),
+            unconnected_gradients="zero",
+        )
+        gradients = iter(by_calls)
+
+        counts = tf.fill((tf.shape(losses)[0],), 1 / examples)
+        if sample_weight is not None:
+            # A weight of two is the example seen twice: it weighs the square, linearly.
+            counts *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
+        weights = counts
+        if self.estimator == "influence":
+            residuals = tf.add_n(
+                [tf.reduce_sum(_flat(_unscaled(g, scale)) ** 2, axis=1) for g in by_outputs]
+            )
+            median = tf.sort(residuals)[tf.shape(residuals)[0] // 2]
+            weights *= tf.math.reciprocal_no_nan(residuals + median)
+
+        statistics: Statistics = {}
+        for ruled, found in calls.items():
+            flows = [
+                Flow(
+                    tuple(_floats(i) for i in call.inputs),
+                    _unscaled(next(gradients), scale),
+                )
+                for call in found or ()
+            ]
+            if flows:
+                statistics |= self.layer_statistics(ruled, flows, counts, weights)
+        covered = {path for ruled, found in calls.items() if found for path in ruled.paths.values()}
+        rest = {path: v for path, v in variables.items() if path not in covered}
+        if rest:
+            statistics |= self._one_by_one(model, rest, (x, labels), weights, scale)
+        wanted = self.shapes(model, variables)
+        return {name: value for name, value in statistics.items() if name in wanted}
+
+    def _of_mean_gradient(
+        self, model: Any, variables: Variables, batch: tuple[Any, Any, Any], scale: float
+    ) -> Statistics:
+        x, y, sample_weight = batch
+        count = tf.cast(tf.shape(tf.nest.flatten(x)[0])[0], "float32")
+        with tf.GradientTape() as tape:
+            loss = scale * model.data_loss(x, y, model(x, training=False), sample_weight)
+        gradients = tape.gradient(
+            loss, [v.value for v in variables.values()], unconnected_gradients="zero"
+        )
+        return {
+            f"fisher/{path}": count * _unscaled(g, scale) ** 2
+            for path, g in zip(variables, gradients, strict=True)
+        }
+
+    def _one_by_one(
+        self, model: Any, variables: Variables, batch: Any, weights: tf.Tensor, scale: float
+    ) -> Statistics:
+        """Σ_b w_b g_b² where no layer could be tapped: the whole model, example by example.
+
+        In a loop: vectorised, ops of many axes have given wrong numbers on CPUs (TensorFlow 2.21
+        with oneDNN).
+        """
+        values = [v.value for v in variables.values()]
+
+        def squares(example: Any) -> list[tf.Tensor]:
+            weight, (x, y) = example[0], tf.nest.map_structure(lambda t: t[None], example[1])
+            with tf.GradientTape() as tape:
+                outputs = self._outputs_seen(model, model(x, training=False))
+                loss = scale * model.data_loss(x, y, outputs)
+            found = tape.gradient(loss, values, unconnected_gradients="zero")
+            return [weight * _unscaled(g, scale) ** 2 for g in found]
+
+        def add(sums: list[tf.Tensor], example: Any) -> list[tf.Tensor]:
+            return [a + b for a, b in zip(sums, squares(example), strict=True)]
+
+        zeros = [tf.zeros(v.shape) for v in variables.values()]
+        sums = tf.foldl(add, (weights, batch), zeros)
+        return {f"fisher/{path}": s for path, s in zip(variables, sums, strict=True)}
+
+    def _labels(self, model: Any, y: Any, outputs: Any) -> Any:
+        """The labels that gradients are taken for: those of the data, or drawn from the model."""
+        if self.estimator != "sampled":
+            return y
+        kind, from_logits = _classification(model, self.estimator)
+        outputs = tf.cast(tf.stop_gradient(outputs), "float32")
+        if kind == "binary":
+            chance = tf.sigmoid(outputs) if from_logits else outputs
+            drawn = tf.random.uniform(tf.shape(chance)) < chance
+            return tf.reshape(tf.cast(drawn, y.dtype), tf.shape(y))
+        logits = outputs if from_logits else tf.math.log(outputs)
+        classes = outputs.shape[-1]
+        drawn = tf.random.categorical(tf.reshape(logits, (-1, classes)), 1)[:, 0]
+        if kind == "categorical":
+            drawn = tf.one_hot(drawn, classes)
+        return tf.reshape(tf.cast(drawn, y.dtype), tf.shape(y))
+
+    def _outputs_seen(self, model: Any, outputs: Any) -> Any:
+        """The outputs the loss is taken of: the model's, or their logits with the sign turned."""
+        if self.estimator != "negated":
+            return outputs
+        kind, from_logits = _classification(model, self.estimator)
+        if from_logits:
+            return -outputs
+        if kind == "binary":
+            return 1 - outputs
+        return tf.nn.softmax(-tf.math.log(outputs))
+
+    def chunk(self, variables: Variables, batch_size: int) -> int:
+        """How many examples of a batch to work on at once, for memory's sake."""
+        if self.estimator == "batch":
+            return batch_size
+        parameters = sum(int(np.prod(v.shape)) for v in variables.values())
+        return max(1, min(batch_size, _MAX_FLOATS // max(parameters, 1)))
+
+    @staticmethod
+    def check(statistics: Arrays) -> None:
+        """Raise `ValueError` naming the variable if a value is not finite."""
+        for name, values in statistics.items():
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"The Fisher information of {name.partition('/')[2]!r} is not finite: the loss "
+                    "or the weights have diverged. Nothing was changed."
+                )
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"estimator": self.estimator, "gamma": self.gamma, "every": self.every}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """The inverse of `get_config`."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class DiagonalFisher(Fisher):
+    """Estimates F_i = E_x[(∂ log p_θ(x) / ∂θ_i)²], online in the training step or in one pass.
+
+    The online estimate is an exponential moving average over training steps,
+    `slot ← γ·slot + (1−γ)·F̂`, divided by `1 − γⁿ` when read (the bias correction of Adam). It
+    is reset at each task boundary. Both forms see the loss of the data alone: no penalty, no
+    weight decay, no regularisation loss. All estimators but `batch` work in inference mode on the
+    gradient of each example, by closed forms per layer (see `register_rule`) where there are any.
+
+    Args:
+        estimator: How F̂ of a batch of B examples is computed.
+            `"batch"` is B times the squared mean gradient: free in the training step, biased. It
+            takes the loss for a mean over examples, as Keras losses are by default.
+            `"exact"` is the mean of the squared gradients of single examples with their true
+            labels (the empirical Fisher).
+            `"influence"` is the same with each example's square divided by r + median(r), where
+            r is the squared norm of the loss gradient at the model's outputs: examples that are
+            learned well, whose gradients vanish, count as much as those that are not.
+            `"sampled"` draws the labels from the model's own output (the true Fisher).
+            `"negated"` takes the gradient at the negated logits. The last two need a cross-entropy
+            loss on a single output.
+        gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
+            online estimate off, `consolidate` then needs data.
+        every: The online estimate is updated at every n-th training step.
+
+    Reference:
+        [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);
+        [van de Ven, 2025](https://arxiv.org/abs/2502.11756) on the estimators;
+        [EWC-DR](https://arxiv.org/abs/2603.18596) for negated logits.
+    """
+
+    def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 1):
+        super().__init__(estimator, gamma, every)
+
+
+def _classification(model: Any, estimator: str) -> tuple[str, bool]:
+    """Which cross-entropy the model's loss is, and whether it is one of logits."""
+    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
+    losses = keras.losses
+    kinds = {
+        "sparse": (losses.SparseCategoricalCrossentropy, losses.sparse_categorical_crossentropy),
+        "categorical": (losses.CategoricalCrossentropy, losses.categorical_crossentropy),
+        "binary": (losses.BinaryCrossentropy, losses.binary_crossentropy),
+    }
+    for kind, (as_class, as_function) in kinds.items():
+        if isinstance(loss, as_class):
+            return kind, bool(loss.get_config()["from_logits"])
+        if loss is as_function:
+            return kind, False
+    raise ValueError(
+        f"The estimator {estimator!r} needs a sparse categorical, categorical or binary "
+        f"cross-entropy on a single output. The model's loss is {model.loss!r}."
+    )
+
+
+def _flat(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, (tf.shape(x)[0], -1))
+
+
+def _floats(x: Any) -> Any:
+    return tf.cast(x, "float32") if tf.is_tensor(x) and x.dtype.is_floating else x
+
+
+def _unscaled(gradient: Any, scale: float) -> tf.Tensor:
+    """Dense, in float32: embeddings and mapped losses have gradients that are slices."""
+    return tf.cast(tf.convert_to_tensor(gradient), "float32") / scale

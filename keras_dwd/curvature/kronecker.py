@@ -1,0 +1,294 @@
+"""The Kronecker-factored precision: how much the directions of a layer's matrix matter, jointly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.checks import integer, number
+from keras_dwd.curvature.factor import Factor
+from keras_dwd.curvature.fisher import Block, Estimator, Fisher, Statistics
+from keras_dwd.curvature.rules import Flow, MatrixForm, RuledLayer, ruled_layers
+from keras_dwd.variables import Arrays, Variables
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """A ⊗ G over the weights of a layer: A about its inputs, G about its outputs.
+
+    With the weights as a matrix W (fan_in × fan_out, a bias as its last row), Λ δ is A δ G.
+
+    Attributes:
+        paths: Of the kernel and, where the matrix has it, the bias.
+        form: How the variables are a matrix.
+        a: A, of fan_in × fan_in.
+        g: G, of fan_out × fan_out.
+        rank: The most directions that a factor keeps when tasks are merged.
+
+    Reference:
+        [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671), for dense layers;
+        [Grosse & Martens, 2016](https://arxiv.org/abs/1602.01407), for convolutions.
+    """
+
+    paths: tuple[str, ...]
+    form: MatrixForm
+    a: Factor
+    g: Factor
+    rank: int
+
+    def leaves(self) -> dict[str, Any]:
+        """Its arrays by name."""
+        a = {f"input_{name}": leaf for name, leaf in self.a.leaves().items()}
+        return a | {f"output_{name}": leaf for name, leaf in self.g.leaves().items()}
+
+    def with_leaves(self, leaves: dict[str, Any]) -> "Kronecker":
+        """The same with other arrays, or with the variables that hold them.
+
+        Raises:
+            ValueError: If they do not fit the layer.
+        """
+        parts = [
+            Factor.from_leaves({n.removeprefix(p): v for n, v in leaves.items() if n.startswith(p)})
+            for p in ("input_", "output_")
+        ]
+        sizes = (parts[0].size, parts[1].size)
+        if sizes != (self.form.rows, self.form.shape[1]):
+            raise ValueError(
+                f"Factors of {sizes} rows do not fit a matrix of {self.form.rows} x "
+                f"{self.form.shape[1]}."
+            )
+        return replace(self, a=parts[0], g=parts[1])
+
+    def multiply(self, differences: list[Any]) -> list[Any]:
+        """Λ δ in the training step, by variable."""
+        return self._apply(differences, lambda eigenvalues: eigenvalues)
+
+    def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]:
+        """(d + Λ)⁻¹ Λ δ in the training step, by variable, with d the mean stiffness."""
+        sizes = [tf.cast(tf.size(s), "float32") for s in stiffness]
+        d = tf.add_n([tf.reduce_sum(s) for s in stiffness]) / tf.add_n(sizes)
+        return self._apply(differences, lambda eigenvalues: eigenvalues / (d + eigenvalues))
+
+    def _apply(self, differences: list[Any], function: Callable[[Any], Any]) -> list[Any]:
+        """The product f(Λ) δ, for a function of the eigenvalues."""
+        u, v = (tf.convert_to_tensor(factor.vectors) for factor in (self.a, self.g))
+        s, t = (tf.convert_to_tensor(factor.values) for factor in (self.a, self.g))
+        p, q = (tf.convert_to_tensor(factor.rest) for factor in (self.a, self.g))
+        # Four parts of the space: within and outside of U, within and outside of V.
+        both, rows = function(s[:, None] * t), function(s * q)[:, None]
+        columns, neither = function(p * t), function(p * q)
+        x = self.form.join(*differences)
+        left, right = tf.matmul(u, x, transpose_a=True), tf.matmul(x, v)
+        middle = (both - rows - columns + neither) * tf.matmul(left, v)
+        y = neither * x
+        y += tf.matmul((columns - neither) * right, v, transpose_b=True)
+        inside = (rows - neither) * left + tf.matmul(middle, v, transpose_b=True)
+        return self.form.split(y + tf.matmul(u, inside))
+
+    def weighted(self, strengths: dict[str, float]) -> "Kronecker":
+        """Times the strength of each of its variables."""
+        rows = np.full(self.form.rows, np.sqrt(strengths[self.paths[0]]))
+        if len(self.paths) == 2:
+            rows[-1] = np.sqrt(strengths[self.paths[1]])
+        return replace(self, a=self.a.scaled(rows))
+
+    def merged(self, new: "Kronecker", decay: float) -> "Kronecker":
+        """One Kronecker product for decay · this + new.
+
+        Each factor is the mean of both, weighted by their traces, so that the trace of the sum
+        stays. The nearest product in the Frobenius norm would drop directions of whichever task
+        has the smaller Fisher information; this one keeps those of every task.
+        """
+        leaves = self.leaves().items()
+        old = self.with_leaves({name: np.asarray(leaf, "float64") for name, leaf in leaves})
+        traces = [f.trace for f in (old.a, old.g, new.a, new.g)]
+        before, added = decay * traces[0] * traces[1], traces[2] * traces[3]
+        if before == 0:
+            return new
+        if added == 0:
+            return replace(old, a=old.a.times(decay))
+        total = before + added
+        a = old.a.combine(before / traces[0], new.a, added / traces[2], self.rank)
+        g = old.g.combine(
+            before / (total * traces[1]), new.g, added / (total * traces[3]), self.rank
+        )
+        return replace(self, a=a, g=g)._balanced()
+
+    def _balanced(self) -> "Kronecker":
+        """The same product with factors of equal trace, far from the ends of float32."""
+        ratio = float(np.sqrt(self.g.trace / self.a.trace))
+        return replace(self, a=self.a.times(ratio), g=self.g.times(1 / ratio))
+
+    def spectrum(self) -> np.ndarray:
+        """The eigenvalues, of `(eigenvectors of A, eigenvectors of G)`."""
+        return np.multiply.outer(self.a.values, self.g.values)
+
+    def coordinates(self, values: Arrays) -> np.ndarray:
+        """The parameters along the eigenvectors."""
+        matrix = self.form.join(*(values[path] for path in self.paths))
+        return self.a.vectors.T @ matrix @ self.g.vectors
+
+    def scaled(self, strengths: np.ndarray) -> "Kronecker":
+        """With each eigenvalue multiplied by the strength of its group.
+
+        The result is the nearest one that is a Kronecker product again, with the same eigenvectors.
+        """
+        u, s, v = np.linalg.svd(strengths * self.spectrum(), full_matrices=False)
+        root = np.sqrt(s[0])
+        factors = []
+        for factor, values in ((self.a, root * np.abs(u[:, 0])), (self.g, root * np.abs(v[0]))):
+            total = factor.values.sum()
+            change = values.sum() / total if total > 0 else 1.0
+            factors.append(Factor(factor.vectors, values, change * factor.rest))
+        return replace(self, a=factors[0], g=factors[1])
+
+
+def _outer(
+    rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor, probe: tf.Tensor | None
+) -> tf.Tensor:
+    """Σ_b w_b D_b D_bᵀ, times the probe if there is one, for D_b = rows_bᵀ other_b.
+
+    Args:
+        rows: `(batch, positions, n)`.
+        other: `(batch, positions, m)`.
+        weights: `(batch,)`.
+        probe: `(n, r)`.
+    """
+    n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
+    if positions is None or positions > m:  # D is smaller than what it is made from
+        d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
+        d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
+        return tf.matmul(
+            d,
+            d if probe is None else tf.matmul(d, probe, transpose_a=True),
+            transpose_b=probe is None,
+        )
+    overlaps = tf.matmul(other * weights[:, None, None], other, transpose_b=True)
+    left = tf.reshape(tf.matmul(overlaps, rows), (-1, n))
+    right = tf.reshape(rows, (-1, n))
+    if probe is None:
+        return tf.matmul(left, right, transpose_a=True)
+    return tf.matmul(left, tf.matmul(right, probe), transpose_a=True)
+
+
+def _squared_norm(a: tf.Tensor, g: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Σ_b w_b ‖D_b‖²."""
+    overlaps = tf.matmul(a, a, transpose_b=True) * tf.matmul(g, g, transpose_b=True)
+    return tf.tensordot(weights, tf.reduce_sum(overlaps, (1, 2)), 1)
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class KroneckerFisher(Fisher):
+    """Estimates the Fisher information with Kronecker factors for all layers that are a matrix.
+
+    For dense layers, convolutions and projections (`EinsumDense`) the Fisher information of the
+    weights is taken as A ⊗ G. It knows which *directions* of the weights matter, which a diagonal
+    cannot. With D the gradient of one example as a matrix of fan_in × fan_out, the bias as its
+    last row, A = E[D Dᵀ] and G = E[Dᵀ D] / tr A. For a dense layer, D is a gᵀ of its input and the
+    gradient at its output. That is one step towards the nearest Kronecker product, with the exact
+    trace; it needs no assumption on how gradients at different positions of a convolution
+    correlate, and no D is formed where there are few positions. All other variables have the
+    diagonal, by the same estimator.
+
+    Args:
+        estimator: `"influence"`, `"exact"`, `"sampled"` or `"negated"`, as of `DiagonalFisher`. The
+            first makes the scale nearly the same for all tasks and data sets.
+        gamma: γ in [0, 1) of the online estimate; `None` switches it off, `consolidate` then needs
+            data.
+        every: The online estimate is updated at every n-th training step.
+        rank: The most directions that are kept of each factor, the rest only as their mean. Of a
+            factor with more than `4 * rank` rows the full matrix is never formed.
+        damping: In [0, 1]: the share of G that is the same for all outputs of a layer. The
+            gradients of a few classes span few directions; what is learned later turns the others.
+
+    Reference:
+        [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
+        [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671);
+        [Ritter et al., 2018](https://arxiv.org/abs/1805.07810), for continual learning.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator = "influence",
+        gamma: float | None = 0.95,
+        every: int = 10,
+        rank: int = 256,
+        damping: float = 0.3,
+    ):
+        if estimator == "batch":
+            raise ValueError(
+                "`estimator` must be one of single examples: 'batch' has no Kronecker factors."
+            )
+        super().__init__(estimator, gamma, every)
+        self.rank = integer("rank", rank, 1)
+        self.damping = number("damping", damping, 0, 1)
+
+    def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
+        """The shape of each statistic, by `kind/PATH`."""
+        shapes = super().shapes(model, variables)
+        for ruled in ruled_layers(model):
+            if ruled.form is not None and ruled.trains(variables):
+                for path in ruled.matrix_paths:
+                    shapes.pop(f"fisher/{path}", None)
+                for side, size in (("input", ruled.form.rows), ("output", ruled.form.shape[1])):
+                    if size > 4 * self.rank:
+                        shapes[f"{side}_trace/{ruled.kernel}"] = ()
+                    shapes[f"{side}/{ruled.kernel}"] = (size, min(size, self._columns(size)))
+        return shapes
+
+    def layer_statistics(
+        self, ruled: RuledLayer, flows: list[Flow], counts: tf.Tensor, weights: tf.Tensor
+    ) -> Statistics:
+        """The factors of one layer, or its squares where it has none; graph code."""
+        if ruled.form is None:
+            return super().layer_statistics(ruled, flows, counts, weights)
+        # A bias that is no row of the matrix stays diagonal.
+        found = super().layer_statistics(ruled, flows, counts, weights) if ruled.beside else {}
+        a, g = ruled.all_rows(flows)
+        if ruled.form.bias_shape is not None:
+            a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
+        for side, rows, other in (("input", a, g), ("output", g, a)):
+            name, size = f"{side}/{ruled.kernel}", rows.shape[2]
+            probe = None
+            if size > 4 * self.rank:
+                found[f"{side}_trace/{ruled.kernel}"] = _squared_norm(a, g, weights)
+                probe = tf.constant(self._probe(size))
+            found[name] = _outer(rows, other, weights, probe)
+        return found
+
+    def blocks(
+        self, model: keras.Model, variables: Variables, statistics: Arrays
+    ) -> dict[str, Block]:
+        """Diagonal and Kronecker-factored blocks."""
+        found = super().blocks(model, variables, statistics)
+        for ruled in ruled_layers(model):
+            if ruled.form is None or f"input/{ruled.kernel}" not in statistics:
+                continue
+            a, g = (self._factor(side, ruled.kernel, statistics) for side in ("input", "output"))
+            trace = a.trace
+            g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
+            form = ruled.form
+            found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank)
+        return found
+
+    def _factor(self, side: str, kernel: str, statistics: Arrays) -> Factor:
+        matrix = np.asarray(statistics[f"{side}/{kernel}"], "float64")
+        trace = statistics.get(f"{side}_trace/{kernel}")
+        if trace is None:
+            return Factor.from_matrix(matrix, self.rank)
+        return Factor.from_sketch(matrix, self._probe(len(matrix)).astype("float64"), float(trace))
+
+    def _columns(self, size: int) -> int:
+        return size if size <= 4 * self.rank else self.rank
+
+    def _probe(self, size: int) -> np.ndarray:
+        """What a large factor is multiplied with, instead of being formed: the same each time."""
+        normal = np.random.default_rng(size).normal(size=(size, self._columns(size)))
+        return np.linalg.qr(normal)[0].astype("float32")
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return super().get_config() | {"rank": self.rank, "damping": self.damping}

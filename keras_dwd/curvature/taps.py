@@ -1,0 +1,97 @@
+"""What goes into a layer and what comes out of it, during an ordinary pass of any model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        inputs: Positional arguments, as the layer computes with them (autocast included).
+        output: The tensor before the activation, the layer's output where it has none.
+        plain: Whether there was nothing but positional tensors, and one output.
+    """
+
+    inputs: tuple[Any, ...]
+    output: tf.Tensor
+    plain: bool
+
+
+class Taps:
+    """Records the calls of layers while active, and changes nothing in their results.
+
+    A gradient tape that is active too can then be asked for the gradient by `Call.output`. Works
+    for every kind of model, since it is the layers that are tapped: shared layers have several
+    calls, layers with a fused activation are recorded before it.
+
+    Args:
+        layers: What to record.
+        activated: Layers of these to record behind their activation.
+
+    Example:
+
+    ```python
+    with tf.GradientTape() as tape, Taps([dense]) as taps:
+        loss = loss_of(model(x))
+    g = tape.gradient(loss, [call.output for call in taps.calls(dense)])
+    ```
+    """
+
+    def __init__(self, layers: Iterable[keras.Layer], activated: Iterable[keras.Layer] = ()):
+        self._layers = list(layers)
+        self._activated = {id(layer) for layer in activated}
+        self._calls: dict[int, list[Call]] = {}
+        self._hidden: set[int] = set()
+        self._graph: Any = None
+
+    def __enter__(self) -> "Taps":
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        for layer in self._layers:
+            layer.__dict__["call"] = self._recording(layer, layer.call)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for layer in self._layers:
+            layer.__dict__.pop("call", None)
+
+    def calls(self, layer: keras.Layer) -> list[Call] | None:
+        """The calls seen, or `None` where the layer ran inside a loop or a mapped function.
+
+        Its tensors there are of another graph, and no gradient can be asked for them.
+        """
+        return None if id(layer) in self._hidden else self._calls.get(id(layer), [])
+
+    def _recording(self, layer: keras.Layer, call: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            activation = layer.__dict__.get("activation")
+            activation = None if id(layer) in self._activated else activation
+            before: list[tf.Tensor] = []
+            if activation is not None:
+
+                def noting(z: Any) -> Any:
+                    before.append(z)
+                    return activation(z)
+
+                # Not by setattr, which would track an activation that is a layer once more.
+                layer.__dict__["activation"] = noting
+            try:
+                result = call(*args, **kwargs)
+            finally:
+                if activation is not None:
+                    layer.__dict__["activation"] = activation
+            output = before[0] if before else result
+            graph = output.graph if tf.is_symbolic_tensor(output) else None
+            if graph is not self._graph:
+                self._hidden.add(id(layer))
+            plain = tf.is_tensor(result) and all(map(tf.is_tensor, args))
+            plain = plain and not any(map(tf.is_tensor, kwargs.values()))
+            self._calls.setdefault(id(layer), []).append(Call(args, output, plain))
+            return result
+
+        return recorded

@@ -1,0 +1,213 @@
+"""Kronecker-factored precision: checked against dense float64 matrices."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_dwd import DiagonalFisher, DWDRegularizer, KroneckerFisher
+from keras_dwd.curvature.factor import Factor
+from keras_dwd.curvature.kronecker import Kronecker
+from keras_dwd.curvature.rules import MatrixForm
+from keras_dwd.variables import untracked
+
+
+def positive(rng, n, rank=None):
+    half = rng.normal(size=(n, rank or n))
+    return half @ half.T
+
+
+def dense(factor):
+    """The matrix of a factor, written out."""
+    u = np.asarray(factor.vectors, "float64")
+    outside = np.eye(factor.size) - u @ u.T
+    return (u * np.asarray(factor.values)) @ u.T + float(np.asarray(factor.rest)) * outside
+
+
+def dense_kronecker(block):
+    return np.kron(dense(block.a), dense(block.g))
+
+
+def block(rng, fan_in=4, fan_out=3, rank=None, bias=True):
+    form = MatrixForm((fan_in, fan_out), (fan_in, fan_out), (0, 1), (fan_out,) if bias else None)
+    a = Factor.from_matrix(positive(rng, form.rows), rank or form.rows)
+    g = Factor.from_matrix(positive(rng, fan_out), rank or fan_out)
+    return Kronecker(("w", "b") if bias else ("w",), form, a, g, rank or 64)
+
+
+def held(kronecker):
+    """As in the training step: its leaves in variables."""
+    return kronecker.with_leaves({n: untracked(v, "leaf") for n, v in kronecker.leaves().items()})
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, n=st.integers(1, 9), rank=st.integers(1, 9), share=st.floats(0, 1))
+def test_factors_keep_the_trace_and_their_largest_directions(seed, n, rank, share):
+    rng = np.random.default_rng(seed)
+    matrix = positive(rng, n)
+    factor = Factor.from_matrix(matrix, rank)
+    values = np.linalg.eigvalsh(matrix)[::-1]
+    kept = len(factor.values)
+    assert kept <= min(rank, n)
+    assert factor.trace == pytest.approx(np.trace(matrix))
+    assert np.trace(dense(factor)) == pytest.approx(np.trace(matrix))
+    np.testing.assert_allclose(factor.values, values[:kept], rtol=1e-6, atol=1e-9)
+    if kept == n:
+        np.testing.assert_allclose(dense(factor), matrix, rtol=1e-6, atol=1e-6 * values[0])
+    damped = (1 - share) * dense(factor) + share * np.trace(matrix) / n * np.eye(n)
+    np.testing.assert_allclose(
+        dense(factor.damped(share)), damped, rtol=1e-6, atol=1e-6 * values[0]
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, n=st.integers(2, 8), first=st.integers(1, 8), second=st.integers(1, 8))
+def test_combining_factors_adds_their_matrices(seed, n, first, second):
+    rng = np.random.default_rng(seed)
+    a, b = (Factor.from_matrix(positive(rng, n), min(r, n)) for r in (first, second))
+    expected = 0.3 * dense(a) + 2 * dense(b)
+    combined = a.combine(0.3, b, 2.0, rank=n)
+    assert combined.trace == pytest.approx(np.trace(expected))
+    # All but the thousandth part of the trace that no direction is kept for.
+    assert np.linalg.norm(dense(combined) - expected) <= 2e-3 * np.trace(expected)
+
+
+def test_a_sketch_of_low_rank_gives_the_matrix():
+    rng = np.random.default_rng(0)
+    matrix = positive(rng, 20, rank=3)
+    probe = np.linalg.qr(rng.normal(size=(20, 6)))[0]
+    factor = Factor.from_sketch(matrix @ probe, probe, np.trace(matrix))
+    np.testing.assert_allclose(dense(factor), matrix, atol=1e-3 * np.trace(matrix))
+    assert factor.trace == pytest.approx(np.trace(matrix), rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_equal_those_of_the_dense_matrix(rank, bias):
+    rng = np.random.default_rng(0)
+    kronecker = held(block(rng, rank=rank, bias=bias))
+    matrix = dense_kronecker(kronecker)
+    delta = [rng.normal(size=shape).astype("float32") for shape in ((4, 3), (3,))[: 1 + bias]]
+    tensors = [tf.constant(d) for d in delta]
+    flat = kronecker.form.join(*delta).ravel()
+
+    def flattened(parts):
+        return kronecker.form.join(*(np.asarray(p) for p in parts)).ravel()
+
+    product = flattened(kronecker.multiply(tensors))
+    np.testing.assert_allclose(product, matrix @ flat, rtol=1e-4, atol=1e-4 * np.abs(product).max())
+    for stiffness in (1e-3, 1.0, 1e3):
+        move = flattened(kronecker.shrink(tensors, [tf.constant(stiffness)]))
+        expected = np.linalg.solve(stiffness * np.eye(len(flat)) + matrix, matrix @ flat)
+        np.testing.assert_allclose(move, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, decay=st.floats(0, 1), scale=st.floats(1e-3, 1e3))
+def test_merging_keeps_the_trace_and_all_directions(seed, decay, scale):
+    rng = np.random.default_rng(seed)
+    old, new = block(rng), block(rng)
+    new = Kronecker(new.paths, new.form, new.a, new.g.times(scale), new.rank)
+    merged = held(old).merged(new, decay)
+    expected = decay * dense_kronecker(old) + dense_kronecker(new)
+    assert merged.a.trace * merged.g.trace == pytest.approx(np.trace(expected), rel=1e-4)
+    traces = decay * old.a.trace * old.g.trace, new.a.trace * new.g.trace
+    for side in ("a", "g"):
+        parts = [dense(getattr(b, side)) / getattr(b, side).trace for b in (old, new)]
+        mean = sum(t * p for t, p in zip(traces, parts, strict=True)) / sum(traces)
+        got = dense(getattr(merged, side)) / getattr(merged, side).trace
+        np.testing.assert_allclose(got, mean, atol=3e-3)
+
+
+def test_merging_with_nothing():
+    rng = np.random.default_rng(0)
+    some, zero = block(rng), block(rng).weighted({"w": 0.0, "b": 0.0})
+    for merged in (held(zero).merged(some, 1.0), held(some).merged(zero, 1.0)):
+        np.testing.assert_allclose(dense_kronecker(merged), dense_kronecker(some), rtol=1e-4)
+
+
+def test_strengths_of_kernel_and_bias_scale_rows():
+    kronecker = block(np.random.default_rng(0))
+    weighted = kronecker.weighted({"w": 4.0, "b": 0.25})
+    rows = np.array([2.0] * 4 + [0.5])
+    expected = np.kron(dense(kronecker.a) * np.outer(rows, rows), dense(kronecker.g))
+    np.testing.assert_allclose(dense_kronecker(weighted), expected, atol=2e-3 * np.trace(expected))
+    excluded = dense_kronecker(kronecker.weighted({"w": 1.0, "b": 0.0}))
+    assert np.abs(excluded[-3:]).max() <= 2e-3 * np.trace(excluded)
+
+
+def test_the_strengths_of_groups_scale_directions():
+    kronecker = block(np.random.default_rng(0))
+    rows, columns = np.array([1.0, 2, 3, 4, 5])[:, None], np.array([0.5, 1, 2])
+    scaled = kronecker.scaled(rows * columns)
+    expected = kronecker.spectrum() * rows * columns
+    np.testing.assert_allclose(scaled.spectrum(), expected, rtol=1e-6)
+    np.testing.assert_allclose(scaled.a.vectors, kronecker.a.vectors)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "influence", "sampled", "negated"])
+def test_the_pull_is_the_gradient_of_the_penalty(estimator):
+    model = compiled(strength=2.0, fisher=KroneckerFisher(estimator), grouping=None)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate(blobs())
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.random.normal(variable.shape))
+    variables = model._trainable_by_path()
+    with tf.GradientTape() as tape:
+        penalty = model.penalty()
+    expected = tape.gradient(penalty, [v.value for v in variables.values()])
+    pulls = model.regularizer.gradients(variables)
+    for path, gradient in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(pulls[path], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_online_factors_are_the_moving_average_of_batches():
+    x, y = blobs(24)
+    fisher = KroneckerFisher("exact", gamma=0.5, every=2)
+    model = compiled(optimizer=keras.optimizers.SGD(0.0), strength=1.0, fisher=fisher)
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    seen = [model._estimate((x[i : i + 4], y[i : i + 4]), 4) for i in (0, 8, 16)]
+    for name, value in model.fisher.value().items():
+        expected = (seen[0][name] + 2 * seen[1][name] + 4 * seen[2][name]) / 7
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_block_is_the_exact_fisher_where_it_is_a_kronecker_product():
+    """One example: the Fisher information of a dense layer is exactly A ⊗ G."""
+    x, y = blobs(1)
+    kronecker = compiled(strength=1.0, fisher=KroneckerFisher("exact", None, damping=0.0))
+    statistics = kronecker._estimate((x, y), 1)
+    blocks = kronecker.fisher.blocks(kronecker, kronecker._trainable_by_path(), statistics)
+    kronecker.fisher = DiagonalFisher("exact", None)
+    kronecker._traced_fisher = None
+    diagonal = kronecker._estimate((x, y), 1)
+    for layer in ("hidden", "head"):
+        found = blocks[f"{layer}/kernel"]
+        matrix = dense_kronecker(found).diagonal().reshape(found.form.rows, -1)
+        for path, part in zip(found.paths, found.form.split(matrix), strict=True):
+            np.testing.assert_allclose(part, diagonal[f"fisher/{path}"], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"estimator": "batch"}, "estimator"),
+        ({"rank": 0}, "rank"),
+        ({"damping": 1.5}, "damping"),
+        ({"every": 0}, "every"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        KroneckerFisher(**arguments)
+
+
+def test_the_exact_sum_over_tasks_is_for_diagonals():
+    with pytest.raises(ValueError, match="`anchor`"):
+        compiled(regularizer=DWDRegularizer(1.0, anchor="folded"), fisher=KroneckerFisher())

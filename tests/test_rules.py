@@ -1,0 +1,290 @@
+"""The closed forms per layer: fast path = generic path = a loop over examples in float64."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
+from keras_dwd.curvature import rules
+from keras_dwd.curvature.taps import Taps
+from keras_dwd.variables import by_path
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def images(*shape):
+    return lambda rng: rng.normal(size=(7, *shape))
+
+
+def tokens(rng):
+    return rng.integers(0, 5, (7, 6)).astype("int32")
+
+
+def shared(layer):
+    """The same layer called twice, on inputs of other sizes."""
+    return lambda x: layers.Concatenate(axis=1)([layer(x), layer(layers.Cropping1D(1)(x))])
+
+
+# What is put between the input and a dense head, and the input.
+CASES = {
+    "dense": (lambda: layers.Dense(4, activation="tanh"), images(5)),
+    "dense_without_bias": (lambda: layers.Dense(4, use_bias=False), images(5)),
+    "dense_over_time": (lambda: layers.Dense(4, activation="relu"), images(6, 3)),
+    "dense_with_activation_layer": (
+        lambda: layers.Dense(4, activation=layers.LeakyReLU()),
+        images(5),
+    ),
+    "shared_dense": (lambda: shared(layers.Dense(3, activation="tanh")), images(6, 4)),
+    "conv1d": (lambda: layers.Conv1D(3, 3, strides=2, padding="same"), images(9, 2)),
+    "conv1d_causal": (lambda: layers.Conv1D(3, 3, dilation_rate=2, padding="causal"), images(8, 2)),
+    "conv2d": (lambda: layers.Conv2D(3, 3, activation="relu"), images(6, 5, 2)),
+    "conv2d_same": (lambda: layers.Conv2D(3, (3, 2), strides=2, padding="same"), images(7, 6, 2)),
+    "conv2d_dilated": (
+        lambda: layers.Conv2D(2, 3, dilation_rate=2, padding="same"),
+        images(7, 6, 2),
+    ),
+    "conv2d_wide": (lambda: layers.Conv2D(12, 3, use_bias=False), images(4, 4, 2)),
+    "conv3d": (lambda: layers.Conv3D(2, 2, padding="same"), images(3, 4, 3, 2)),
+    "depthwise1d": (lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), images(7, 2)),
+    "depthwise2d": (
+        lambda: layers.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=2),
+        images(6, 6, 2),
+    ),
+    "separable1d": (lambda: layers.SeparableConv1D(3, 3, padding="same"), images(7, 2)),
+    "separable2d": (
+        lambda: layers.SeparableConv2D(3, 3, depth_multiplier=2, activation="relu"),
+        images(6, 6, 2),
+    ),
+    "einsum": (lambda: layers.EinsumDense("abc,cd->abd", (6, 3), bias_axes="d"), images(6, 4)),
+    "einsum_heads": (
+        lambda: layers.EinsumDense("abc,cde->abde", (6, 2, 3), bias_axes="de"),
+        images(6, 4),
+    ),
+    "einsum_swapped": (
+        lambda: layers.EinsumDense("abc,dc->adb", (3, 6), bias_axes="d"),
+        images(6, 4),
+    ),
+    "einsum_merged": (
+        lambda: layers.EinsumDense("abcd,cde->abe", (5, 3), bias_axes="e"),
+        images(5, 2, 3),
+    ),
+    "einsum_ellipsis": (lambda: layers.EinsumDense("...c,cd->...d", 3), images(6, 4)),
+    "einsum_own_matrices": (lambda: layers.EinsumDense("abc,bcd->abd", (6, 3)), images(6, 4)),
+    "embedding": (lambda: layers.Embedding(5, 3), tokens),
+    "layer_norm": (lambda: layers.LayerNormalization(), images(6, 4)),
+    "layer_norm_axes": (
+        lambda: layers.LayerNormalization(axis=(1, 2), scale=False),
+        images(3, 4, 2),
+    ),
+    "batch_norm": (lambda: layers.BatchNormalization(), images(6, 4)),
+    "batch_norm_bias_only": (lambda: layers.BatchNormalization(scale=False), images(5, 5, 2)),
+    "attention": (
+        lambda: (lambda a: lambda x: a(x, x))(layers.MultiHeadAttention(2, 3)),
+        images(6, 4),
+    ),
+    "without_a_rule": (lambda: layers.PReLU(), images(5)),
+    "recurrent": (lambda: layers.SimpleRNN(3), images(4, 2)),
+    "distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), images(4, 2)),
+    "groups": (lambda: layers.Conv2D(4, 2, groups=2), images(4, 4, 2)),
+}
+WITHOUT_RULE = {"without_a_rule", "recurrent", "groups"}
+HIDDEN = {"distributed"}  # has a rule, but runs in a graph of its own
+
+
+def network(case, policy="float32"):
+    build, make = CASES[case]
+    data = make(np.random.default_rng(0))
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input(data.shape[1:], dtype="int32" if data.dtype == "int32" else None)
+        x = layers.Flatten()(build()(inputs))
+        return keras.Model(inputs, layers.Dense(3, name="head")(x)), data
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def made(case, fisher):
+    keras.utils.set_random_seed(3)
+    base, x = network(case)
+    model = DWDModel.from_model(base, strength=1.0, fisher=fisher, grouping=None)
+    model.compile("sgd", LOSS)
+    for variable in model.variables:  # zero biases and unit scales would hide mistakes
+        variable.assign_add(0.3 * tf.random.uniform(variable.shape))
+    y = np.random.default_rng(1).integers(0, 3, len(x))
+    return model, x if x.dtype == "int32" else x.astype("float32"), y
+
+
+def float64_gradients(model, case, x, y):
+    """∂ℓ_b/∂θ by path, one example at a time."""
+    copy, _ = network(case, "float64")
+    copy.set_weights([w.astype("float64") for w in model.get_weights()])
+    names = {id(v): path for path, v in by_path(copy).items()}
+    paths = [names[id(v)] for v in copy.trainable_variables]
+    theirs = {id(v): path for path, v in by_path(model).items()}
+    ours = [theirs[id(v)] for v in model.trainable_variables]
+    found = []
+    for i in range(len(y)):
+        with tf.GradientTape() as tape:
+            logits = copy(x[i : i + 1] if x.dtype == "int32" else x[i : i + 1].astype("float64"))
+            loss = -tf.nn.log_softmax(logits)[0, y[i]]
+        gradients = tape.gradient(loss, [v.value for v in copy.trainable_variables])
+        found.append([np.asarray(tf.convert_to_tensor(g)) for g in gradients])
+    assert len(paths) == len(ours)
+    return {path: np.stack(g) for path, g in zip(ours, zip(*found, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
+    fisher = DiagonalFisher("exact", gamma=None)
+    model, x, y = made(case, fisher)
+    generic = [r for r in rules.ruled_layers(model) if r.rule is rules.GENERIC]
+    assert bool(generic) == (case in WITHOUT_RULE)
+    fast = model._estimate((x, y), 4)
+    monkeypatch.setattr(rules, "_RULES", {})
+    model._traced_fisher = None
+    generic = model._estimate((x, y), 4)
+    assert fast.keys() == generic.keys()
+    for path, gradients in float64_gradients(model, case, x, y).items():
+        expected = (gradients**2).mean(0)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.max() + 1e-12}
+        np.testing.assert_allclose(fast[f"fisher/{path}"], expected, **tolerance, err_msg=path)
+        np.testing.assert_allclose(generic[f"fisher/{path}"], expected, **tolerance, err_msg=path)
+
+
+MATRICES = [
+    case
+    for case in CASES
+    if case not in WITHOUT_RULE | HIDDEN
+    and case.partition("_")[0] in ("dense", "conv1d", "conv2d", "conv3d", "einsum", "shared")
+    and case != "einsum_own_matrices"
+]
+
+
+@pytest.mark.parametrize("case", MATRICES)
+def test_kronecker_factors_are_those_of_the_gradients(case):
+    """D Dᵀ and Dᵀ D of each example's gradient as a matrix, summed in float64."""
+    model, x, y = made(case, KroneckerFisher("exact", gamma=None))
+    statistics = model._estimate((x, y), 4)
+    gradients = float64_gradients(model, case, x, y)
+    checked = 0
+    for ruled in rules.ruled_layers(model):
+        if ruled.form is None:
+            continue
+        parts = [gradients[path] for path in ruled.matrix_paths]
+        d = np.stack([ruled.form.join(*example) for example in zip(*parts, strict=True)])
+        for side, expected in (
+            ("input", np.einsum("bio,bjo->ij", d, d) / len(y)),
+            ("output", np.einsum("bio,bip->op", d, d) / len(y)),
+        ):
+            measured = statistics[f"{side}/{ruled.kernel}"]
+            np.testing.assert_allclose(
+                measured, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
+            )
+        checked += 1
+    assert checked == 2
+
+
+@pytest.mark.parametrize("case", ["dense", "conv2d_same", "conv1d", "conv2d_wide"])
+def test_a_sketched_factor_is_the_factor_times_its_probe(case):
+    model, x, y = made(case, KroneckerFisher("exact", gamma=None))
+    whole = model._estimate((x, y), 4)
+    model.fisher, model._traced_fisher = KroneckerFisher("exact", gamma=None, rank=1), None
+    sketch = model._estimate((x, y), 4)
+    (path,) = [n for n in sketch if n.startswith("input/") and not n.startswith("input/head")]
+    probe = model.fisher._probe(len(sketch[path]))
+    np.testing.assert_allclose(sketch[path], whole[path] @ probe, rtol=1e-3, atol=1e-6)
+    trace = sketch[path.replace("input/", "input_trace/")]
+    assert float(trace) == pytest.approx(np.trace(whole[path]), rel=1e-4)
+
+
+def test_taps_record_and_change_nothing():
+    dense = layers.Dense(3, activation="relu")
+    x = tf.random.normal((5, 4))
+    expected = dense(x)
+    with tf.GradientTape() as tape, Taps([dense]) as taps:
+        result = dense(x)
+        again = dense(2 * x)
+        loss = tf.reduce_sum(result) + tf.reduce_sum(again)
+    np.testing.assert_array_equal(result, expected)
+    first, second = taps.calls(dense)
+    np.testing.assert_array_equal(first.inputs[0], x)
+    np.testing.assert_array_equal(second.inputs[0], 2 * x)
+    np.testing.assert_allclose(first.output, tf.matmul(x, dense.kernel.value) + dense.bias.value)
+    gradient = tape.gradient(loss, first.output)
+    np.testing.assert_array_equal(gradient, tf.cast(first.output > 0, "float32"))
+    assert "call" not in vars(dense)
+    assert dense.activation is keras.activations.relu
+
+
+def test_taps_are_taken_off_after_an_error():
+    dense = layers.Dense(3)
+    dense.build((None, 4))
+    with pytest.raises(Exception, match="shape"), Taps([dense]):
+        dense(tf.ones((2, 7)))
+    assert "call" not in vars(dense)
+
+
+class Scale(layers.Layer):
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1],), name="w")
+
+    def call(self, x):
+        return x * self.w
+
+
+def test_a_rule_of_ones_own(monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    monkeypatch.setitem(CASES, "own", (Scale, images(5)))
+    called = []
+
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def gradients(self, layer, flow):
+            called.append(layer)
+            return {"w": flow.inputs[0] * flow.gradient}
+
+    model, x, y = made("own", DiagonalFisher("exact", gamma=None))
+    measured = model._estimate((x, y), 7)
+    assert called
+    for path, gradients in float64_gradients(model, "own", x, y).items():
+        np.testing.assert_allclose(measured[f"fisher/{path}"], (gradients**2).mean(0), rtol=1e-4)
+
+
+def test_rules_are_for_layers():
+    with pytest.raises(ValueError, match="types of Keras layers"):
+        register_rule(int)
+
+
+def test_a_subclass_with_a_call_of_its_own_has_no_rule():
+    class Doubled(layers.Dense):
+        def call(self, x):
+            return 2 * super().call(x)
+
+    class Named(layers.Dense):
+        pass
+
+    assert rules.rule_for(Doubled(3)) is rules.GENERIC
+    assert rules.rule_for(Named(3)) is rules.rule_for(layers.Dense(3)) is not rules.GENERIC
+
+
+def test_lora_and_shared_variables_take_the_generic_path():
+    layer = layers.Dense(4)
+    layer.build((None, 6))
+    layer.enable_lora(2)
+    assert rules.rule_for(layer) is rules.GENERIC
+    first, head = layers.Dense(6, name="first"), layers.Dense(3, name="head")
+    first.build((None, 6))
+
+    class Tied(layers.Layer):
+        def __init__(self, kernel):
+            super().__init__()
+            self.kernel = kernel
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.kernel))
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, head(Tied(first._kernel)(first(inputs))))
+    assert [ruled.kernel for ruled in rules.ruled_layers(model)] == ["head/kernel"]
