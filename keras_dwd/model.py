@@ -205,7 +205,7 @@ class DWDModel(keras.Model):
                 }
                 self._learn_fisher(statistics, scale)
             else:
-                due = self.optimizer.iterations.value % fisher.every == 0
+                due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
                 tf.cond(due, lambda: self._learn_fisher_of((x, y, sample_weight), scale), _nothing)
 
         if variables:

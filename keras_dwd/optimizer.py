@@ -137,7 +137,7 @@ def _sgd(optimizer: Any, variable: Any) -> Any:
 
 def _adam(optimizer: Any, variable: Any) -> Any:
     v = optimizer._velocities[optimizer._get_variable_index(variable)]
-    steps = tf.cast(optimizer.iterations.value + 1, v.dtype)
+    steps = tf.cast(tf.convert_to_tensor(optimizer.iterations) + 1, v.dtype)
     return tf.sqrt(v.value / (1 - tf.pow(tf.cast(optimizer.beta_2, v.dtype), steps))) + (
         optimizer.epsilon
     )

@@ -1,0 +1,177 @@
+"""The decoupled step: what the wrapped optimizer does, and a proximal step after it."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled, weights
+
+from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "adamax": lambda: keras.optimizers.Adamax(0.01),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.05),
+    "schedule": lambda: keras.optimizers.Adam(
+        keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.5)
+    ),
+    "clipping": lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.1),
+    "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+    "ema": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=3),
+}
+FISHERS = {
+    "diagonal": lambda: DiagonalFisher("exact", gamma=None),
+    "kronecker": lambda: KroneckerFisher("exact", gamma=None),
+}
+
+
+def learner(optimizer, strength=1.0, fisher="diagonal"):
+    """A model at its first boundary, about to learn a second task."""
+    keras.utils.set_random_seed(2)
+    model = compiled(optimizer="adam", strength=strength, fisher=FISHERS[fisher](), grouping=None)
+    model.fit(*blobs(), epochs=3, verbose=0)
+    model.consolidate(blobs())
+    model.compile(optimizer, LOSS)
+    return model
+
+
+def learn(model, epochs=5):
+    keras.utils.set_random_seed(3)
+    model.fit(*blobs(seed=5), epochs=epochs, batch_size=16, verbose=0)
+    return weights(model)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_pull_it_is_the_wrapped_optimizer(name):
+    make = OPTIMIZERS[name]
+    plain = learn(learner(make(), strength=0.0))
+    wrapped = learn(learner(DWDOptimizer(make()), strength=0.0))
+    for a, b in zip(plain, wrapped, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_holds_what_matters_at_any_strength(name, fisher):
+    free = learner(DWDOptimizer(OPTIMIZERS[name]()), strength=1e-9, fisher=fisher)
+    learn(free)
+    moved = float(free.penalty()) / 1e-9
+    held = []
+    for strength in (10.0, 1e4, 1e8):
+        model = learner(DWDOptimizer(OPTIMIZERS[name]()), strength, fisher)
+        assert all(np.isfinite(w).all() for w in learn(model))
+        held.append(float(model.penalty()) / strength)
+    assert held[0] < moved
+    assert held[2] < 1e-2 * moved
+    assert sorted(held, reverse=True) == held
+
+
+def test_where_the_gradient_form_diverges_it_does_not():
+    x, y = blobs()
+    model = learner(keras.optimizers.SGD(0.1))
+    curvature = max(float(np.max(b.values)) for b in model.regularizer.precisions.values())
+    strength = 1000 * 2 / (0.1 * curvature)  # η·λ·F is a thousand times the limit of 2
+    gradient = learner(keras.optimizers.SGD(0.1), strength)
+    decoupled = learner(DWDOptimizer(keras.optimizers.SGD(0.1)), strength)
+    for m in (gradient, decoupled):
+        m.fit(*blobs(seed=5), epochs=5, batch_size=16, verbose=0)
+    diverged = [np.isfinite(w).all() and np.abs(w).max() < 1e3 for w in weights(gradient)]
+    assert not all(diverged)
+    assert max(np.abs(w).max() for w in weights(decoupled)) < 10
+    before = learner(keras.optimizers.SGD(0.1))
+    assert decoupled.evaluate(x, y, verbose=0) == pytest.approx(
+        before.evaluate(x, y, verbose=0), abs=0.5
+    )
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_at_small_strength_it_agrees_with_the_gradient_form(fisher):
+    """They differ by where in a step the pull is evaluated: one part in the number of steps."""
+
+    def end(optimizer, strength):
+        return np.concatenate([w.ravel() for w in learn(learner(optimizer, strength, fisher), 30)])
+
+    free = end(keras.optimizers.SGD(0.01), 0.0)
+    gradient = end(keras.optimizers.SGD(0.01), 0.1)
+    decoupled = end(DWDOptimizer(keras.optimizers.SGD(0.01)), 0.1)
+    assert np.linalg.norm(free - gradient) > 0
+    assert np.linalg.norm(gradient - decoupled) < 0.05 * np.linalg.norm(free - gradient)
+
+
+def test_one_step_is_the_proximal_formula():
+    x, y = blobs(seed=5)
+    model = learner(DWDOptimizer(keras.optimizers.Adam(0.01)), 50.0)
+    plain = keras.models.clone_model(model)
+    plain.set_weights(model.get_weights())
+    plain = keras.Model(plain.inputs, plain.outputs)
+    adam = keras.optimizers.Adam(0.01)
+    plain.compile(adam, LOSS)
+    for m in (model, plain):
+        m.fit(x, y, batch_size=len(x), verbose=0)
+    for variable, moved, held in zip(
+        plain.trainable_variables, weights(plain), weights(model), strict=True
+    ):
+        path = "/".join(variable.path.split("/")[-2:])
+        precision = np.asarray(model.regularizer.precisions[path].values, "float64")
+        anchor = np.asarray(model.regularizer.anchors[path], "float64")
+        v = np.asarray(adam._velocities[adam._get_variable_index(variable)], "float64")
+        d = (np.sqrt(v / (1 - 0.999)) + 1e-7) / 0.01
+        expected = (d * moved + precision * anchor) / (d + precision)
+        np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_mixed_precision_wraps_it():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = learner(DWDOptimizer(keras.optimizers.Adam(0.01)), 100.0, "kronecker")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert all(np.isfinite(w).all() for w in learn(model))
+    assert float(model.penalty()) > 0
+
+
+def test_learning_rate_and_iterations_are_those_of_the_wrapped_optimizer():
+    optimizer = DWDOptimizer(keras.optimizers.Adam(0.5))
+    assert float(optimizer.learning_rate) == 0.5
+    optimizer.learning_rate = 0.25
+    assert float(optimizer.inner_optimizer.learning_rate) == 0.25
+    model = compiled(optimizer=optimizer, strength=0.0)
+    model.fit(*blobs(64), batch_size=16, verbose=0)
+    assert int(optimizer.iterations) == 4
+
+
+def test_it_is_saved_with_the_model(tmp_path):
+    model = learner(DWDOptimizer(keras.optimizers.AdamW(0.01)), 5.0)
+    model.fit(*blobs(seed=5), verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(again, DWDModel)
+    assert isinstance(again.optimizer, DWDOptimizer)
+    assert isinstance(again.optimizer.inner_optimizer, keras.optimizers.AdamW)
+    for a, b in zip(learn(model, 1), learn(again, 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_optimizers_without_a_known_metric_are_refused():
+    with pytest.raises(ValueError, match="`inner_optimizer`"):
+        DWDOptimizer(keras.optimizers.Lion())
+
+
+def test_either_form_folds_the_same_state():
+    """The boundary does not see how the pull was applied: the same weights give the same state."""
+    states = []
+    for optimizer in (keras.optimizers.SGD(0.0), DWDOptimizer(keras.optimizers.SGD(0.0))):
+        model = learner(optimizer, 3.0, "kronecker")
+        model.trainable_variables[0].assign_add(tf.ones(model.trainable_variables[0].shape))
+        model.consolidate(blobs(seed=5))
+        states.append(model.regularizer.state())
+    assert states[0].keys() == states[1].keys()
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name])
