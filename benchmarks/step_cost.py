@@ -15,14 +15,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import DWDModel, Scenario, Task
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Scenario, Task
 from keras_dwd.evaluation.experiment import versions
 from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
 from keras_dwd.state import state_of
 
 BATCH = 32
-NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 2)}
+# Steps per round: several updates of the online factors, of which there is one in ten steps.
+NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 10)}
+FISHERS = {DiagonalFisher: "diagonal", KroneckerFisher: "Kronecker"}
 
 
 def scenario(tasks=20):
@@ -101,25 +103,27 @@ def main():
     results = {}
     for name, (build, steps) in NETWORKS.items():
         finetune = Trainer(build, strength=0.0)
-        # Grouping is boundary work: the step sees a precision, whatever it was made from.
-        early, late = (Trainer(build, grouping=None) for _ in range(2))
-        early.learn_tasks(1)
-        late.learn_tasks(19)
-        parameters = early.model.count_params()
-        state = sum(a.nbytes for a in state_of(early.model).values())
-        results[name] = {
-            "parameters": parameters,
-            "state_bytes_per_parameter": state / parameters,
-            "dwd_to_finetune": ratio(early, finetune, steps, options.rounds),
-            "task_20_to_task_2": ratio(late, early, steps, options.rounds),
-        }
-        for key in ("dwd_to_finetune", "task_20_to_task_2"):
-            print(f"{name}: {key} {results[name][key]['ratio']:.3f}", flush=True)
+        for fisher in (DiagonalFisher(), KroneckerFisher()):
+            # Grouping is boundary work: the step sees a precision, whatever it was made from.
+            early, late = (Trainer(build, fisher=fisher, grouping=None) for _ in range(2))
+            early.learn_tasks(1)
+            late.learn_tasks(19)
+            parameters = early.model.count_params()
+            state = sum(a.nbytes for a in state_of(early.model).values())
+            row = results[f"{name}, {FISHERS[type(fisher)]}"] = {
+                "parameters": parameters,
+                "state_bytes_per_parameter": state / parameters,
+                "dwd_to_finetune": ratio(early, finetune, steps, options.rounds),
+                "task_20_to_task_2": ratio(late, early, steps, options.rounds),
+            }
+            for key in ("dwd_to_finetune", "task_20_to_task_2"):
+                print(f"{name}, {FISHERS[type(fisher)]}: {key} {row[key]['ratio']:.3f}", flush=True)
     write_json(
         options.out,
         {
             "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, images 32 x 32 x 3, "
-            "DWDModel with its online Fisher and pull against strength=0, alternating in one "
+            "DWDModel with pull and online Fisher (diagonal: each step, Kronecker: each tenth) "
+            "against strength=0, alternating in one "
             "process, median ratio over rounds; state in bytes per parameter in task 2",
             "versions": versions(),
             "networks": results,

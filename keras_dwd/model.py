@@ -206,6 +206,7 @@ class DWDModel(keras.Model):
                 self._learn_fisher(statistics, scale)
             else:
                 due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
+                due |= fisher.weight.value == 0  # the first step of a task
                 tf.cond(due, lambda: self._learn_fisher_of((x, y, sample_weight), scale), _nothing)
 
         if variables:

@@ -178,6 +178,14 @@ def test_the_online_factors_are_the_moving_average_of_batches():
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_tasks_shorter_than_the_interval_of_updates_have_an_estimate():
+    model = compiled(strength=1.0, fisher=KroneckerFisher(every=100))
+    for seed in (0, 1, 2):
+        model.fit(*blobs(seed=seed), verbose=0)
+        model.consolidate()
+    assert model.tasks_learned == 3
+
+
 def test_a_block_is_the_exact_fisher_where_it_is_a_kronecker_product():
     """One example: the Fisher information of a dense layer is exactly A ⊗ G."""
     x, y = blobs(1)

@@ -5,7 +5,7 @@ from conftest import blobs, compiled, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dwd import DWDRegularizer
+from keras_dwd import DiagonalFisher, DWDRegularizer
 from keras_dwd.curvature.diagonal import Diagonal
 
 
@@ -101,7 +101,7 @@ def test_config_round_trip():
 
 def test_a_layer_sets_its_own_strength_or_is_excluded():
     model = mlp(kernel_regularizer=DWDRegularizer(0.0), bias_regularizer=DWDRegularizer(6.0))
-    model = compiled(model, strength=3.0, grouping=None)
+    model = compiled(model, strength=3.0, fisher=DiagonalFisher("exact"), grouping=None)
     x, y = blobs()
     model.consolidate((x, y))
     precisions = model.regularizer.precisions

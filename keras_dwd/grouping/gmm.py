@@ -83,8 +83,8 @@ class GaussianMixtureGrouping:
         used = np.flatnonzero(flat > 0)
         if self.groups > flat.size:
             raise ValueError(
-                f"`groups` must not exceed the number of parameters ({flat.size}). "
-                f"Received: {self.groups}"
+                "`groups` must not exceed the number of parameters or directions "
+                f"({flat.size}). Received: {self.groups}"
             )
         if used.size <= self.groups:  # too little to cluster: one group holds everything
             assigned, count = np.zeros(used.size, int), 1
