@@ -17,7 +17,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from rich.console import Console
 from keras_dwd.cli import table
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
 from keras_dwd.evaluation.files import write_json
-from keras_dwd.evaluation.methods import METHODS
+from keras_dwd.evaluation.methods import method_named
 
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
@@ -35,25 +35,43 @@ SCENARIOS = {
     "split-cifar100": {"scenario": "split:cifar100", "tasks": 10},
 }
 TUNING_SEEDS = {"permuted-digits": (0, 1, 2), "split-digits": (0, 1, 2), "split-cifar100": (0,)}
-# Of diagonal and of Kronecker-factored methods: five values over the same range of factors, placed
-# where a first look at each scenario has its best values inside.
+# Five values per method over the same range of factors, placed where a first look at each scenario
+# has its best values inside. What differs is the scale of the Fisher information: that of diagonal
+# methods falls with the loss, but where it is normalised or taken at negated logits.
 GRIDS = {
-    "permuted-digits": {"diagonal": (10, 30, 100, 300, 1000), "kronecker": (1, 3, 10, 30, 100)},
+    "permuted-digits": {
+        "diagonal": (10, 30, 100, 300, 1000),
+        "scale-free": (1, 3, 10, 30, 100),
+        "kronecker": (1, 3, 10, 30, 100),
+    },
     # Learned so well that the Fisher information nearly vanishes: a wide grid.
-    "split-digits": {"diagonal": (1e2, 1e3, 1e4, 1e5, 1e6), "kronecker": (0.1, 1, 10, 100, 1000)},
+    "split-digits": {
+        "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
+        "scale-free": (1, 10, 100, 1e3, 1e4),
+        "kronecker": (0.1, 1, 10, 100, 1000),
+    },
     "split-cifar100": {
         "diagonal": (300, 1000, 3000, 10000, 30000),
+        "scale-free": (30, 100, 300, 1000, 3000),
         "kronecker": (3, 10, 30, 100, 300),
     },
 }
-TUNED = {
-    "ewc": "diagonal",
-    "online-ewc": "diagonal",
-    "dwd-diagonal": "diagonal",
-    "dwd": "kronecker",
-    "dwd-online": "kronecker",
-}
+DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
+SCALE_FREE = ("influence", "negated")
+METHODS = (
+    *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
+    *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
+)
+REFERENCES = ("finetune", "joint")
 VALIDATION = 0.2
+
+
+def grid_of(method):
+    """Which of the grids is that of a method."""
+    base, _, estimator = method.partition(":")
+    if base not in DIAGONAL:
+        return "kronecker"
+    return "scale-free" if estimator in SCALE_FREE else "diagonal"
 
 
 def one_thread():
@@ -72,32 +90,43 @@ def one_run(settings, method, seed, strength):
     return dataclasses.replace(result, model=None)
 
 
-def tune(pool, name, settings, grids, known):
-    """Validation accuracies per method and λ, and the best λ per method."""
-    settings = settings | {"validation": VALIDATION}
+def tune(pool, name, settings, method, known):
+    """The validation accuracy of each λ."""
+    tried = dict(known)
     pending = {
-        (method, strength): [
-            pool.submit(one_run, settings, method, seed, strength) for seed in TUNING_SEEDS[name]
+        strength: [
+            pool.submit(one_run, settings | {"validation": VALIDATION}, method, seed, strength)
+            for seed in TUNING_SEEDS[name]
         ]
-        for method, grid in grids.items()
-        for strength in grid
-        if strength not in known.get(method, {})
+        for strength in GRIDS[name][grid_of(method)]
+        if strength not in tried
     }
-    tried = {method: dict(known.get(method, {})) for method in grids}
-    for (method, strength), runs in pending.items():
-        accuracies = [run.result().matrix.average_accuracy for run in runs]
-        tried[method][strength] = float(np.mean(accuracies))
-    best = {method: max(grid, key=grid.get) for method, grid in tried.items()}
-    for method, strength in best.items():
-        end = strength in (min(tried[method]), max(tried[method]))
+    for strength, runs in pending.items():
+        tried[strength] = float(np.mean([run.result().matrix.average_accuracy for run in runs]))
+    return tried
+
+
+def measure(pool, name, settings, method, seeds, earlier):
+    """What the file says of a method: its results at its best λ, and how that was found."""
+    tried, strength = {}, 0.0
+    if method not in REFERENCES:
+        known = earlier.get("tuning", {}).get("validation_accuracy", {}).get(method, {})
+        tried = tune(pool, name, settings, method, {float(s): a for s, a in known.items()})
+        strength = max(tried, key=tried.get)
+        end = strength in (min(tried), max(tried))
         print(f"{name}: best λ of {method}: {strength}{', an end of its grid' if end else ''}")
-    return tried, best
+    chosen = method_named(method).configuration(strength)
+    result = earlier.get("methods", {}).get(method, {})
+    if result.get("settings") != chosen:
+        runs = [pool.submit(one_run, settings, method, seed, strength) for seed in range(seeds)]
+        result = {"settings": chosen, **summarize([run.result() for run in runs])}
+    return method, result, tried
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenario", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
-    parser.add_argument("--methods", choices=TUNED, nargs="+", default=list(TUNED))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -106,48 +135,45 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, context, initializer=one_thread) as pool:
+    # Two methods at a time: while one waits for its last run the other keeps the processes busy.
+    with (
+        ProcessPoolExecutor(options.processes, context, initializer=one_thread) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
         for name in options.scenario:
             settings = SCENARIOS[name] | {"data_dir": options.data_dir}
             path = options.out / f"retention_{name}.json"
-            protocol = Experiment(**settings).describe(options.seeds)
-            earlier = {} if options.fresh or not path.exists() else json.loads(path.read_text())
-            if earlier and (earlier["protocol"], earlier["versions"]) != (protocol, versions()):
-                earlier = {}
-            known = earlier["tuning"]["validation_accuracy"] if earlier else {}
-            known = {m: {float(s): a for s, a in tried.items()} for m, tried in known.items()}
-            wanted = [m for m in TUNED if m in options.methods or m in known]
-            grids = {m: GRIDS[name][TUNED[m]] for m in wanted}
-            tried, best = tune(pool, name, settings, grids, known)
-            names = ("finetune", *wanted, "joint")
-            chosen = {m: METHODS[m].configuration(best.get(m, 0.0)) for m in names}
-            methods = {
-                method: earlier["methods"][method]
-                for method in (names if earlier else ())
-                if earlier["methods"].get(method, {}).get("settings") == chosen[method]
-            }
-            pending = {
-                method: [
-                    pool.submit(one_run, settings, method, seed, best.get(method, 0.0))
-                    for seed in range(options.seeds)
-                ]
-                for method in names
-                if method not in methods
-            }
-            for method, runs in pending.items():
-                summary = summarize([run.result() for run in runs])
-                methods[method] = {"settings": chosen[method], **summary}
             results = {
-                "protocol": protocol,
+                "protocol": Experiment(**settings).describe(options.seeds),
                 "versions": versions(),
-                "methods": {method: methods[method] for method in names},
+                "methods": {},
                 "tuning": {
                     "validation_fraction": VALIDATION,
                     "seeds": list(TUNING_SEEDS[name]),
-                    "validation_accuracy": tried,
+                    "validation_accuracy": {},
                 },
             }
-            write_json(path, results)
+            earlier = {} if options.fresh or not path.exists() else json.loads(path.read_text())
+            if any(earlier.get(key) != results[key] for key in ("protocol", "versions")):
+                earlier = {}
+            known = [*earlier.get("methods", {}), *METHODS, *options.methods]
+            order = [m for m in dict.fromkeys(known) if m not in REFERENCES]
+            order = [REFERENCES[0], *order, REFERENCES[1]]
+            wanted = {*options.methods, *earlier.get("methods", {}), *REFERENCES}
+            jobs = [
+                threads.submit(measure, pool, name, settings, method, options.seeds, earlier)
+                for method in order
+                if method in wanted
+            ]
+            found = {}
+            for job in as_completed(jobs):  # written as soon as it is there: this takes hours
+                method, result, tried = job.result()
+                found[method] = (result, tried)
+                results["methods"] = {m: found[m][0] for m in order if m in found}
+                results["tuning"]["validation_accuracy"] = {
+                    m: found[m][1] for m in order if m in found and found[m][1]
+                }
+                write_json(path, results)
             Console().print(table(results))
 
 

@@ -46,7 +46,11 @@ def run(
         ),
     ] = "permuted:digits",
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(METHODS)}.")
+        str,
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(METHODS)}; NAME:ESTIMATOR for another estimator "
+            "of the Fisher information."
+        ),
     ] = "finetune,ewc,dwd,joint",
     tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 5,
     setting: Annotated[

@@ -8,6 +8,7 @@ from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
 from keras_dwd.curvature import rules
+from keras_dwd.curvature.kronecker import _directions
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import by_path
 
@@ -162,6 +163,14 @@ MATRICES = [
 ]
 
 
+def seen_along(d, positions, batch):
+    """What is looked at of each example's D where both it and the positions are many."""
+    if positions <= 8 or d.shape[2] <= 16:
+        return d
+    directions = _directions(d.shape[2]).astype("float64")
+    return np.stack([m @ directions[i % batch % len(directions)] for i, m in enumerate(d)])
+
+
 @pytest.mark.parametrize("case", MATRICES)
 def test_kronecker_factors_are_those_of_the_gradients(case):
     """D Dᵀ and Dᵀ D of each example's gradient as a matrix, summed in float64."""
@@ -174,16 +183,24 @@ def test_kronecker_factors_are_those_of_the_gradients(case):
             continue
         parts = [gradients[path] for path in ruled.matrix_paths]
         d = np.stack([ruled.form.join(*example) for example in zip(*parts, strict=True)])
-        for side, expected in (
-            ("input", np.einsum("bio,bjo->ij", d, d) / len(y)),
-            ("output", np.einsum("bio,bip->op", d, d) / len(y)),
-        ):
+        positions = int(np.prod(ruled.layer.output.shape[1:-1]))
+        for side, whole in (("input", d), ("output", np.transpose(d, (0, 2, 1)))):
+            seen = seen_along(whole, positions, batch=4)
+            expected = np.einsum("bio,bjo->ij", seen, seen) / len(y)
             measured = statistics[f"{side}/{ruled.kernel}"]
             np.testing.assert_allclose(
                 measured, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
             )
         checked += 1
     assert checked == 2
+
+
+@pytest.mark.parametrize("size", [17, 24, 64])
+def test_all_directions_are_looked_along_alike(size):
+    directions = _directions(size).astype("float64")
+    assert directions.shape == (-(-size // 8), size, 8)
+    mean = np.mean([group @ group.T for group in directions], axis=0)
+    np.testing.assert_allclose(mean, np.eye(size), atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["dense", "conv2d_same", "conv1d", "conv2d_wide"])

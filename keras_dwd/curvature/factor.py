@@ -24,7 +24,7 @@ class Factor:
     values: Any
     rest: Any
 
-    # Directions are kept until they hold this share of the trace.
+    # Directions are kept until they hold this share of the trace above the rest.
     ENERGY = 0.999
 
     @property
@@ -84,13 +84,13 @@ class Factor:
         """Keep the largest eigenvalues; what is left out goes into the rest: the trace stays."""
         order = np.argsort(values)[::-1]
         values, vectors = np.maximum(values[order], 0), vectors[:, order]
-        held, outside = np.cumsum(values), len(vectors) - len(values)
+        held, outside = np.cumsum(np.maximum(values - rest, 0)), len(vectors) - len(values)
         enough = int(np.searchsorted(held, Factor.ENERGY * held[-1])) + 1
         kept = max(1, min(rank, enough, len(values)))
         left = values[kept:].sum() + outside * rest
-        return Factor(
-            vectors[:, :kept], values[:kept], np.asarray(left / max(len(vectors) - kept, 1))
-        )
+        # With no direction left out the rest says what is the same in all of them.
+        rest = left / (len(vectors) - kept) if kept < len(vectors) else rest
+        return Factor(vectors[:, :kept], values[:kept], np.asarray(rest))
 
     def combine(self, mine: float, other: "Factor", its: float, rank: int) -> "Factor":
         """The sum mine · this + its · other, of `rank` at the most."""

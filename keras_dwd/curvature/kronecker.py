@@ -146,38 +146,43 @@ class Kronecker:
         return replace(self, a=factors[0], g=factors[1])
 
 
-def _outer(
-    rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor, probe: tf.Tensor | None
-) -> tf.Tensor:
-    """Σ_b w_b D_b D_bᵀ, times the probe if there is one, for D_b = rows_bᵀ other_b.
+# Of each example's gradient as a matrix D, at most this many directions of a side are looked along.
+_LOOKS = 8
+
+
+def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Two matrices L and R with L Rᵀ = Σ_b w_b D_b D_bᵀ, for D_b = rows_bᵀ other_b.
+
+    With many positions and many columns in D an unbiased estimate of it: each example's D is seen
+    along a few of the columns' directions only, other ones for its neighbours in the batch.
 
     Args:
         rows: `(batch, positions, n)`.
         other: `(batch, positions, m)`.
         weights: `(batch,)`.
-        probe: `(n, r)`.
     """
     n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
-    if positions is None or positions > m:  # D is smaller than what it is made from
-        d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
-        d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
-        return tf.matmul(
-            d,
-            d if probe is None else tf.matmul(d, probe, transpose_a=True),
-            transpose_b=probe is None,
-        )
+    if positions is None or positions > _LOOKS:
+        if m > 2 * _LOOKS:
+            directions = _directions(m)
+            group = tf.range(tf.shape(other)[0]) % len(directions)
+            other = tf.matmul(other, tf.gather(directions, group))
+        if positions is None or positions > other.shape[2]:  # D is smaller than its parts
+            d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
+            d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
+            return d, d
     overlaps = tf.matmul(other * weights[:, None, None], other, transpose_b=True)
-    left = tf.reshape(tf.matmul(overlaps, rows), (-1, n))
-    right = tf.reshape(rows, (-1, n))
-    if probe is None:
-        return tf.matmul(left, right, transpose_a=True)
-    return tf.matmul(left, tf.matmul(right, probe), transpose_a=True)
+    left, right = tf.matmul(overlaps, rows), rows
+    return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
 
 
-def _squared_norm(a: tf.Tensor, g: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Σ_b w_b ‖D_b‖²."""
-    overlaps = tf.matmul(a, a, transpose_b=True) * tf.matmul(g, g, transpose_b=True)
-    return tf.tensordot(weights, tf.reduce_sum(overlaps, (1, 2)), 1)
+def _directions(size: int) -> np.ndarray:
+    """`(groups, size, _LOOKS)`: an orthonormal basis, dealt out to groups."""
+    basis = np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
+    groups = -(-size // _LOOKS)
+    padded = np.pad(basis, ((0, 0), (0, groups * _LOOKS - size)))
+    dealt = padded.reshape(size, groups, _LOOKS).transpose(1, 0, 2)
+    return (np.sqrt(groups) * dealt).astype("float32")
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -252,11 +257,11 @@ class KroneckerFisher(Fisher):
             a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
         for side, rows, other in (("input", a, g), ("output", g, a)):
             name, size = f"{side}/{ruled.kernel}", rows.shape[2]
-            probe = None
+            left, right = _products(rows, other, weights)
             if size > 4 * self.rank:
-                found[f"{side}_trace/{ruled.kernel}"] = _squared_norm(a, g, weights)
-                probe = tf.constant(self._probe(size))
-            found[name] = _outer(rows, other, weights, probe)
+                found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)
+                right = tf.matmul(self._probe(size), right, transpose_a=True)
+            found[name] = tf.matmul(left, right, transpose_b=True)
         return found
 
     def blocks(

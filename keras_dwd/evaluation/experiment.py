@@ -12,7 +12,7 @@ import numpy as np
 import sklearn
 import tensorflow as tf
 
-from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.profiles import Profile, profile_for
 from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
 from keras_dwd.tasks import datasets
@@ -115,7 +115,7 @@ class Experiment:
         """Several methods, each with the seeds 0 to `seeds − 1`.
 
         Args:
-            methods: Names in `METHODS`.
+            methods: Names in `METHODS`, or `NAME:ESTIMATOR`.
             seeds: Number of seeds.
             strengths: λ by method, where not its default.
             observer: Gives the callbacks of each `fit`.
@@ -124,17 +124,14 @@ class Experiment:
             A JSON-able dictionary: `protocol`, `versions`, and per method its `settings`, `metrics`
             (`mean`, `std`, `per_seed` of each) and `accuracy_matrices`.
         """
-        unknown = [name for name in methods if name not in METHODS]
-        if unknown or not methods:
-            raise ValueError(
-                f"Unknown method {', '.join(map(repr, unknown)) or repr('')}. "
-                f"Known: {', '.join(METHODS)}."
-            )
+        if not methods:
+            raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
+        known = {name: method_named(name) for name in methods}
         if seeds < 1:
             raise ValueError(f"`seeds` must be at least 1. Received: {seeds}")
         strengths = strengths or {}
-        chosen = {name: strengths.get(name, METHODS[name].strength) for name in methods}
-        settings = {name: METHODS[name].configuration(s) for name, s in chosen.items()}
+        chosen = {name: strengths.get(name, method.strength) for name, method in known.items()}
+        settings = {name: known[name].configuration(s) for name, s in chosen.items()}
         results = {}
         for name, strength in chosen.items():
             runs = [self.run(name, seed, strength, observer) for seed in range(seeds)]

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.evaluation.matrix import AccuracyMatrix
-from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.model import DWDModel
 from keras_dwd.tasks.scenario import Scenario, Task
 
@@ -80,7 +80,7 @@ def run_sequence(
     Args:
         build: Makes the plain Keras model for a scenario; called after the seed is set.
         scenario: The tasks.
-        method: A `Method` or the name of one in `METHODS`.
+        method: A `Method`, the name of one in `METHODS`, or `NAME:ESTIMATOR`.
         strength: λ, the method's default if `None`.
         epochs: Per task. A joint run takes as many over the union: the same number of steps.
         batch_size: For arrays; `tf.data` comes in its own.
@@ -95,9 +95,7 @@ def run_sequence(
         A `SequenceResult`.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
-        method = METHODS[method]
+        method = method_named(method)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
     model = DWDModel.from_model(build(scenario), **method.settings(strength))
