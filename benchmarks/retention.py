@@ -32,32 +32,51 @@ from keras_dwd.evaluation.methods import method_named
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
     "split-digits": {"scenario": "split:digits", "tasks": 5, "setting": "domain"},
+    "permuted-mnist": {
+        "scenario": "permuted:mnist",
+        "tasks": 10,
+        "profile": "full",
+        "epochs": 2,
+    },
     "split-cifar100": {"scenario": "split:cifar100", "tasks": 10},
 }
-TUNING_SEEDS = {"permuted-digits": (0, 1, 2), "split-digits": (0, 1, 2), "split-cifar100": (0,)}
+TUNING_SEEDS = {
+    "permuted-digits": (0, 1, 2),
+    "split-digits": (0, 1, 2),
+    "permuted-mnist": (0,),
+    "split-cifar100": (0,),
+}
 # Five values per method over the same range of factors, placed where a first look at each scenario
 # has its best values inside. What differs is the scale of the Fisher information: that of diagonal
 # methods falls with the loss, but where it is normalised or taken at negated logits.
 GRIDS = {
     "permuted-digits": {
         "diagonal": (10, 30, 100, 300, 1000),
-        "scale-free": (1, 3, 10, 30, 100),
+        "influence": (1, 3, 10, 30, 100),
+        "negated": (1, 3, 10, 30, 100),
+        "kronecker": (1, 3, 10, 30, 100),
+    },
+    "permuted-mnist": {
+        "diagonal": (10, 30, 100, 300, 1000),
+        "influence": (1, 3, 10, 30, 100),
+        "negated": (1, 3, 10, 30, 100),
         "kronecker": (1, 3, 10, 30, 100),
     },
     # Learned so well that the Fisher information nearly vanishes: a wide grid.
     "split-digits": {
         "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
-        "scale-free": (1, 10, 100, 1e3, 1e4),
+        "influence": (1, 10, 100, 1e3, 1e4),
+        "negated": (1, 10, 100, 1e3, 1e4),
         "kronecker": (0.1, 1, 10, 100, 1000),
     },
     "split-cifar100": {
         "diagonal": (300, 1000, 3000, 10000, 30000),
-        "scale-free": (30, 100, 300, 1000, 3000),
+        "influence": (100, 300, 1000, 3000, 10000),
+        "negated": (10, 30, 100, 300, 1000),
         "kronecker": (3, 10, 30, 100, 300),
     },
 }
 DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
-SCALE_FREE = ("influence", "negated")
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
@@ -71,7 +90,7 @@ def grid_of(method):
     base, _, estimator = method.partition(":")
     if base not in DIAGONAL:
         return "kronecker"
-    return "scale-free" if estimator in SCALE_FREE else "diagonal"
+    return estimator if estimator in ("influence", "negated") else "diagonal"
 
 
 def one_thread():
@@ -92,13 +111,14 @@ def one_run(settings, method, seed, strength):
 
 def tune(pool, name, settings, method, known):
     """The validation accuracy of each λ."""
-    tried = dict(known)
+    grid = GRIDS[name][grid_of(method)]
+    tried = {strength: known[strength] for strength in grid if strength in known}
     pending = {
         strength: [
             pool.submit(one_run, settings | {"validation": VALIDATION}, method, seed, strength)
             for seed in TUNING_SEEDS[name]
         ]
-        for strength in GRIDS[name][grid_of(method)]
+        for strength in grid
         if strength not in tried
     }
     for strength, runs in pending.items():
