@@ -156,7 +156,8 @@ class DWDModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots the training step updates, then trace as Keras does."""
         if self._learns_online:
-            self.fisher.build(self.fisher.shapes(self, self._pulled_variables()))
+            shapes = self.fisher.shapes(self, self._pulled_variables())
+            self.fisher.build(shapes, optimizer.find(self.optimizer))
         self.head_gate.build(self._trainable_by_path())
         return super().make_train_function(force)
 
@@ -196,7 +197,9 @@ class DWDModel(keras.Model):
         del tape
 
         if fisher is not None:
-            if fisher.estimator == "batch":  # at no cost: the gradient is there
+            if fisher.estimator == "adam":
+                fisher.note(examples)
+            elif fisher.estimator == "batch":  # at no cost: the gradient is there
                 count = tf.cast(examples, "float32")
                 statistics = {
                     f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
@@ -239,7 +242,10 @@ class DWDModel(keras.Model):
         variables = self._pulled_variables()
         summary: list[dict[str, float]] = []
         if variables:
-            statistics = self.fisher.value() if data is None else self._estimate(data, batch_size)
+            if data is None:
+                statistics = self.fisher.value(optimizer.find(self.optimizer), variables)
+            else:
+                statistics = self._estimate(data, batch_size)
             self.fisher.check(statistics)
             blocks = self.fisher.blocks(self, variables, statistics)
             if self.grouping is not None:
@@ -300,7 +306,7 @@ class DWDModel(keras.Model):
 
     @property
     def _learns_online(self) -> bool:
-        return self.fisher.gamma is not None and bool(self._pulled_variables())
+        return self.fisher.online and bool(self._pulled_variables())
 
     @property
     def _float16_scale(self) -> float:
@@ -383,10 +389,8 @@ class DWDModel(keras.Model):
 
     def _fisher_of_batch(self, variables: Variables, batch: Any) -> Statistics:
         """F̂ of one batch, by a graph that is kept from task to task."""
-        # `compile` drops the training function, and with it the losses this graph refers to.
-        key = (self.train_function, tuple(variables))
-        known = self.train_function is not None and self._traced_fisher is not None
-        if not known or self._traced_fisher[0] != key:
+        key = (self._compile_loss, tuple(variables))  # made anew by `compile`
+        if self._traced_fisher is None or self._traced_fisher[0] != key:
 
             @tf.function(reduce_retracing=True)
             def of_batch(batch: Any) -> Statistics:

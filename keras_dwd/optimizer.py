@@ -81,6 +81,22 @@ class DWDOptimizer(keras.optimizers.Optimizer):
         finally:
             del inner.__dict__["_backend_update_step"]
 
+    def second_moment(self, variable: keras.Variable) -> tf.Tensor:
+        """The moving mean of a variable's squared gradients, bias-corrected, of its shape.
+
+        Raises:
+            ValueError: If the wrapped optimizer, Adam or RMSprop or one of their kin, keeps none.
+        """
+        inner = self.inner_optimizer
+        if isinstance(inner, keras.optimizers.RMSprop):
+            return inner._velocities[inner._get_variable_index(variable)].value
+        if not isinstance(inner, (keras.optimizers.Adam, keras.optimizers.Nadam)):
+            raise ValueError(
+                "The estimator 'adam' needs a DWDOptimizer around Adam, AdamW, Nadam or RMSprop. "
+                f"Received: {type(inner).__name__}"
+            )
+        return _adam_moment(inner, variable, inner.iterations)
+
     def build(self, var_list: Any) -> None:
         self.inner_optimizer.build(var_list)
         super().build(var_list)
@@ -136,11 +152,13 @@ def _sgd(optimizer: Any, variable: Any) -> Any:
 
 
 def _adam(optimizer: Any, variable: Any) -> Any:
+    moment = _adam_moment(optimizer, variable, tf.convert_to_tensor(optimizer.iterations) + 1)
+    return tf.sqrt(moment) + optimizer.epsilon
+
+
+def _adam_moment(optimizer: Any, variable: Any, steps: Any) -> Any:
     v = optimizer._velocities[optimizer._get_variable_index(variable)]
-    steps = tf.cast(tf.convert_to_tensor(optimizer.iterations) + 1, v.dtype)
-    return tf.sqrt(v.value / (1 - tf.pow(tf.cast(optimizer.beta_2, v.dtype), steps))) + (
-        optimizer.epsilon
-    )
+    return v.value / (1 - tf.pow(tf.cast(optimizer.beta_2, v.dtype), tf.cast(steps, v.dtype)))
 
 
 def _adamax(optimizer: Any, variable: Any) -> Any:

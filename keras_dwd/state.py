@@ -8,19 +8,20 @@ from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.curvature.kronecker import Kronecker, KroneckerFisher
+from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import RuledLayer, ruled_layers
 from keras_dwd.variables import Arrays, by_path
 
 _SCALARS = {"tasks_learned", "weights_digest", "fisher_weight"}
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
-_LEAVES = {"precision", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)}
-_STATISTICS = {"fisher", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
+_LEAVES = {"precision", "correction", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)}
+_STATISTICS = {"fisher", "sketch", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
 
 
 def state_of(model: Any) -> Arrays:
     """All of a `DWDModel`'s consolidation state, by `kind/PATH` or by name."""
-    if not (model.tasks_learned or model.fisher.slots):
+    if not (model.tasks_learned or model.fisher.slots or float(model.fisher.weight)):
         return {}
     return {
         **model.regularizer.state(),
@@ -128,10 +129,13 @@ def restore(model: Any, saved: Arrays) -> None:
 def _block(
     path: str, parts: Arrays, shape: tuple[int, ...], matrix: RuledLayer | None, rank: int
 ) -> Block:
-    if set(parts) == {"precision"}:
-        if parts["precision"].shape != shape:
+    if "precision" in parts:
+        if parts["precision"].shape != shape or set(parts) - {"precision", "correction"}:
             raise ValueError
-        return Diagonal(path, parts["precision"])
+        if "correction" not in parts:
+            return Diagonal(path, parts["precision"])
+        columns = (*parts["correction"].shape, 1)[1]
+        return LowRank(path, np.zeros(shape), np.zeros((1, 1)), columns).with_leaves(parts)
     if matrix is None or matrix.form is None:
         raise ValueError
     nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 
-from keras_dwd import DiagonalFisher, DWDModel
+from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer
 from keras_dwd.variables import by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -236,6 +236,132 @@ def test_influence_weighs_examples_by_their_residual():
         value = measured[f"fisher/{path}"]
         expected = sum(w * s[k] for w, s in zip(weights, squares, strict=True))
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-9)
+
+
+def probabilities(kind, outputs):
+    if kind == "binary":
+        return 1 / (1 + np.exp(-outputs))
+    shifted = np.exp(outputs - outputs.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+CROSS_ENTROPIES = {
+    "sparse": (keras.losses.SparseCategoricalCrossentropy, lambda y: y),
+    "categorical": (keras.losses.CategoricalCrossentropy, lambda y: np.eye(3, dtype="float32")[y]),
+    "binary": (keras.losses.BinaryCrossentropy, lambda y: (y[:, None] == 0).astype("float32")),
+}
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("estimator", ["sampled", "negated"])
+@pytest.mark.parametrize("kind", CROSS_ENTROPIES)
+def test_drawn_labels_and_negated_logits(kind, estimator, from_logits):
+    """Of a linear model in float64 numpy; labels that are drawn, in expectation."""
+    loss, labels = CROSS_ENTROPIES[kind]
+    units = 1 if kind == "binary" else 3
+    inputs = keras.Input((6,))
+    z = layers.Dense(units, name="head")(inputs)
+    last = {"binary": "sigmoid"}.get(kind, "softmax")
+    outputs = z if from_logits else layers.Activation(last)(z)
+    settings = {"fisher": DiagonalFisher(estimator, None), "strength": 1.0}
+    model = DWDModel(inputs, outputs, grouping=None, **settings)
+    model.compile("sgd", loss(from_logits=from_logits))
+    x, y = blobs(8)
+    target = labels(y)
+    logits = x.astype("float64") @ np.asarray(model.weights[0], "float64") + 0.0
+    p = probabilities(kind, logits)
+    if estimator == "negated":
+        onehot = target if kind != "sparse" else np.eye(3)[y]
+        squares = (probabilities(kind, -logits) - onehot) ** 2
+    else:
+        squares = p * (1 - p)  # the variance of a drawn label
+    expected = np.einsum("bi,bo->io", x.astype("float64") ** 2, squares) / len(x)
+    times = 1 if estimator == "negated" else 4000
+    measured = model._estimate((np.tile(x, (times, 1)), np.concatenate([target] * times)), 400)
+    np.testing.assert_allclose(
+        measured["fisher/head/kernel"], expected, rtol=1e-3 if times == 1 else 0.06
+    )
+
+
+def test_drawn_labels_of_a_mean_squared_error():
+    """The Fisher information of a normal distribution of variance n / 2: 2 / n per output."""
+    inputs = keras.Input((6,))
+    model = DWDModel(
+        *(inputs, layers.Dense(4, name="head")(inputs)),
+        **{"strength": 1.0, "grouping": None, "fisher": DiagonalFisher("sampled", None)},
+    )
+    model.compile("sgd", "mse")
+    x, _ = blobs(8)
+    measured = model._estimate((np.tile(x, (3000, 1)), np.zeros((24000, 4), "float32")), 400)
+    expected = np.repeat((x.astype("float64") ** 2).mean(0)[:, None], 4, 1) * 2 / 4
+    np.testing.assert_allclose(measured["fisher/head/kernel"], expected, rtol=0.06)
+
+
+def test_any_loss_has_an_exact_fisher_and_no_drawn_labels():
+    def loss(y, y_pred):
+        return tf.reduce_sum(tf.abs(y_pred - y) ** 3, axis=-1)
+
+    inputs = keras.Input((6,))
+    x, y = blobs(8)[0], np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    for estimator in ("exact", "sampled"):
+        fisher = DiagonalFisher(estimator, None)
+        model = DWDModel(
+            inputs, layers.Dense(2, name="head")(inputs), fisher=fisher, strength=1.0, grouping=None
+        )
+        model.compile("sgd", loss)
+        if estimator == "sampled":
+            with pytest.raises(ValueError, match="MeanSquaredError"):
+                model._estimate((x, y), 8)
+            continue
+        measured = model._estimate((x, y), 8)["fisher/head/kernel"]
+        residual = x.astype("float64") @ np.asarray(model.weights[0], "float64") - y
+        g = 3 * np.sign(residual) * residual**2
+        expected = np.einsum("bi,bo->io", x.astype("float64") ** 2, g**2) / 8
+        np.testing.assert_allclose(measured, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_adams_second_moment_times_the_batch_size(accumulation):
+    x, y = blobs(32)
+    inner = keras.optimizers.Adam(0.0, beta_2=0.5, gradient_accumulation_steps=accumulation)
+    model = compiled(optimizer=DWDOptimizer(inner), fisher=DiagonalFisher("adam"), strength=100.0)
+    size = 8 * (accumulation or 1)
+    squares = []
+    for i in range(0, 32, size):
+        with tf.GradientTape() as tape:
+            loss = LOSS(y[i : i + size], model(x[i : i + size]))
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        squares.append([np.asarray(g, "float64") ** 2 for g in gradients])
+    shares = 0.5 ** np.arange(len(squares))[::-1]
+    for pulled in (False, True):
+        for variable in model.optimizer.inner_optimizer.variables:
+            if variable is not inner.learning_rate:
+                variable.assign(tf.zeros_like(variable))
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        measured = model.fisher.value(model.optimizer, model._trainable_by_path())
+        for k, path in enumerate(paths(model)):
+            mean = sum(w * s[k] for w, s in zip(shares, squares, strict=True)) / shares.sum()
+            np.testing.assert_allclose(
+                measured[f"fisher/{path}"], size * mean, rtol=1e-3, atol=1e-8
+            )
+        if not pulled:
+            model.consolidate()
+            # What pulls now moves weights only by the learning rate, which is zero.
+            model.regularizer.anchors["hidden/kernel"].assign_add(tf.ones((6, 8)))
+            assert float(model.penalty()) > 1
+
+
+def test_adams_second_moment_needs_a_decoupled_pull_and_no_data():
+    model = compiled(optimizer="adam", fisher=DiagonalFisher("adam"), strength=1.0)
+    with pytest.raises(ValueError, match="`DWDOptimizer`"):
+        model.fit(*blobs(), verbose=0)
+    model = compiled(optimizer=DWDOptimizer("sgd"), fisher=DiagonalFisher("adam"), strength=1.0)
+    model.fit(*blobs(), verbose=0)
+    with pytest.raises(ValueError, match="around Adam"):
+        model.consolidate()
+    with pytest.raises(ValueError, match="leave `data` out"):
+        model.consolidate(blobs())
+    assert model.tasks_learned == 0
 
 
 def test_sample_weights_count_examples():

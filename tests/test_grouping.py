@@ -81,6 +81,30 @@ def test_all_zero_fisher():
     assert summary == []
 
 
+def test_layers_are_grouped_as_a_whole():
+    rng = np.random.default_rng(0)
+    scale = {"a": 1.0, "b": 1e-3, "c": 1.2, "d": 0.8e-3}
+    fisher = {p: s * rng.uniform(0.9, 1.1, (3 + i, 4)) for i, (p, s) in enumerate(scale.items())}
+    values = {path: rng.choice([-1.0, 1.0], f.shape) for path, f in fisher.items()}
+    grouping = GaussianMixtureGrouping(2, alpha=0.5, granularity="layer")
+    strengths, summary = grouping.strengths(fisher, values)
+    means = []
+    for pair in (("b", "d"), ("a", "c")):
+        (strength,) = {float(s) for path in pair for s in strengths[path].ravel()}
+        mean = np.concatenate([fisher[path].ravel() for path in pair]).mean()
+        means.append((strength, mean))
+    overall = flat(fisher).mean()
+    ratio = np.array([(mean / overall) ** 0.5 for _, mean in means])
+    sizes = [4 * (4 + 6), 4 * (3 + 5)]
+    ratio *= flat(fisher).sum() / sum(
+        r * n * mean for r, n, (_, mean) in zip(ratio, sizes, means, strict=True)
+    )
+    np.testing.assert_allclose([strength for strength, _ in means], ratio, rtol=1e-5)
+    assert [g["size"] for g in summary] == sizes
+    with pytest.raises(ValueError, match="`groups`"):
+        GaussianMixtureGrouping(5, granularity="layer").strengths(fisher, values)
+
+
 def test_the_model_folds_strength_times_fisher():
     x, y = blobs()
     model = compiled(
@@ -103,7 +127,14 @@ def test_the_model_folds_strength_times_fisher():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"groups": 0}, {"groups": 1.5}, {"samples": 2}, {"alpha": float("inf")}, {"seed": -1}],
+    [
+        {"granularity": "unit"},
+        {"groups": 0},
+        {"groups": 1.5},
+        {"samples": 2},
+        {"alpha": float("inf")},
+        {"seed": -1},
+    ],
 )
 def test_bad_arguments_are_named(arguments):
     (name,) = arguments
@@ -118,4 +149,5 @@ def test_config_round_trip():
         "alpha": 0.25,
         "samples": 1000,
         "seed": 3,
+        "granularity": "element",
     }

@@ -9,11 +9,12 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.curvature.likelihood import drawn, negated
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import Arrays, Variables, untracked
 
-Estimator = Literal["batch", "exact", "influence", "sampled", "negated"]
+Estimator = Literal["batch", "exact", "influence", "sampled", "negated", "adam"]
 Statistics = dict[str, tf.Tensor]
 """Means over examples, by `kind/PATH`: all that the estimate of a block is made from."""
 
@@ -60,10 +61,17 @@ class Fisher:
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
 
+    @property
+    def online(self) -> bool:
+        """Whether training keeps an estimate."""
+        return self.gamma is not None or self.estimator == "adam"
+
     # What a subclass defines.
 
     def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""
+        if self.estimator == "adam":  # the optimizer has them
+            return {}
         return {f"fisher/{path}": tuple(v.shape) for path, v in variables.items()}
 
     def layer_statistics(
@@ -94,8 +102,18 @@ class Fisher:
 
     # The online estimate.
 
-    def build(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Create the online slots that are missing; the average then starts anew for all."""
+    def build(self, shapes: Mapping[str, tuple[int, ...]], optimizer: Any = None) -> None:
+        """Create the online slots that are missing; the average then starts anew for all.
+
+        Args:
+            shapes: Of the statistics.
+            optimizer: The model's `DWDOptimizer`, if it has one.
+        """
+        if self.estimator == "adam" and optimizer is None:
+            raise ValueError(
+                "The estimator 'adam' needs a `DWDOptimizer`: the second moment of any other "
+                "optimizer has the pull in it."
+            )
         missing = [name for name in shapes if name not in self.slots]
         if self.gamma is not None and missing:
             self.slots |= {name: untracked(np.zeros(shapes[name]), "fisher") for name in missing}
@@ -115,8 +133,16 @@ class Fisher:
             updated = self.gamma * average.value + (1 - self.gamma) * tf.cast(new, "float32")
             average.assign(updated if valid is None else tf.where(valid, updated, average.value))
 
-    def value(self) -> Arrays:
+    def note(self, examples: tf.Tensor) -> None:
+        """Remember how many examples a batch has, for the estimator `adam`; graph code."""
+        self.weight.assign(tf.maximum(self.weight.value, tf.cast(examples, "float32")))
+
+    def value(self, optimizer: Any = None, variables: Variables | None = None) -> Arrays:
         """The bias-corrected online averages.
+
+        Args:
+            optimizer: What the estimator `adam` reads: a `DWDOptimizer`.
+            variables: By path; whose estimate `adam` reads.
 
         Raises:
             ValueError: If no training step was seen since the last boundary.
@@ -127,6 +153,11 @@ class Fisher:
                 "There is no online Fisher estimate: the model was not trained since the last "
                 "boundary, or `gamma` is None. Train it first, or pass `data` to `consolidate`."
             )
+        if self.estimator == "adam":
+            assert variables is not None
+            moments = {path: optimizer.second_moment(v) for path, v in variables.items()}
+            examples = weight * (optimizer.inner_optimizer.gradient_accumulation_steps or 1)
+            return {f"fisher/{p}": examples * np.asarray(m, "float32") for p, m in moments.items()}
         return {name: np.asarray(v, "float32") / weight for name, v in self.slots.items()}
 
     def reset(self) -> None:
@@ -155,6 +186,10 @@ class Fisher:
         """
         x, y, sample_weight = batch
         examples = tf.cast(tf.shape(tf.nest.flatten(x)[0])[0], "float32")
+        if self.estimator == "adam":
+            raise ValueError(
+                "The estimator 'adam' is made by training alone, not in a pass: leave `data` out."
+            )
         if self.estimator == "batch":
             return self._of_mean_gradient(model, variables, batch, scale)
         if tf.nest.is_nested(sample_weight):
@@ -167,8 +202,8 @@ class Fisher:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
             with Taps((ruled.layer for ruled in layers), activated=generic) as taps:
                 outputs = model(x, training=False)
-            seen = self._outputs_seen(model, outputs)
-            labels = self._labels(model, y, outputs)
+            seen = negated(model, outputs) if self.estimator == "negated" else outputs
+            labels = drawn(model, y, outputs) if self.estimator == "sampled" else y
             losses = tf.vectorized_map(
                 lambda example: model.data_loss(*tf.nest.map_structure(lambda t: t[None], example)),
                 (x, labels, seen),
@@ -245,7 +280,8 @@ class Fisher:
         def squares(example: Any) -> list[tf.Tensor]:
             weight, (x, y) = example[0], tf.nest.map_structure(lambda t: t[None], example[1])
             with tf.GradientTape() as tape:
-                outputs = self._outputs_seen(model, model(x, training=False))
+                outputs = model(x, training=False)
+                outputs = negated(model, outputs) if self.estimator == "negated" else outputs
                 loss = scale * model.data_loss(x, y, outputs)
             found = tape.gradient(loss, values, unconnected_gradients="zero")
             return [weight * _unscaled(g, scale) ** 2 for g in found]
@@ -256,34 +292,6 @@ class Fisher:
         zeros = [tf.zeros(v.shape) for v in variables.values()]
         sums = tf.foldl(add, (weights, batch), zeros)
         return {f"fisher/{path}": s for path, s in zip(variables, sums, strict=True)}
-
-    def _labels(self, model: Any, y: Any, outputs: Any) -> Any:
-        """The labels that gradients are taken for: those of the data, or drawn from the model."""
-        if self.estimator != "sampled":
-            return y
-        kind, from_logits = _classification(model, self.estimator)
-        outputs = tf.cast(tf.stop_gradient(outputs), "float32")
-        if kind == "binary":
-            chance = tf.sigmoid(outputs) if from_logits else outputs
-            drawn = tf.random.uniform(tf.shape(chance)) < chance
-            return tf.reshape(tf.cast(drawn, y.dtype), tf.shape(y))
-        logits = outputs if from_logits else tf.math.log(outputs)
-        classes = outputs.shape[-1]
-        drawn = tf.random.categorical(tf.reshape(logits, (-1, classes)), 1)[:, 0]
-        if kind == "categorical":
-            drawn = tf.one_hot(drawn, classes)
-        return tf.reshape(tf.cast(drawn, y.dtype), tf.shape(y))
-
-    def _outputs_seen(self, model: Any, outputs: Any) -> Any:
-        """The outputs the loss is taken of: the model's, or their logits with the sign turned."""
-        if self.estimator != "negated":
-            return outputs
-        kind, from_logits = _classification(model, self.estimator)
-        if from_logits:
-            return -outputs
-        if kind == "binary":
-            return 1 - outputs
-        return tf.nn.softmax(-tf.math.log(outputs))
 
     def chunk(self, variables: Variables, batch_size: int) -> int:
         """How many examples of a batch to work on at once, for memory's sake."""
@@ -333,7 +341,10 @@ class DiagonalFisher(Fisher):
             learned well, whose gradients vanish, count as much as those that are not.
             `"sampled"` draws the labels from the model's own output (the true Fisher).
             `"negated"` takes the gradient at the negated logits. The last two need a cross-entropy
-            loss on a single output.
+            loss on a single output; `"sampled"` can do with a mean squared error.
+            `"adam"` is B times Adam's second moment: free, also of memory, biased as `"batch"` is.
+            It needs a `DWDOptimizer` around an Adam or RMSprop, whose gradients have no pull in
+            them; L2 regularisation and clipping are in it. There is no pass over data with it.
         gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
             online estimate off, `consolidate` then needs data.
         every: The online estimate is updated at every n-th training step.
@@ -346,26 +357,6 @@ class DiagonalFisher(Fisher):
 
     def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 1):
         super().__init__(estimator, gamma, every)
-
-
-def _classification(model: Any, estimator: str) -> tuple[str, bool]:
-    """Which cross-entropy the model's loss is, and whether it is one of logits."""
-    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
-    losses = keras.losses
-    kinds = {
-        "sparse": (losses.SparseCategoricalCrossentropy, losses.sparse_categorical_crossentropy),
-        "categorical": (losses.CategoricalCrossentropy, losses.categorical_crossentropy),
-        "binary": (losses.BinaryCrossentropy, losses.binary_crossentropy),
-    }
-    for kind, (as_class, as_function) in kinds.items():
-        if isinstance(loss, as_class):
-            return kind, bool(loss.get_config()["from_logits"])
-        if loss is as_function:
-            return kind, False
-    raise ValueError(
-        f"The estimator {estimator!r} needs a sparse categorical, categorical or binary "
-        f"cross-entropy on a single output. The model's loss is {model.loss!r}."
-    )
 
 
 def _flat(x: tf.Tensor) -> tf.Tensor:

@@ -11,7 +11,8 @@ import tensorflow as tf
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.fisher import Block, Estimator, Fisher, Statistics
-from keras_dwd.curvature.rules import Flow, MatrixForm, RuledLayer, ruled_layers
+from keras_dwd.curvature.low_rank import LowRank
+from keras_dwd.curvature.rules import Flow, MatrixForm, Rule, RuledLayer, ruled_layers
 from keras_dwd.variables import Arrays, Variables
 
 
@@ -176,6 +177,12 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
     return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
 
 
+def _probe(size: int, columns: int) -> np.ndarray:
+    """What a large matrix is multiplied with, instead of being formed: the same each time."""
+    normal = np.random.default_rng(size).normal(size=(size, columns))
+    return np.linalg.qr(normal)[0].astype("float32")
+
+
 def _directions(size: int) -> np.ndarray:
     """`(groups, size, _LOOKS)`: an orthonormal basis, dealt out to groups."""
     basis = np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
@@ -208,6 +215,8 @@ class KroneckerFisher(Fisher):
             factor with more than `4 * rank` rows the full matrix is never formed.
         damping: In [0, 1]: the share of G that is the same for all outputs of a layer. The
             gradients of a few classes span few directions; what is learned later turns the others.
+        correction: Variables that are no part of a matrix (normalisation, heads per task, layers
+            without a rule) have a diagonal; with this above 0, and a correction to it of this rank.
 
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
@@ -222,14 +231,17 @@ class KroneckerFisher(Fisher):
         every: int = 10,
         rank: int = 256,
         damping: float = 0.3,
+        correction: int = 0,
     ):
-        if estimator == "batch":
+        if estimator in ("batch", "adam"):
             raise ValueError(
-                "`estimator` must be one of single examples: 'batch' has no Kronecker factors."
+                f"`estimator` must be one of single examples: {estimator!r} has no Kronecker "
+                "factors."
             )
         super().__init__(estimator, gamma, every)
         self.rank = integer("rank", rank, 1)
         self.damping = number("damping", damping, 0, 1)
+        self.correction = integer("correction", correction, 0)
 
     def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""
@@ -242,6 +254,10 @@ class KroneckerFisher(Fisher):
                     if size > 4 * self.rank:
                         shapes[f"{side}_trace/{ruled.kernel}"] = ()
                     shapes[f"{side}/{ruled.kernel}"] = (size, min(size, self._columns(size)))
+            elif self._corrects(ruled):
+                for path in set(ruled.paths.values()) & set(variables):
+                    size = int(np.prod(variables[path].shape))
+                    shapes[f"sketch/{path}"] = (size, min(size, self.correction))
         return shapes
 
     def layer_statistics(
@@ -249,7 +265,8 @@ class KroneckerFisher(Fisher):
     ) -> Statistics:
         """The factors of one layer, or its squares where it has none; graph code."""
         if ruled.form is None:
-            return super().layer_statistics(ruled, flows, counts, weights)
+            found = super().layer_statistics(ruled, flows, counts, weights)
+            return found | (self._sketches(ruled, flows, weights) if self._corrects(ruled) else {})
         # A bias that is no row of the matrix stays diagonal.
         found = super().layer_statistics(ruled, flows, counts, weights) if ruled.beside else {}
         a, g = ruled.all_rows(flows)
@@ -260,7 +277,7 @@ class KroneckerFisher(Fisher):
             left, right = _products(rows, other, weights)
             if size > 4 * self.rank:
                 found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)
-                right = tf.matmul(self._probe(size), right, transpose_a=True)
+                right = tf.matmul(_probe(size, self.rank), right, transpose_a=True)
             found[name] = tf.matmul(left, right, transpose_b=True)
         return found
 
@@ -277,6 +294,31 @@ class KroneckerFisher(Fisher):
             g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
             form = ruled.form
             found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank)
+        for name, sketch in statistics.items():
+            kind, _, path = name.partition("/")
+            if kind == "sketch" and path in found:
+                diagonal = found[path].spectrum()
+                probe = _probe(len(sketch), sketch.shape[1]).astype("float64")
+                factor = Factor.from_sketch(sketch.astype("float64"), probe, float(diagonal.sum()))
+                found[path] = LowRank.around(path, diagonal, factor, self.correction)
+        return found
+
+    def _corrects(self, ruled: RuledLayer) -> bool:
+        """Whether the layer's variables have a correction of low rank."""
+        known = type(ruled.rule).gradients is not Rule.gradients
+        return bool(self.correction) and ruled.form is None and known
+
+    def _sketches(self, ruled: RuledLayer, flows: list[Flow], weights: tf.Tensor) -> Statistics:
+        """Σ_b w_b g_b g_bᵀ of each variable, times a probe."""
+        found: Statistics = {}
+        parts = [ruled.rule.gradients(ruled.layer, flow) for flow in flows]
+        for name, path in ruled.paths.items():
+            if name in parts[0]:
+                g = tf.add_n([part[name] for part in parts])
+                g = tf.reshape(g, (tf.shape(g)[0], int(np.prod(g.shape[1:]))))
+                probe = _probe(g.shape[1], min(g.shape[1], self.correction))
+                along = weights[:, None] * tf.matmul(g, probe)
+                found[f"sketch/{path}"] = tf.matmul(g, along, transpose_a=True)
         return found
 
     def _factor(self, side: str, kernel: str, statistics: Arrays) -> Factor:
@@ -284,16 +326,16 @@ class KroneckerFisher(Fisher):
         trace = statistics.get(f"{side}_trace/{kernel}")
         if trace is None:
             return Factor.from_matrix(matrix, self.rank)
-        return Factor.from_sketch(matrix, self._probe(len(matrix)).astype("float64"), float(trace))
+        probe = _probe(len(matrix), self.rank).astype("float64")
+        return Factor.from_sketch(matrix, probe, float(trace))
 
     def _columns(self, size: int) -> int:
         return size if size <= 4 * self.rank else self.rank
 
-    def _probe(self, size: int) -> np.ndarray:
-        """What a large factor is multiplied with, instead of being formed: the same each time."""
-        normal = np.random.default_rng(size).normal(size=(size, self._columns(size)))
-        return np.linalg.qr(normal)[0].astype("float32")
-
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return super().get_config() | {"rank": self.rank, "damping": self.damping}
+        return super().get_config() | {
+            "rank": self.rank,
+            "damping": self.damping,
+            "correction": self.correction,
+        }

@@ -24,6 +24,7 @@ class Method:
         strength: Default λ.
         boundary_pass: Whether the Fisher is estimated in a pass over the task's data at its end,
             rather than during training.
+        decoupled: Whether the pull is a step of its own, by a `DWDOptimizer`.
         joint: Train on all tasks at once instead: the upper reference.
     """
 
@@ -31,6 +32,7 @@ class Method:
     settings: Callable[..., dict[str, Any]]
     strength: float = 0.0
     boundary_pass: bool = False
+    decoupled: bool = False
     joint: bool = False
 
     def configuration(self, strength: float) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Method:
             "fisher": model.fisher.get_config(),
             "grouping": model.grouping.get_config() if model.grouping else None,
             "boundary_pass": self.boundary_pass,
+            **({"decoupled": True} if self.decoupled else {}),
         }
 
 
@@ -105,5 +108,7 @@ def method_named(name: str) -> Method:
     if not colon:
         return known
     method = replace(known, name=name, settings=partial(known.settings, estimator=estimator))
+    if estimator == "adam":  # which only training can estimate
+        method = replace(method, boundary_pass=False, decoupled=True)
     method.settings(1.0)  # raises with the estimators there are
     return method

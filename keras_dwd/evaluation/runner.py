@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.model import DWDModel
+from keras_dwd.optimizer import DWDOptimizer
 from keras_dwd.tasks.scenario import Scenario, Task
 
 FISHER_EXAMPLES = 500
@@ -100,8 +101,9 @@ def run_sequence(
     strength = method.strength if strength is None else strength
     model = DWDModel.from_model(build(scenario), **method.settings(strength))
 
+    adam = keras.optimizers.Adam(learning_rate)
     settings = {
-        "optimizer": keras.optimizers.Adam(learning_rate),
+        "optimizer": DWDOptimizer(adam) if method.decoupled else adam,
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         "metrics": ["accuracy"],
         # A small network's step is shorter than what `fit` does between two of them.

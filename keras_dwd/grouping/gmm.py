@@ -1,7 +1,7 @@
 """Groups of parameters found by a Gaussian mixture, each with its own strength λ_k."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
@@ -13,10 +13,12 @@ from keras_dwd.variables import Arrays
 
 _CHUNK = 2**18
 
+Granularity = Literal["element", "layer"]
+
 
 @keras.saving.register_keras_serializable("keras_dwd")
 class GaussianMixtureGrouping:
-    """Clusters single parameters by log Fisher and log magnitude, and weighs each cluster.
+    """Clusters parameters or layers by log Fisher and log magnitude, and weighs each cluster.
 
     Layers are heterogeneous, so groups are found in the data instead of being read off the
     architecture. The strength of group k follows the importance of what is in it,
@@ -32,12 +34,26 @@ class GaussianMixtureGrouping:
             than their Fisher alone would, below 0 the differences are levelled.
         samples: The mixture is fitted to this many parameters drawn at random, then applied to all.
         seed: Of that draw and of the fit.
+        granularity: What is clustered: `"element"`, single parameters or, where the Fisher
+            information has Kronecker factors, eigen-directions; or `"layer"`, all of a variable or
+            of a layer's matrix together, by their mean.
 
     Reference:
         McLachlan & Peel, "Finite Mixture Models", 2000.
     """
 
-    def __init__(self, groups: int = 4, alpha: float = 0.5, samples: int = 10_000, seed: int = 0):
+    def __init__(
+        self,
+        groups: int = 4,
+        alpha: float = 0.5,
+        samples: int = 10_000,
+        seed: int = 0,
+        granularity: Granularity = "element",
+    ):
+        if granularity not in get_args(Granularity):
+            known = " or ".join(map(repr, get_args(Granularity)))
+            raise ValueError(f"`granularity` must be {known}. Received: {granularity!r}")
+        self.granularity = granularity
         self.groups = integer("groups", groups, 1)
         self.alpha = number("alpha", alpha, -np.inf)
         self.samples = integer("samples", samples, self.groups)
@@ -81,15 +97,24 @@ class GaussianMixtureGrouping:
         flat = np.concatenate([fisher[p].ravel() for p in paths]).astype("float64")
         theta = np.concatenate([values[p].ravel() for p in paths]).astype("float64")
         used = np.flatnonzero(flat > 0)
-        if self.groups > flat.size:
+        mean, magnitude = flat, np.abs(theta)
+        owner: Any = slice(None)
+        if self.granularity == "layer":
+            owner = np.repeat(np.arange(len(paths)), [fisher[p].size for p in paths])
+            sizes = np.bincount(owner)
+            mean = np.bincount(owner, flat) / sizes
+            magnitude = np.sqrt(np.bincount(owner, theta**2) / sizes)
+        if self.groups > mean.size:
             raise ValueError(
-                "`groups` must not exceed the number of parameters or directions "
-                f"({flat.size}). Received: {self.groups}"
+                "`groups` must not exceed the number of parameters, directions or layers to group "
+                f"({mean.size}). Received: {self.groups}"
             )
-        if used.size <= self.groups:  # too little to cluster: one group holds everything
-            assigned, count = np.zeros(used.size, int), 1
-        else:
-            assigned, count = self._cluster(flat[used], theta[used]), self.groups
+        labels, count = np.zeros(mean.size, int), 1
+        clustered = np.flatnonzero(mean > 0)
+        if clustered.size > self.groups:  # else there is too little: one group holds everything
+            labels[clustered] = self._cluster(mean[clustered], magnitude[clustered])
+            count = self.groups
+        assigned = labels[owner][used]
 
         sizes = np.bincount(assigned, minlength=count)
         sums = np.bincount(assigned, weights=flat[used], minlength=count)
@@ -135,6 +160,7 @@ class GaussianMixtureGrouping:
             "alpha": self.alpha,
             "samples": self.samples,
             "seed": self.seed,
+            "granularity": self.granularity,
         }
 
     @classmethod
