@@ -3,7 +3,7 @@
 Both models of a pair live in one process and are timed in alternation; the ratio of the medians
 over many short rounds is reported, so that a machine whose speed drifts does not decide it.
 
-Usage: python benchmarks/step_cost.py [--rounds N] [--out FILE]
+Usage: python benchmarks/step_cost.py [--rounds N] [--data-dir DIR] [--out FILE]
 """
 
 import argparse
@@ -15,57 +15,55 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Scenario, Task
-from keras_dwd.evaluation.experiment import versions
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
+from keras_dwd.evaluation.experiment import Experiment, versions
 from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
 from keras_dwd.state import state_of
 
 BATCH = 32
-# Steps per round: several updates of the online factors, of which there is one in ten steps.
-NETWORKS = {"conv": (conv_net, 50), "resnet18_like": (resnet18_like, 10)}
+# Steps per round: several updates of the online factors, of which there is one in 20 steps.
+NETWORKS = {"conv": (conv_net, 60), "resnet18_like": (resnet18_like, 20)}
+# Steps that a task is learned for before its importance is taken.
+LEARNING = {"conv": 32, "resnet18_like": 3}
 FISHERS = {DiagonalFisher: "diagonal", KroneckerFisher: "Kronecker"}
 
 
-def scenario(tasks=20):
-    """20 tasks of 10 classes each on images of 32 × 32: for the shapes only."""
-    return Scenario(
-        "cost", tuple(Task(str(t), None, None) for t in range(tasks)), "task", 10, (32, 32, 3)
-    )
-
-
-def batch(task, rng):
-    x = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32")
-    y = rng.integers(0, 10, BATCH)
-    return (tf.constant(x), tf.fill((BATCH,), np.int32(task))), tf.constant(y)
+def batches(task, size, count):
+    """Batches of a task, over and over."""
+    (x, ids), y = task.train
+    for i in range(count):
+        chosen = np.arange(i * size, (i + 1) * size) % len(y)
+        yield (tf.constant(x[chosen]), tf.constant(ids[chosen])), tf.constant(y[chosen])
 
 
 class Trainer:
     """A compiled model and the function that makes some of its training steps."""
 
-    def __init__(self, build, **settings):
+    def __init__(self, build, scenario, **settings):
         keras.utils.set_random_seed(0)
-        self.model = DWDModel.from_model(build(scenario()), **settings)
+        self.tasks = scenario.tasks
+        self.model = DWDModel.from_model(build(scenario), **settings)
         self.model.compile(
-            keras.optimizers.Adam(1e-4),
+            keras.optimizers.Adam(1e-3),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         self.model.make_train_function()
-        self.rng = np.random.default_rng(0)
-        self.data = batch(0, self.rng)
         self.step = None
 
-    def learn_tasks(self, count):
+    def learn_tasks(self, count, steps):
         while self.model.tasks_learned < count:
-            self.model.train_on_batch(*batch(self.model.tasks_learned, self.rng))
-            self.model.consolidate()
-        self.data = batch(self.model.tasks_learned, self.rng)
+            task = self.tasks[self.model.tasks_learned]
+            for batch in batches(task, BATCH, steps):
+                self.model.train_on_batch(*batch)
+            self.model.consolidate(batches(task, BATCH, 8))
 
     def seconds(self, steps):
         step = self.step = self.step or tf.function(self.model.train_step)
+        (data,) = batches(self.tasks[self.model.tasks_learned], BATCH, 1)
         started = time.perf_counter()
         for _ in range(steps):
-            loss = step(self.data)["loss"]
+            loss = step(data)["loss"]
         float(loss)  # wait for it
         return (time.perf_counter() - started) / steps
 
@@ -96,18 +94,21 @@ def ratio(numerator, denominator, steps, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "step_cost.json"
     )
     options = parser.parse_args()
+    scenario = Experiment("split:cifar100", tasks=20, data_dir=options.data_dir).built
     results = {}
     for name, (build, steps) in NETWORKS.items():
-        finetune = Trainer(build, strength=0.0)
+        finetune = Trainer(build, scenario, strength=0.0)
         for fisher in (DiagonalFisher(), KroneckerFisher()):
             # Grouping is boundary work: the step sees a precision, whatever it was made from.
-            early, late = (Trainer(build, fisher=fisher, grouping=None) for _ in range(2))
-            early.learn_tasks(1)
-            late.learn_tasks(19)
+            settings = {"fisher": fisher, "grouping": None}
+            early, late = (Trainer(build, scenario, **settings) for _ in range(2))
+            early.learn_tasks(1, LEARNING[name])
+            late.learn_tasks(19, LEARNING[name])
             parameters = early.model.count_params()
             state = sum(a.nbytes for a in state_of(early.model).values())
             row = results[f"{name}, {FISHERS[type(fisher)]}"] = {
@@ -121,8 +122,9 @@ def main():
     write_json(
         options.out,
         {
-            "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, images 32 x 32 x 3, "
-            "DWDModel with pull and online Fisher (diagonal: each step, Kronecker: each tenth) "
+            "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 "
+            "tasks, importance from 256 images of each, "
+            "DWDModel with pull and online Fisher (diagonal: each step, Kronecker: each 20th) "
             "against strength=0, alternating in one "
             "process, median ratio over rounds; state in bytes per parameter in task 2",
             "versions": versions(),

@@ -70,13 +70,26 @@ def cost_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
+def passes_table(results):
+    kinds = ["exact diagonal", "Kronecker", "loop over examples"]
+    lines = [["network", "parameters", *kinds]]
+    for name, row in results["passes"].items():
+        ratios = [f"{row[kind]['ratio']:.2f}" for kind in kinds]
+        lines.append([name, f"{row['parameters']:,}", *ratios])
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
+# By what a file of results has.
+TABLES = {"methods": methods_table, "networks": cost_table, "passes": passes_table}
+
+
 def fill(text):
     """The README with each `<!-- results: FILE -->` block made anew."""
 
     def block(match):
         name = match[1]
         results = json.loads((RESULTS / f"{name}.json").read_text())
-        made = cost_table(results) if "networks" in results else methods_table(results)
+        made = next(table(results) for key, table in TABLES.items() if key in results)
         return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Factor:
     def leaves(self) -> dict[str, Any]:
         """Its arrays by name."""
         return {"vectors": self.vectors, "values": self.values, "rest": self.rest}
+
+    def product(self, x: Any, from_right: bool = False) -> Any:
+        """This times x, or x times this, in the training step."""
+        u, rest = tf.convert_to_tensor(self.vectors), tf.convert_to_tensor(self.rest)
+        above = tf.convert_to_tensor(self.values) - rest
+        if from_right:
+            return rest * x + tf.matmul(above * tf.matmul(x, u), u, transpose_b=True)
+        return rest * x + tf.matmul(u, above[:, None] * tf.matmul(u, x, transpose_a=True))
 
     @staticmethod
     def from_leaves(leaves: Mapping[str, Any]) -> "Factor":

@@ -1,6 +1,5 @@
 """The Kronecker-factored precision: how much the directions of a layer's matrix matter, jointly."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,16 +64,17 @@ class Kronecker:
 
     def multiply(self, differences: list[Any]) -> list[Any]:
         """Λ δ in the training step, by variable."""
-        return self._apply(differences, lambda eigenvalues: eigenvalues)
+        x = self.a.product(self.form.join(*differences))
+        return self.form.split(self.g.product(x, from_right=True))
 
     def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]:
         """(d + Λ)⁻¹ Λ δ in the training step, by variable, with d the mean stiffness."""
         sizes = [tf.cast(tf.size(s), "float32") for s in stiffness]
         d = tf.add_n([tf.reduce_sum(s) for s in stiffness]) / tf.add_n(sizes)
-        return self._apply(differences, lambda eigenvalues: eigenvalues / (d + eigenvalues))
 
-    def _apply(self, differences: list[Any], function: Callable[[Any], Any]) -> list[Any]:
-        """The product f(Λ) δ, for a function of the eigenvalues."""
+        def function(eigenvalues: Any) -> Any:
+            return eigenvalues / (d + eigenvalues)
+
         u, v = (tf.convert_to_tensor(factor.vectors) for factor in (self.a, self.g))
         s, t = (tf.convert_to_tensor(factor.values) for factor in (self.a, self.g))
         p, q = (tf.convert_to_tensor(factor.rest) for factor in (self.a, self.g))
@@ -228,7 +228,7 @@ class KroneckerFisher(Fisher):
         self,
         estimator: Estimator = "influence",
         gamma: float | None = 0.95,
-        every: int = 10,
+        every: int = 20,
         rank: int = 256,
         damping: float = 0.3,
         correction: int = 0,
