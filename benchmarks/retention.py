@@ -32,6 +32,8 @@ from keras_dwd.evaluation.methods import method_named
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
     "split-digits": {"scenario": "split:digits", "tasks": 5, "setting": "domain"},
+    "split-digits-task": {"scenario": "split:digits", "tasks": 5},
+    "split-mnist": {"scenario": "split:mnist", "tasks": 5},
     "permuted-mnist": {
         "scenario": "permuted:mnist",
         "tasks": 10,
@@ -43,11 +45,13 @@ SCENARIOS = {
 TUNING_SEEDS = {
     "permuted-digits": (0, 1, 2),
     "split-digits": (0, 1, 2),
+    "split-digits-task": (0, 1, 2),
+    "split-mnist": (0, 1, 2),
     "permuted-mnist": (0,),
     "split-cifar100": (0,),
 }
-# Five values per method over the same range of factors, placed where a first look at each scenario
-# has its best values inside. What differs is the scale of the Fisher information: that of diagonal
+# As many values per method over the same range of factors, placed where a first look at each
+# scenario has its best values inside. What differs is the scale of the Fisher information: that of diagonal
 # methods falls with the loss, but where it is normalised or taken at negated logits.
 GRIDS = {
     "permuted-digits": {
@@ -70,18 +74,22 @@ GRIDS = {
         "kronecker": (0.1, 1, 10, 100, 1000),
     },
     "split-cifar100": {
-        "diagonal": (300, 1000, 3000, 10000, 30000),
-        "influence": (100, 300, 1000, 3000, 10000),
-        "negated": (10, 30, 100, 300, 1000),
-        "kronecker": (3, 10, 30, 100, 300),
+        "diagonal": (100, 300, 1000, 3000, 10000, 30000),
+        "influence": (30, 100, 300, 1000, 3000, 10000),
+        "negated": (10, 30, 100, 300, 1000, 3000),
+        "kronecker": (1, 3, 10, 30, 100, 300),
     },
 }
+for alike in ("split-digits-task", "split-mnist"):
+    GRIDS[alike] = GRIDS["split-digits"]
 DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
 )
 REFERENCES = ("finetune", "joint")
+# What a user has who sets nothing: no λ is chosen for it.
+UNTOUCHED = "dwd-online, λ untouched"
 VALIDATION = 0.2
 
 
@@ -128,19 +136,20 @@ def tune(pool, name, settings, method, known):
 
 def measure(pool, name, settings, method, seeds, earlier):
     """What the file says of a method: its results at its best λ, and how that was found."""
-    tried, strength = {}, 0.0
-    if method not in REFERENCES:
+    label, method = method, method.partition(",")[0]
+    tried, strength = {}, method_named(method).strength
+    if label not in (*REFERENCES, UNTOUCHED):
         known = earlier.get("tuning", {}).get("validation_accuracy", {}).get(method, {})
         tried = tune(pool, name, settings, method, {float(s): a for s, a in known.items()})
         strength = max(tried, key=tried.get)
         end = strength in (min(tried), max(tried))
         print(f"{name}: best λ of {method}: {strength}{', an end of its grid' if end else ''}")
     chosen = method_named(method).configuration(strength)
-    result = earlier.get("methods", {}).get(method, {})
+    result = earlier.get("methods", {}).get(label, {})
     if result.get("settings") != chosen:
         runs = [pool.submit(one_run, settings, method, seed, strength) for seed in range(seeds)]
         result = {"settings": chosen, **summarize([run.result() for run in runs])}
-    return method, result, tried
+    return label, result, tried
 
 
 def main():
@@ -177,9 +186,9 @@ def main():
             if any(earlier.get(key) != results[key] for key in ("protocol", "versions")):
                 earlier = {}
             known = [*earlier.get("methods", {}), *METHODS, *options.methods]
-            order = [m for m in dict.fromkeys(known) if m not in REFERENCES]
-            order = [REFERENCES[0], *order, REFERENCES[1]]
-            wanted = {*options.methods, *earlier.get("methods", {}), *REFERENCES}
+            order = [m for m in dict.fromkeys(known) if m not in (*REFERENCES, UNTOUCHED)]
+            order = [REFERENCES[0], *order, UNTOUCHED, REFERENCES[1]]
+            wanted = {*options.methods, *earlier.get("methods", {}), UNTOUCHED, *REFERENCES}
             jobs = [
                 threads.submit(measure, pool, name, settings, method, options.seeds, earlier)
                 for method in order

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from keras_dwd import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
+from keras_dwd import METHODS, AccuracyMatrix, DWDOptimizer, Method, Scenario, run_sequence
 from keras_dwd.cli import app
 from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.files import write_json
@@ -95,6 +95,24 @@ def test_unknown_method():
     assert (
         run_sequence(lambda s: mlp(), scenario(), method, epochs=1).model.regularizer.strength == 2
     )
+
+
+@pytest.mark.parametrize("name", ["ewc:batch", "dwd:sampled", "dwd-online:exact", "ewc:adam"])
+def test_methods_take_another_estimator(name):
+    result = run_sequence(lambda s: mlp(), scenario(), name, strength=1.0, epochs=1)
+    estimator = name.partition(":")[2]
+    assert result.model.fisher.get_config()["estimator"] == estimator
+    assert isinstance(result.model.optimizer, DWDOptimizer) == (estimator == "adam")
+    assert result.model.tasks_learned == 3
+    assert float(result.model.penalty()) >= 0
+
+
+@pytest.mark.parametrize(
+    "name", ["joint:exact", "finetune:exact", "sgd:exact", "dwd:", "dwd:batch"]
+)
+def test_estimators_that_a_method_has_not(name):
+    with pytest.raises(ValueError, match=r"Unknown method|`estimator`"):
+        run_sequence(lambda s: mlp(), scenario(), name)
 
 
 def test_files_are_whole_or_untouched(tmp_path):
