@@ -51,8 +51,8 @@ TUNING_SEEDS = {
     "split-cifar100": (0,),
 }
 # As many values per method over the same range of factors, placed where a first look at each
-# scenario has its best values inside. What differs is the scale of the Fisher information: that of diagonal
-# methods falls with the loss, but where it is normalised or taken at negated logits.
+# scenario has its best values inside. What differs is the scale of the Fisher information: that of
+# diagonal methods falls with the loss, but where it is normalised or taken at negated logits.
 GRIDS = {
     "permuted-digits": {
         "diagonal": (10, 30, 100, 300, 1000),
