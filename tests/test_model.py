@@ -521,7 +521,7 @@ def test_more_groups_than_parameters_are_refused():
     grouping = GaussianMixtureGrouping(84, samples=100)
     model = compiled(strength=1.0, fisher=DiagonalFisher(), grouping=grouping)
     model.fit(X, Y, verbose=0)
-    _refused(model, r"number of parameters or directions \(83\)", model.consolidate)
+    _refused(model, r"directions or layers to group \(83\)", model.consolidate)
 
 
 def test_constructor_refuses():
