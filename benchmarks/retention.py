@@ -60,12 +60,6 @@ GRIDS = {
         "negated": (1, 3, 10, 30, 100),
         "kronecker": (1, 3, 10, 30, 100),
     },
-    "permuted-mnist": {
-        "diagonal": (10, 30, 100, 300, 1000),
-        "influence": (1, 3, 10, 30, 100),
-        "negated": (1, 3, 10, 30, 100),
-        "kronecker": (1, 3, 10, 30, 100),
-    },
     # Learned so well that the Fisher information nearly vanishes: a wide grid.
     "split-digits": {
         "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
@@ -80,8 +74,8 @@ GRIDS = {
         "kronecker": (1, 3, 10, 30, 100, 300),
     },
 }
-for alike in ("split-digits-task", "split-mnist"):
-    GRIDS[alike] = GRIDS["split-digits"]
+GRIDS["permuted-mnist"] = GRIDS["permuted-digits"]
+GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
 DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),

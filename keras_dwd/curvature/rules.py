@@ -440,12 +440,7 @@ class _BatchNormalizationRule(Rule):
             for v in (layer.moving_mean, layer.moving_variance)
         )
         normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-        found = {}
-        if layer.scale:
-            found["gamma"] = tf.reduce_sum(normalized * g, others)
-        if layer.center:
-            found["beta"] = tf.reduce_sum(g, others)
-        return found
+        return _of_scale_and_shift(layer, normalized, g, others)
 
 
 @register_rule(layers.LayerNormalization)
@@ -460,12 +455,18 @@ class _LayerNormalizationRule(Rule):
         others = [i for i in range(1, len(x.shape)) if i not in axes]
         mean, variance = tf.nn.moments(x, axes, keepdims=True)
         normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-        found = {}
-        if layer.scale:
-            found["gamma"] = tf.reduce_sum(normalized * g, others)
-        if layer.center:
-            found["beta"] = tf.reduce_sum(g, others)
-        return found
+        return _of_scale_and_shift(layer, normalized, g, others)
+
+
+def _of_scale_and_shift(
+    layer: keras.Layer, normalized: tf.Tensor, g: tf.Tensor, axes: list[int]
+) -> dict[str, tf.Tensor]:
+    found = {}
+    if layer.scale:
+        found["gamma"] = tf.reduce_sum(normalized * g, axes)
+    if layer.center:
+        found["beta"] = tf.reduce_sum(g, axes)
+    return found
 
 
 def _flat(x: tf.Tensor) -> tf.Tensor:
