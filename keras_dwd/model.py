@@ -199,18 +199,13 @@ class DWDModel(keras.Model):
         if fisher is not None:
             if fisher.estimator == "adam":
                 fisher.note(examples)
-            elif fisher.estimator == "batch":  # at no cost: the gradient is there
-                count = tf.cast(examples, "float32")
-                statistics = {
-                    f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
-                    for path, g in zip(trainable, data_gradients, strict=True)
-                    if g is not None
-                }
-                self._learn_fisher(statistics, scale)
             else:
+                batch: Any = (x, y, sample_weight)
+                if fisher.estimator == "batch":  # at no cost: the gradient is there
+                    batch = dict(zip(trainable, data_gradients, strict=True)), examples
                 due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
                 due |= fisher.weight.value == 0  # the first step of a task
-                tf.cond(due, lambda: self._learn_fisher_of((x, y, sample_weight), scale), _nothing)
+                tf.cond(due, lambda: self._learn_fisher(batch, scale), _nothing)
 
         if variables:
             kept = self.head_gate.open(trainable, data_gradients)
@@ -329,14 +324,20 @@ class DWDModel(keras.Model):
         added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
         return loss - tf.add_n(added) if added else loss
 
-    def _learn_fisher(self, statistics: Statistics, scale: tf.Tensor | None) -> None:
+    def _learn_fisher(self, batch: Any, scale: tf.Tensor | None) -> tf.Tensor:
+        """Update the online estimate, from a batch or, for `batch`, from gradients and a count."""
+        if self.fisher.estimator == "batch":
+            gradients, count = batch[0], tf.cast(batch[1], "float32")
+            statistics = {
+                f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
+                for path, g in gradients.items()
+                if g is not None
+            }
+        else:
+            variables = self._pulled_variables()
+            statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
         known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
         self.fisher.update(known, _all_finite(known) if scale is not None else None)
-
-    def _learn_fisher_of(self, batch: Any, scale: tf.Tensor | None) -> tf.Tensor:
-        variables = self._pulled_variables()
-        statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
-        self._learn_fisher(statistics, scale)
         return _nothing()
 
     def _apply(self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None) -> None:

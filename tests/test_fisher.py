@@ -143,10 +143,25 @@ def test_training_updates_it_every_step(estimator):
     model = compiled(
         optimizer=keras.optimizers.SGD(0.0),
         strength=1.0,
-        fisher=DiagonalFisher(estimator, gamma=0.5),
+        fisher=DiagonalFisher(estimator, gamma=0.5, every=1),
     )
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     batches = [model._estimate((x[i : i + 8], y[i : i + 8]), 8) for i in (0, 8, 16)]
+    for path, value in model.fisher.value().items():
+        expected = (batches[0][path] + 2 * batches[1][path] + 4 * batches[2][path]) / 7
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "exact"])
+def test_training_updates_it_at_every_nth_step(estimator):
+    x, y = blobs(40)
+    model = compiled(
+        optimizer=keras.optimizers.SGD(0.0),
+        strength=1.0,
+        fisher=DiagonalFisher(estimator, gamma=0.5, every=2),
+    )
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    batches = [model._estimate((x[i : i + 8], y[i : i + 8]), 8) for i in (0, 16, 32)]
     for path, value in model.fisher.value().items():
         expected = (batches[0][path] + 2 * batches[1][path] + 4 * batches[2][path]) / 7
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-8)
@@ -162,7 +177,7 @@ def test_it_sees_neither_penalty_nor_regularisation(estimator):
             mlp(**dense),
             optimizer=keras.optimizers.SGD(0.0),
             strength=100.0,
-            fisher=DiagonalFisher(estimator, gamma=0.9),
+            fisher=DiagonalFisher(estimator, gamma=0.9, every=1),
         )
         model.fit(x, y, shuffle=False, verbose=0)
         return model
@@ -192,7 +207,7 @@ def test_mixed_precision_gives_the_float32_fisher():
                 model = compiled(
                     optimizer=keras.optimizers.SGD(0.0),
                     strength=1.0,
-                    fisher=DiagonalFisher(estimator, gamma=0.9),
+                    fisher=DiagonalFisher(estimator, gamma=0.9, every=1),
                 )
             finally:
                 keras.config.set_dtype_policy("float32")

@@ -347,7 +347,8 @@ class DiagonalFisher(Fisher):
             them; L2 regularisation and clipping are in it. There is no pass over data with it.
         gamma: γ in [0, 1) of the online estimate, 0.9 to 0.95 recommended; `None` switches the
             online estimate off, `consolidate` then needs data.
-        every: The online estimate is updated at every n-th training step.
+        every: The online estimate is updated at every n-th training step. Neighbouring steps tell
+            much the same; each update is a pass over memory.
 
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);
@@ -355,7 +356,7 @@ class DiagonalFisher(Fisher):
         [EWC-DR](https://arxiv.org/abs/2603.18596) for negated logits.
     """
 
-    def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 1):
+    def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 5):
         super().__init__(estimator, gamma, every)
 
 
