@@ -1,13 +1,13 @@
 """What DWD costs: step time relative to fine-tuning, and its growth with the number of tasks.
 
-Both models of a pair live in one process and are timed in alternation; the ratio of the medians
-over many short rounds is reported, so that a machine whose speed drifts does not decide it.
+All models that are compared live in one process and are timed in turn; the median over many short
+rounds of the ratio within a round is reported, so that a machine whose speed drifts does not decide
+it.
 
 Usage: python benchmarks/step_cost.py [--rounds N] [--data-dir DIR] [--out FILE]
 """
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 
@@ -70,26 +70,24 @@ class Trainer:
         return (time.perf_counter() - started) / steps
 
 
-def ratio(numerator, denominator, steps, rounds):
-    """Median over rounds of the ratio within a round, and the median step times."""
-    times = []
-    for trainer in (numerator, denominator):
-        trainer.seconds(3)  # trace and warm up
+def timed(trainers, steps, rounds):
+    """Milliseconds of a step for each trainer in each round, `(rounds, trainers)`."""
+    for trainer in trainers:
+        trainer.seconds(5)  # trace and warm up
+    times = np.zeros((rounds, len(trainers)))
     for r in range(rounds):
-        pair = [numerator, denominator]
-        if r % 2:
-            measured = [t.seconds(steps) for t in reversed(pair)][::-1]
-        else:
-            measured = [t.seconds(steps) for t in pair]
-        times.append(measured)
-    above, below = (statistics.median(t[i] for t in times) for i in (0, 1))
-    ratios = sorted(a / b for a, b in times)
+        for i in np.roll(np.arange(len(trainers)), r):  # each comes first as often as the others
+            times[r, i] = 1000 * trainers[i].seconds(steps)
+    return times
+
+
+def ratio(above, below):
+    """Median over rounds of the ratio within a round, its quartiles, and the median times."""
+    low, median, high = np.quantile(above / below, (0.25, 0.5, 0.75))
     return {
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
-        "milliseconds": [1000 * above, 1000 * below],
-        "rounds": rounds,
-        "steps_per_round": steps,
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+        "milliseconds": [float(np.median(above)), float(np.median(below))],
     }
 
 
@@ -114,11 +112,14 @@ def main():
             late.learn_tasks(19, LEARNING[name])
             parameters = early.model.count_params()
             state = sum(a.nbytes for a in state_of(early.model).values())
+            times = timed([finetune, early, late], steps, rounds)
             row = results[f"{name}, {FISHERS[type(fisher)]}"] = {
                 "parameters": parameters,
                 "state_bytes_per_parameter": state / parameters,
-                "dwd_to_finetune": ratio(early, finetune, steps, rounds),
-                "task_20_to_task_2": ratio(late, early, steps, rounds),
+                "dwd_to_finetune": ratio(times[:, 1], times[:, 0]),
+                "task_20_to_task_2": ratio(times[:, 2], times[:, 1]),
+                "rounds": rounds,
+                "steps_per_round": steps,
             }
             for key in ("dwd_to_finetune", "task_20_to_task_2"):
                 print(f"{name}, {FISHERS[type(fisher)]}: {key} {row[key]['ratio']:.3f}", flush=True)
@@ -128,7 +129,7 @@ def main():
             "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 "
             "tasks, importance from 128 images of each, "
             "DWDModel with pull and online Fisher (diagonal: each fifth step, Kronecker: each "
-            "20th) against strength=0, alternating in one "
+            "20th) against strength=0, in turn in one "
             "process, median ratio over rounds; state in bytes per parameter in task 2",
             "versions": versions(),
             "networks": results,

@@ -7,8 +7,8 @@ import tensorflow as tf
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
-from keras_dwd.curvature import rules
-from keras_dwd.curvature.kronecker import _directions, _probe
+from keras_dwd.curvature import kronecker, rules
+from keras_dwd.curvature.kronecker import _groups, _probe, _signs
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import by_path
 
@@ -167,13 +167,20 @@ def seen_along(d, positions, batch):
     """What is looked at of each example's D where both it and the positions are many."""
     if positions <= 8 or d.shape[2] <= 16:
         return d
-    directions = _directions(d.shape[2]).astype("float64")
+    directions = directions_of(d.shape[2])
     return np.stack([m @ directions[i % batch % len(directions)] for i, m in enumerate(d)])
 
 
+def directions_of(size):
+    """`(groups, size, 8)`: column c goes into direction c mod 8, with the sign of its group."""
+    signs = np.asarray(_signs(size, tf.range(_groups(size))), "float64")
+    return signs[:, :, None] * (np.arange(size)[:, None] % 8 == np.arange(8))
+
+
 @pytest.mark.parametrize("case", MATRICES)
-def test_kronecker_factors_are_those_of_the_gradients(case):
+def test_kronecker_factors_are_those_of_the_gradients(case, monkeypatch):
     """D Dᵀ and Dᵀ D of each example's gradient as a matrix, summed in float64."""
+    monkeypatch.setattr(kronecker, "_first_group", lambda groups: 0)
     model, x, y = made(case, KroneckerFisher("exact", gamma=None))
     statistics = model._estimate((x, y), 4)
     gradients = float64_gradients(model, case, x, y)
@@ -195,16 +202,22 @@ def test_kronecker_factors_are_those_of_the_gradients(case):
     assert checked == 2
 
 
-@pytest.mark.parametrize("size", [17, 24, 64])
+@pytest.mark.parametrize("size", [17, 24, 64, 577])
 def test_all_directions_are_looked_along_alike(size):
-    directions = _directions(size).astype("float64")
-    assert directions.shape == (-(-size // 8), size, 8)
+    directions = directions_of(size)
+    assert set(np.unique(directions)) == {-1, 0, 1}
     mean = np.mean([group @ group.T for group in directions], axis=0)
-    np.testing.assert_allclose(mean, np.eye(size), atol=1e-6)
+    np.testing.assert_allclose(mean, np.eye(size), atol=1e-12)
+
+
+def test_a_small_batch_looks_along_all_directions_in_time():
+    seen = {int(kronecker._first_group(8)) for _ in range(200)}
+    assert seen == set(range(8))
 
 
 @pytest.mark.parametrize("case", ["dense", "conv2d_same", "conv1d", "conv2d_wide"])
-def test_a_sketched_factor_is_the_factor_times_its_probe(case):
+def test_a_sketched_factor_is_the_factor_times_its_probe(case, monkeypatch):
+    monkeypatch.setattr(kronecker, "_first_group", lambda groups: 0)
     model, x, y = made(case, KroneckerFisher("exact", gamma=None))
     whole = model._estimate((x, y), 4)
     model.fisher, model._traced_fisher = KroneckerFisher("exact", gamma=None, rank=1), None

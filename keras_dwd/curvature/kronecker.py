@@ -155,7 +155,7 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
     """Two matrices L and R with L Rᵀ = Σ_b w_b D_b D_bᵀ, for D_b = rows_bᵀ other_b.
 
     With many positions and many columns in D an unbiased estimate of it: each example's D is seen
-    along a few of the columns' directions only, other ones for its neighbours in the batch.
+    along a few directions of its columns only, other ones for its neighbours in the batch.
 
     Args:
         rows: `(batch, positions, n)`.
@@ -165,9 +165,7 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
     n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
     if positions is None or positions > _LOOKS:
         if m > 2 * _LOOKS:
-            directions = _directions(m)
-            group = tf.range(tf.shape(other)[0]) % len(directions)
-            other = tf.matmul(other, tf.gather(directions, group))
+            other = _look(other)
         if positions is None or positions > other.shape[2]:  # D is smaller than its parts
             d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
             d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
@@ -183,13 +181,33 @@ def _probe(size: int, columns: int) -> np.ndarray:
     return np.linalg.qr(normal)[0].astype("float32")
 
 
-def _directions(size: int) -> np.ndarray:
-    """`(groups, size, _LOOKS)`: an orthonormal basis, dealt out to groups."""
-    basis = np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
-    groups = -(-size // _LOOKS)
-    padded = np.pad(basis, ((0, 0), (0, groups * _LOOKS - size)))
-    dealt = padded.reshape(size, groups, _LOOKS).transpose(1, 0, 2)
-    return (np.sqrt(groups) * dealt).astype("float32")
+def _look(x: tf.Tensor) -> tf.Tensor:
+    """Each example's columns, `(batch, positions, m)`, along `_LOOKS` directions of its group."""
+    m, batch = x.shape[2], tf.shape(x)[0]
+    groups = _groups(m)
+    group = (tf.range(batch) + _first_group(groups)) % groups
+    x = tf.pad(x * _signs(m, group)[:, None], ((0, 0), (0, 0), (0, -m % _LOOKS)))
+    return tf.reduce_sum(tf.reshape(x, (batch, -1, x.shape[2] // _LOOKS, _LOOKS)), 2)
+
+
+def _signs(m: int, group: tf.Tensor) -> tf.Tensor:
+    """`(groups, m)`: the signs with which columns c, c + 8, … add up to a group's direction c.
+
+    Those of a Hadamard matrix, with the columns' own at random: over all groups the directions
+    are orthogonal, so that all are looked along alike, and none has to be kept in memory.
+    """
+    overlap = tf.bitwise.bitwise_and(group[:, None], tf.range(m)[None] // _LOOKS)
+    odd = tf.cast(tf.raw_ops.PopulationCount(x=overlap) % 2, "float32")
+    return (1 - 2 * odd) * np.random.default_rng(m).choice((-1.0, 1.0), m).astype("float32")
+
+
+def _groups(m: int) -> int:
+    return 1 << (-(-m // _LOOKS) - 1).bit_length()
+
+
+def _first_group(groups: int) -> tf.Tensor:
+    """Another one for each batch, so that a small one sees no group less than others."""
+    return tf.random.uniform((), 0, groups, "int32")
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
