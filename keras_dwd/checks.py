@@ -1,6 +1,6 @@
 """Bad data, said clearly and before anything changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -32,8 +32,34 @@ def integer(name: str, given: Any, low: int) -> int:
     return int(given)
 
 
+def check_fit(model: keras.Model, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` on arguments of `fit` that no model can learn from.
+
+    Args:
+        model: A compiled model.
+        given: The arguments by name.
+    """
+    held_out = given.get("validation_data")
+    held_out = held_out if isinstance(held_out, (tuple, list)) else (held_out,)
+    weighed = (given.get("x"), given.get("y"), given.get("sample_weight"))
+    for prefix, data in (("", weighed), ("validation_data: ", held_out)):
+        for name, part in zip(("x", "y", "sample_weight"), data, strict=False):
+            check_finite(f"{prefix}{name}", part)
+        check_labels(model, data[1] if len(data) > 1 else None)
+
+
+def check_batch(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
+    """Raise `ValueError` on a batch of data that does not fit a model."""
+    check_inputs(model, x)
+    for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        check_finite(f"data: {name}", part)
+    check_labels(model, y)
+
+
 def check_finite(name: str, data: Any) -> None:
     """Raise `ValueError` if an array in the structure `data` is empty, holds NaN or infinity."""
+    if isinstance(data, tf.data.Dataset) and data.cardinality() == 0:
+        raise ValueError(f"`{name}` is empty: a dataset without elements.")
     for array in _arrays(data):
         if array.size == 0:
             raise ValueError(f"`{name}` is empty: it has shape {array.shape}.")
@@ -42,26 +68,43 @@ def check_finite(name: str, data: Any) -> None:
             raise ValueError(f"`{name}` must be finite. Received {bad} values that are NaN or Inf.")
 
 
+def losses_of(model: keras.Model) -> list[Any]:
+    """The loss of each output, in the order of `model.outputs`; `None` where it has none."""
+    loss: Any = model.loss
+    if isinstance(loss, dict):
+        found = [loss.get(name) for name in model.output_names]
+    else:
+        found = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    found += [found[-1] if len(found) == 1 else None] * (len(model.outputs) - len(found))
+    return [keras.losses.get(each) if isinstance(each, str) else each for each in found]
+
+
 def check_labels(model: keras.Model, y: Any) -> None:
     """Raise `ValueError` if integer labels fall outside the model's outputs.
 
     On a CPU TensorFlow would fail in the middle of an epoch, on a GPU the loss turns NaN.
-    Applies to models of one output with a sparse categorical cross-entropy.
+    Applies to outputs with a sparse categorical cross-entropy.
     """
-    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
-    if loss is keras.losses.sparse_categorical_crossentropy:
-        loss = keras.losses.SparseCategoricalCrossentropy()
-    if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
-        return
-    if loss.get_config().get("ignore_class") is not None or len(model.outputs) != 1:
-        return
-    classes = model.outputs[0].shape[-1]
-    for labels in _arrays(y):
-        if labels.size and (labels.min() < 0 or labels.max() >= classes):
-            raise ValueError(
-                f"Labels must be in [0, {classes}), the number of outputs of the model. Received "
-                f"labels from {labels.min()} to {labels.max()}."
-            )
+    names, losses = model.output_names, losses_of(model)
+    if isinstance(y, dict):
+        given = [y.get(name) for name in names]
+    else:
+        given = list(y) if isinstance(y, (list, tuple)) and len(names) > 1 else [y]
+    for name, output, loss, part in zip(names, model.outputs, losses, given, strict=False):
+        if loss is keras.losses.sparse_categorical_crossentropy:
+            loss = keras.losses.SparseCategoricalCrossentropy()
+        if not isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+            continue
+        if loss.get_config().get("ignore_class") is not None:
+            continue
+        classes = output.shape[-1]
+        for labels in _arrays(part):
+            if labels.size and (labels.min() < 0 or labels.max() >= classes):
+                raise ValueError(
+                    f"Labels must be in [0, {classes}), the number of outputs of the model"
+                    f"{f' at {name!r}' if len(names) > 1 else ''}. Received labels from "
+                    f"{labels.min()} to {labels.max()}."
+                )
 
 
 def check_inputs(model: keras.Model, x: Any) -> None:

@@ -1,6 +1,6 @@
 """The model that learns task after task."""
 
-import hashlib
+import inspect
 from typing import Any, Literal
 
 import keras
@@ -8,13 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd import optimizer, state
-from keras_dwd.checks import batches, check_finite, check_inputs, check_labels
+from keras_dwd.checks import batches, check_batch, check_fit
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
-from keras_dwd.layers.task_heads import HeadGate
+from keras_dwd.layers.task_heads import HeadGate, check_task_ids
 from keras_dwd.regularizer import DWDRegularizer
-from keras_dwd.variables import Arrays, Variables, by_path
+from keras_dwd.variables import Arrays, Variables, by_path, digest_of
 
 # Gradients of single examples underflow in float16; the loss is scaled by this before they are
 # taken. A power of two, so that dividing by it again is exact.
@@ -100,6 +100,8 @@ class DWDModel(keras.Model):
         self.head_gate = HeadGate()
         self._traced_fisher: Any = None
         by_path(self)  # fails on ambiguous names while it is still cheap to mend
+        if self.grouping is not None:
+            self.grouping.check(self.count_params())
 
     @classmethod
     def from_model(cls, model: keras.Model, inputs: Any = None, **settings: Any) -> "DWDModel":
@@ -119,13 +121,20 @@ class DWDModel(keras.Model):
             raise ValueError(
                 f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
             )
+        if type(model).train_step is not keras.Model.train_step or (
+            type(model).compute_loss is not keras.Model.compute_loss
+        ):
+            raise ValueError(
+                f"`model` has a `train_step` or `compute_loss` of its own, which would be lost: "
+                f"{type(model).__name__}. Subclass DWDModel instead."
+            )
         if not model.built:
             raise ValueError(
                 f"`model` must be built before it can be wrapped. {model.name!r} has no weights "
                 "yet: give it an `Input`, call `build`, or call it on data."
             )
         settings.setdefault("name", model.name)
-        if inputs is None and not _is_graph(model):
+        if inputs is None and not getattr(model, "inputs", None):
             shape = (model.get_build_config() or {}).get("input_shape")
             if shape is None or any(isinstance(s, (list, tuple, dict)) for s in shape):
                 raise ValueError(
@@ -142,19 +151,17 @@ class DWDModel(keras.Model):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`, which first refuses arrays that are empty, with NaN or wrong labels.
 
-        Datasets are not looked into: a pass over them may be expensive, or not repeatable.
+        Of datasets only what they say of themselves is looked at: a pass over them may be
+        expensive, or not repeatable.
         """
-        held_out = kwargs.get("validation_data")
-        held_out = held_out if isinstance(held_out, (tuple, list)) else ()
-        for prefix, data in (("", (x, y)), ("validation_data: ", held_out)):
-            for name, part in zip(("x", "y"), data, strict=False):
-                check_finite(f"{prefix}{name}", part)
-            check_labels(self, data[1] if len(data) > 1 else None)
-        check_finite("sample_weight", kwargs.get("sample_weight"))
+        check_task_ids(self, x)
+        check_fit(self, inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments)
         return super().fit(x, y, *args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots the training step updates, then trace as Keras does."""
+        if self.train_function is not None and not force:
+            return self.train_function
         if self._learns_online:
             shapes = self.fisher.shapes(self, self._pulled_variables())
             self.fisher.build(shapes, optimizer.find(self.optimizer))
@@ -227,8 +234,9 @@ class DWDModel(keras.Model):
                 not finite, of other shapes than the model's inputs or labelled outside its
                 outputs, or if there is no estimate to use. The model is then as before.
         """
-        values = {path: np.asarray(v) for path, v in self._trainable_by_path().items()}
-        digest = _digest(values)
+        if not self.compiled:
+            raise ValueError("Compile the model first: its loss defines the Fisher information.")
+        digest = digest_of(by_path(self))
         if self.tasks_learned and digest == self.weights_digest:
             raise ValueError(
                 "The weights are those of the last boundary: train the model on the next task "
@@ -305,7 +313,7 @@ class DWDModel(keras.Model):
 
     @property
     def _float16_scale(self) -> float:
-        reduced = any(getattr(layer, "compute_dtype", None) == "float16" for layer in self.layers)
+        reduced = any(layer.compute_dtype == "float16" for layer in self._flatten_layers())
         return _FLOAT16_SCALE if reduced else 1.0
 
     def _trainable_by_path(self) -> Variables:
@@ -335,10 +343,19 @@ class DWDModel(keras.Model):
             }
         else:
             variables = self._pulled_variables()
-            statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
+            statistics = self._statistics(variables, batch)
         known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
         self.fisher.update(known, _all_finite(known) if scale is not None else None)
         return _nothing()
+
+    def _statistics(self, variables: Variables, batch: Any) -> Statistics:
+        """F̂ of one batch; graph code. The loss that it computes is in no report."""
+        reported = [v for metric in self.metrics for v in metric.variables]
+        before = [tf.identity(v.value) for v in reported]
+        statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
+        for variable, value in zip(reported, before, strict=True):
+            variable.assign(value)
+        return statistics
 
     def _apply(self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None) -> None:
         """Let the optimizer update the variables, with the pull in it if there is one."""
@@ -370,16 +387,12 @@ class DWDModel(keras.Model):
 
     def _estimate(self, data: Any, batch_size: int) -> Arrays:
         """The Fisher information over `data`, one pass in inference mode."""
-        if not self.compiled:
-            raise ValueError("Compile the model first: its loss defines the Fisher information.")
         variables = self._pulled_variables()
         sums: dict[str, tf.Tensor] = {}
         examples = 0
         for x, y, sample_weight in batches(data, self.fisher.chunk(variables, batch_size)):
-            check_inputs(self, x)
-            for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-                check_finite(f"data: {name}", part)
-            check_labels(self, y)
+            check_batch(self, x, y, sample_weight)
+            check_task_ids(self, x)
             count = len(tf.nest.flatten(y)[0])
             estimate = self._fisher_of_batch(variables, (x, y, sample_weight))
             sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
@@ -395,7 +408,7 @@ class DWDModel(keras.Model):
 
             @tf.function(reduce_retracing=True)
             def of_batch(batch: Any) -> Statistics:
-                return self.fisher.of_batch(self, variables, batch, self._float16_scale)
+                return self._statistics(variables, batch)
 
             self._traced_fisher = (key, of_batch)
         return self._traced_fisher[1](batch)
@@ -408,19 +421,6 @@ def _setting(name: str, given: Any, kind: Any) -> Any:
     if given is not None and not isinstance(given, kind):
         raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
     return given if given is None else type(given).from_config(given.get_config())
-
-
-def _is_graph(model: keras.Model) -> bool:
-    """Whether the model is a graph of layers that can be rebuilt around its inputs."""
-    return isinstance(model, keras.Sequential) or bool(getattr(model, "inputs", None))
-
-
-def _digest(values: Arrays) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(values):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(values[path]).view("uint8").data)
-    return digest.digest()
 
 
 def _data_gradients(

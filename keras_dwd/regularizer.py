@@ -123,7 +123,8 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         found: dict[str, tf.Tensor] = {}
         for block in self.precisions.values():
             differences = self._differences(block, variables)
-            found |= dict(zip(block.paths, block.multiply(differences), strict=True))
+            pulls = zip(block.paths, block.multiply(differences), strict=True)
+            found |= {path: pull for path, pull in pulls if self.strength_of(variables[path])}
         return found
 
     def pull(self, variables: Variables, stiffness: Mapping[str, tf.Tensor]) -> None:
@@ -134,7 +135,8 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             stiffness: d/η of the variables to move, each of its shape or a scalar.
         """
         for block in self.precisions.values():
-            moving = {p: stiffness[p] for p in block.paths if p in stiffness}
+            free = [p for p in block.paths if not self.strength_of(variables[p])]
+            moving = {p: stiffness[p] for p in block.paths if p in stiffness and p not in free}
             if moving:
                 moves = block.shrink(self._differences(block, variables), list(moving.values()))
                 for path, move in zip(block.paths, moves, strict=True):

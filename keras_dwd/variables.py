@@ -1,5 +1,6 @@
 """Addressing variables by path: a position in a list shifts when a layer is frozen."""
 
+import hashlib
 from collections.abc import Iterator
 
 import keras
@@ -45,3 +46,12 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
 def untracked(values: np.ndarray, name: str, dtype: str = "float32") -> keras.Variable:
     """A variable that no model tracks, holding `values`."""
     return keras.Variable(np.asarray(values, dtype), trainable=False, dtype=dtype, name=name)
+
+
+def digest_of(variables: Variables) -> bytes:
+    """A digest of the values of variables and of their paths."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(variables):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(variables[path]).view("uint8").data)
+    return digest.digest()

@@ -400,3 +400,134 @@ def test_there_must_be_an_estimate():
 def test_bad_gamma(gamma):
     with pytest.raises(ValueError, match="`gamma`"):
         DiagonalFisher(gamma=gamma)
+
+
+def sequences(mask=False, outputs=1):
+    """A network with an output per time step, and data for it."""
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 4, mask_zero=mask, name="embed")(inputs)
+    x = layers.Dense(4, activation="tanh", name="hidden")(x)
+    heads = [layers.Dense(3, name=f"head_{i}")(x) for i in range(outputs)]
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 7, (6, 5)).astype("int32")
+    y = [rng.integers(0, 3, (6, 5)).astype("int32") for _ in heads]
+    single = outputs == 1
+    return keras.Model(inputs, heads[0] if single else heads), x, y[0] if single else y
+
+
+def loop(model, loss_of, count):
+    """Mean square over examples of ∂ loss_of(i) / ∂θ, by path."""
+    values = [v.value for v in model.trainable_variables]
+    total = [np.zeros(v.shape) for v in values]
+    for i in range(count):
+        with tf.GradientTape() as tape:
+            loss = loss_of(i)
+        for t, g in zip(total, tape.gradient(loss, values), strict=True):
+            t += np.asarray(tf.convert_to_tensor(g), "float64") ** 2 / count
+    return dict(zip(paths(model), total, strict=True))
+
+
+def assert_fisher_is(model, data, expected):
+    measured = model._estimate(data, batch_size=4)
+    assert set(measured) == {f"fisher/{path}" for path in expected}
+    for path, reference in expected.items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * reference.max()}
+        np.testing.assert_allclose(measured[f"fisher/{path}"], reference, **tolerance)
+
+
+def cross_entropies(model, x, y, i, output=0):
+    logits = tf.nest.flatten(model(x[i : i + 1], training=False))[output]
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y[i], logits[0])
+
+
+def test_weights_of_time_steps_are_part_of_the_loss():
+    base, x, y = sequences()
+    model = DWDModel.from_model(base, **EXACT)
+    model.compile("sgd", LOSS)
+    w = np.random.default_rng(1).uniform(0, 2, (6, 5)).astype("float32")
+    expected = loop(model, lambda i: tf.reduce_mean(w[i] * cross_entropies(model, x, y, i)), len(x))
+    assert_fisher_is(model, (x, y, w), expected)
+    online = DWDModel.from_model(base)
+    online.compile("sgd", LOSS)
+    online.fit(x, y, sample_weight=w, verbose=0)
+    online.consolidate()
+
+
+def test_weights_of_outputs_are_part_of_the_loss():
+    base, x, y = sequences(outputs=2)
+    model = DWDModel.from_model(base, **EXACT)
+    model.compile("sgd", [LOSS, LOSS])
+    w = [np.random.default_rng(i).uniform(0, 2, 6).astype("float32") for i in (1, 2)]
+
+    def loss_of(i):
+        parts = (cross_entropies(model, x, y[o], i, o) for o in (0, 1))
+        return tf.add_n([w[o][i] * tf.reduce_mean(part) for o, part in enumerate(parts)])
+
+    assert_fisher_is(model, (x, y, w), loop(model, loss_of, len(x)))
+
+
+def test_masked_time_steps_do_not_count():
+    base, x, y = sequences(mask=True)
+    assert (x == 0).any()
+    assert (x != 0).any(axis=1).all()
+    model = DWDModel.from_model(base, **EXACT)
+    model.compile("sgd", LOSS)
+
+    def loss_of(i):
+        seen = x[i] != 0
+        return tf.reduce_mean(tf.boolean_mask(cross_entropies(model, x, y, i), seen))
+
+    assert_fisher_is(model, (x, y), loop(model, loss_of, len(x)))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "categorical", "binary"])
+def test_influence_is_the_same_for_probabilities_and_logits(kind):
+    x, y = blobs(40)
+    activation = "sigmoid" if kind == "binary" else "softmax"
+    if kind != "sparse":
+        y = np.eye(3, dtype="float32")[y]
+    losses = {
+        "sparse": keras.losses.SparseCategoricalCrossentropy,
+        "categorical": keras.losses.CategoricalCrossentropy,
+        "binary": keras.losses.BinaryCrossentropy,
+    }
+    of_logits = mlp()
+    of_probabilities = keras.Sequential(
+        [keras.Input((6,)), *of_logits.layers, layers.Activation(activation)]
+    )
+    found = []
+    for base, from_logits in ((of_logits, True), (of_probabilities, False)):
+        model = DWDModel.from_model(base, fisher=DiagonalFisher("influence", None), grouping=None)
+        model.compile("sgd", losses[kind](from_logits=from_logits))
+        found.append(model._estimate((x, y), 40))
+    assert found[0].keys() == found[1].keys()
+    for path, values in found[0].items():
+        np.testing.assert_allclose(values, found[1][path], rtol=1e-2, atol=1e-5 * values.max())
+
+
+def test_negated_probabilities_of_zero_are_no_obstacle():
+    base = keras.Sequential([keras.Input((6,)), layers.Dense(3, "softmax", name="head")])
+    model = DWDModel.from_model(base, fisher=DiagonalFisher("negated", None), grouping=None)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+    x, y = blobs(8)
+    found = model._estimate((1000 * x, y), 8)  # most of the probabilities are exactly 0
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_layers_that_inference_does_not_call_have_no_fisher_information(monkeypatch):
+    class Auxiliary(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head, self.other = layers.Dense(3, name="head"), layers.Dense(3, name="other")
+
+        def call(self, x, training=False):
+            return self.head(x) + self.other(x) if training else self.head(x)
+
+    base = Auxiliary()
+    x, y = blobs(8)
+    base(x, training=True)
+    model = compiled(base, **EXACT)
+    monkeypatch.setattr(DiagonalFisher, "_one_by_one", None)  # which would be slow
+    model.fit(x, y, verbose=0)
+    model.consolidate((x, y))
+    assert len(model.regularizer.precisions) == 2

@@ -184,6 +184,23 @@ def test_several_inputs_and_outputs():
     assert set(model.predict(x, verbose=0)) == {"kind", "size"}
 
 
+@pytest.mark.parametrize("fisher", [KroneckerFisher(), DiagonalFisher("exact", every=1)])
+def test_the_reported_losses_of_several_outputs_are_those_of_keras(fisher):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 4)).astype("float32")
+    y = {"a": rng.integers(0, 3, 20), "b": rng.integers(0, 3, 20)}
+    histories = []
+    for wrap in (lambda m: m, lambda m: DWDModel.from_model(m, fisher=fisher)):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        hidden = layers.Dense(6, activation="tanh")(inputs)
+        model = wrap(keras.Model(inputs, {n: layers.Dense(3, name=n)(hidden) for n in y}))
+        model.compile("adam", {"a": LOSS, "b": LOSS}, metrics={"a": "accuracy"})
+        histories.append(model.fit(x, y, epochs=2, batch_size=8, verbose=0).history)
+    assert histories[0] == histories[1]
+    assert "b_loss" in histories[1]
+
+
 def slots_of(model, layer):
     """The precision and anchors of a layer, by name."""
     state = model.regularizer.state().items()
@@ -223,12 +240,6 @@ def test_a_model_without_trainable_layers_can_be_run():
     model.fit(*blobs(), verbose=0)
     for a, b in zip(before, weights(model), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_weights_per_output_are_refused_by_the_exact_estimators():
-    fisher = DiagonalFisher("exact")
-    with pytest.raises(ValueError, match="one sample weight per example"):
-        fisher.of_batch(None, {}, (tf.ones((2, 1)), tf.ones(2), {"a": tf.ones(2)}))
 
 
 def test_recompiling_keeps_what_was_learned():
@@ -508,6 +519,23 @@ def test_consolidating_twice_without_training_is_refused():
     _refused(model, "train the model on the next task", lambda: model.consolidate((X, Y)))
 
 
+def test_freezing_a_layer_is_no_training():
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    model.consolidate()
+    model.get_layer("hidden").trainable = False
+    model.compile("sgd", LOSS)
+    _refused(model, "train the model on the next task", lambda: model.consolidate((X, Y)))
+
+
+def test_layers_frozen_after_training_are_not_folded():
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    model.get_layer("hidden").trainable = False
+    model.consolidate()
+    assert set(model.regularizer.precisions) == {"head/kernel"}
+
+
 def test_diverged_weights_are_refused():
     model = compiled(strength=1.0, fisher=DiagonalFisher())
     model.fit(X, Y, verbose=0)
@@ -518,10 +546,8 @@ def test_diverged_weights_are_refused():
 def test_more_groups_than_parameters_are_refused():
     from keras_dwd import GaussianMixtureGrouping
 
-    grouping = GaussianMixtureGrouping(84, samples=100)
-    model = compiled(strength=1.0, fisher=DiagonalFisher(), grouping=grouping)
-    model.fit(X, Y, verbose=0)
-    _refused(model, r"directions or layers to group \(83\)", model.consolidate)
+    with pytest.raises(ValueError, match=r"`groups` .* \(83\)"):
+        compiled(grouping=GaussianMixtureGrouping(84, samples=100))
 
 
 def test_constructor_refuses():
@@ -539,6 +565,34 @@ def test_constructor_refuses():
         DWDModel.from_model(DWDModel.from_model(mlp()))
     with pytest.raises(ValueError, match="Compile the model first"):
         DWDModel.from_model(mlp()).consolidate((X, Y))
+
+
+def test_a_training_step_of_its_own_is_not_dropped():
+    class Own(Subclassed):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    base = Own()
+    base(X)
+    with pytest.raises(ValueError, match="`train_step` or `compute_loss` of its own"):
+        DWDModel.from_model(base)
+
+
+def test_fit_looks_at_arguments_by_position_and_at_empty_datasets():
+    model = compiled(strength=1.0)
+    bad = np.full_like(X, np.nan)
+    _refused(model, "validation_data: x", lambda: model.fit(X, Y, 8, 1, 0, None, 0.0, (bad, Y)))
+    empty = tf.data.Dataset.from_tensor_slices((X, Y)).take(0).batch(8)
+    _refused(model, "`x` is empty", lambda: model.fit(empty, verbose=0))
+
+
+def test_labels_of_each_output_are_checked():
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(n, name=f"head_{n}")(inputs) for n in (3, 5)]
+    model = DWDModel(inputs, heads)
+    model.compile("sgd", [LOSS, LOSS])
+    model.fit(X, [Y, Y + 2], verbose=0)
+    _refused(model, "at 'head_3'", lambda: model.fit(X, [Y + 2, Y], verbose=0))
 
 
 def test_ambiguous_names_are_refused():

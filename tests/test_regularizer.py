@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import blobs, compiled, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,23 @@ def test_a_layer_sets_its_own_strength_or_is_excluded():
     for path, strength in {"hidden/bias": 6, "head/bias": 3}.items():
         expected = strength * fisher[f"fisher/{path}"]
         np.testing.assert_allclose(precisions[path].values, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_an_excluded_part_of_a_matrix_is_not_pulled(name):
+    model = mlp(**{f"{name}_regularizer": DWDRegularizer(0.0)})
+    model = compiled(model, strength=3.0, grouping=None)
+    model.consolidate(blobs())
+    held = {p: np.array(v) for p, v in model.regularizer.anchors.items()}
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.ones(variable.shape))
+    variables = model._trainable_by_path()
+    pulls = model.regularizer.gradients(variables)
+    assert set(pulls) == set(variables) - {f"hidden/{name}"}
+    model.regularizer.pull(variables, dict.fromkeys(variables, tf.constant(1.0)))
+    moved = {p: np.abs(np.array(v) - held[p] - 1).max() for p, v in variables.items() if p in held}
+    assert moved.pop(f"hidden/{name}") < 1e-6
+    assert min(moved.values()) > 1e-4
 
 
 def test_in_a_plain_model_it_has_no_effect():

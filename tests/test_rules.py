@@ -28,6 +28,52 @@ def shared(layer):
     return lambda x: layers.Concatenate(axis=1)([layer(x), layer(layers.Cropping1D(1)(x))])
 
 
+class Positions(layers.Layer):
+    """Adds what all examples share: its embedding has no batch axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = layers.Embedding(6, 3, name="embedding")
+
+    def call(self, x):
+        return x + self.embedding(keras.ops.arange(6))
+
+
+class Windows(layers.Layer):
+    """Folds windows into the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3, name="dense")
+
+    def call(self, x):
+        return keras.ops.reshape(self.dense(keras.ops.reshape(x, (-1, 4))), (-1, 9))
+
+
+class Looped(layers.Layer):
+    """Runs a layer in a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3, name="dense")
+
+    def build(self, shape):
+        self.dense.build((None, shape[-1]))
+
+    def call(self, x):
+        return tf.transpose(tf.map_fn(self.dense, tf.transpose(x, (1, 0, 2))), (1, 0, 2))
+
+
+class Flagged(layers.Layer):
+    """Has arguments that are no tensors."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1],), name="w")
+
+    def call(self, x, power=1, training=True):
+        return x * self.w**power + (100.0 if training else 0.0)
+
+
 # What is put between the input and a dense head, and the input.
 CASES = {
     "dense": (lambda: layers.Dense(4, activation="tanh"), images(5)),
@@ -40,6 +86,10 @@ CASES = {
     "shared_dense": (lambda: shared(layers.Dense(3, activation="tanh")), images(6, 4)),
     "conv1d": (lambda: layers.Conv1D(3, 3, strides=2, padding="same"), images(9, 2)),
     "conv1d_causal": (lambda: layers.Conv1D(3, 3, dilation_rate=2, padding="causal"), images(8, 2)),
+    "conv1d_causal_strided": (
+        lambda: layers.Conv1D(3, 3, strides=2, padding="causal"),
+        images(8, 2),
+    ),
     "conv2d": (lambda: layers.Conv2D(3, 3, activation="relu"), images(6, 5, 2)),
     "conv2d_same": (lambda: layers.Conv2D(3, (3, 2), strides=2, padding="same"), images(7, 6, 2)),
     "conv2d_dilated": (
@@ -74,6 +124,15 @@ CASES = {
     "einsum_ellipsis": (lambda: layers.EinsumDense("...c,cd->...d", 3), images(6, 4)),
     "einsum_own_matrices": (lambda: layers.EinsumDense("abc,bcd->abd", (6, 3)), images(6, 4)),
     "embedding": (lambda: layers.Embedding(5, 3), tokens),
+    "embedding_masked": (
+        lambda: (lambda e: lambda x: keras.ops.tanh(e(x)))(layers.Embedding(5, 3, mask_zero=True)),
+        tokens,
+    ),
+    "dense_by_name": (lambda: (lambda d: lambda x: d(inputs=x))(layers.Dense(3)), images(5)),
+    "positions": (Positions, images(6, 3)),
+    "windows": (Windows, images(3, 4)),
+    "looped": (Looped, images(4, 2)),
+    "flagged": (lambda: (lambda f: lambda x: f(x, power=3))(Flagged()), images(5)),
     "layer_norm": (lambda: layers.LayerNormalization(), images(6, 4)),
     "layer_norm_axes": (
         lambda: layers.LayerNormalization(axis=(1, 2), scale=False),
@@ -90,8 +149,8 @@ CASES = {
     "distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), images(4, 2)),
     "groups": (lambda: layers.Conv2D(4, 2, groups=2), images(4, 4, 2)),
 }
-WITHOUT_RULE = {"without_a_rule", "recurrent", "groups"}
-HIDDEN = {"distributed"}  # has a rule, but runs in a graph of its own
+WITHOUT_RULE = {"without_a_rule", "groups", "flagged"}
+NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent")
 
 
 def network(case, policy="float32"):
@@ -128,7 +187,8 @@ def float64_gradients(model, case, x, y):
     found = []
     for i in range(len(y)):
         with tf.GradientTape() as tape:
-            logits = copy(x[i : i + 1] if x.dtype == "int32" else x[i : i + 1].astype("float64"))
+            one = x[i : i + 1] if x.dtype == "int32" else x[i : i + 1].astype("float64")
+            logits = copy(one, training=False)
             loss = -tf.nn.log_softmax(logits)[0, y[i]]
         gradients = tape.gradient(loss, [v.value for v in copy.trainable_variables])
         found.append([np.asarray(tf.convert_to_tensor(g)) for g in gradients])
@@ -157,7 +217,7 @@ def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
 MATRICES = [
     case
     for case in CASES
-    if case not in WITHOUT_RULE | HIDDEN
+    if case not in WITHOUT_RULE
     and case.partition("_")[0] in ("dense", "conv1d", "conv2d", "conv3d", "einsum", "shared")
     and case != "einsum_own_matrices"
 ]
@@ -200,6 +260,22 @@ def test_kronecker_factors_are_those_of_the_gradients(case, monkeypatch):
             )
         checked += 1
     assert checked == 2
+
+
+@pytest.mark.parametrize("case", NOT_FOLLOWED)
+def test_layers_whose_calls_cannot_be_followed_have_a_diagonal(case):
+    model, x, y = made(case, KroneckerFisher("exact"))
+    statistics = model._estimate((x, y), 4)
+    gradients = float64_gradients(model, case, x, y)
+    hidden = [path for path in gradients if not path.startswith("head/")]
+    for path in hidden:
+        expected = (gradients[path] ** 2).mean(0)
+        tolerance = {"rtol": 1e-4, "atol": 1e-5 * expected.max()}
+        np.testing.assert_allclose(statistics[f"fisher/{path}"], expected, **tolerance)
+    model.consolidate((x, y))
+    assert set(hidden) < set(model.regularizer.precisions)
+    model.fit(x, y, batch_size=4, verbose=0)
+    model.consolidate()
 
 
 @pytest.mark.parametrize("size", [17, 24, 64, 577])

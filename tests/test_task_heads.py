@@ -114,3 +114,15 @@ def test_config_and_bad_arguments():
             TaskHeads(**arguments)
     with pytest.raises(ValueError, match=r"\(batch, features\)"):
         TaskHeads(2, 3)(np.zeros((1, 2, 3), "float32"), np.zeros(1, "int32"))
+
+
+@pytest.mark.parametrize("ids", [-1, 3])
+def test_ids_of_no_head_are_refused(ids):
+    x, y = task_data(0)
+    features, given = x
+    model = heads_model()
+    bad = (features, np.full_like(given, ids))
+    with pytest.raises(ValueError, match=r"Task ids must be in \[0, 3\)"):
+        model.fit(bad, y, verbose=0)
+    with pytest.raises(ValueError, match=r"Task ids must be in \[0, 3\)"):
+        model.consolidate((bad, y))

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.diagonal import Diagonal
-from keras_dwd.curvature.likelihood import drawn, negated
+from keras_dwd.curvature.likelihood import by_logits, drawn, negated
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import Arrays, Variables, untracked
@@ -75,16 +75,14 @@ class Fisher:
         return {f"fisher/{path}": tuple(v.shape) for path, v in variables.items()}
 
     def layer_statistics(
-        self, ruled: RuledLayer, flows: list[Flow], counts: tf.Tensor, weights: tf.Tensor
+        self, ruled: RuledLayer, flows: list[Flow], weights: tf.Tensor
     ) -> Statistics:
         """The statistics of one layer; graph code.
 
         Args:
             ruled: The layer.
             flows: Its calls in this batch.
-            counts: `(batch,)`: what each example counts, 1 without sample weights, over the batch
-                size.
-            weights: `(batch,)`: the same times the estimator's weight of the example's square.
+            weights: `(batch,)`, of the squares of the examples' gradients.
         """
         squares = ruled.rule.squares(ruled.layer, flows, weights)
         return {f"fisher/{ruled.paths[name]}": value for name, value in squares.items()}
@@ -180,7 +178,9 @@ class Fisher:
         Args:
             model: A `DWDModel`.
             variables: What to differentiate by, by path.
-            batch: `(x, y, sample_weight)`; the last may be `None`.
+            batch: `(x, y, sample_weight)`; the last may be `None`. One weight per example weighs
+                its square: two is the example seen twice. Any others, of time steps or of
+                outputs, are part of the example's loss.
             scale: The loss is multiplied by this before, its gradients divided by it after
                 differentiation: small gradients underflow in float16.
         """
@@ -192,11 +192,13 @@ class Fisher:
             )
         if self.estimator == "batch":
             return self._of_mean_gradient(model, variables, batch, scale)
-        if tf.nest.is_nested(sample_weight):
-            raise ValueError(
-                f"The estimator {self.estimator!r} needs one sample weight per example. Received "
-                "weights per output."
-            )
+        weights = tf.fill((tf.shape(tf.nest.flatten(x)[0])[0],), 1 / examples)
+        within: tuple[Any, ...] = ()
+        if sample_weight is not None:
+            if _one_each(sample_weight):
+                weights *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
+            else:
+                within = (sample_weight,)
         layers = [ruled for ruled in ruled_layers(model) if ruled.trains(variables)]
         with tf.GradientTape() as tape:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
@@ -204,11 +206,7 @@ class Fisher:
                 outputs = model(x, training=False)
             seen = negated(model, outputs) if self.estimator == "negated" else outputs
             labels = drawn(model, y, outputs) if self.estimator == "sampled" else y
-            losses = tf.vectorized_map(
-                lambda example: model.data_loss(*tf.nest.map_structure(lambda t: t[None], example)),
-                (x, labels, seen),
-                warn=False,
-            )
+            losses = _losses(model, (x, labels, seen, *within), _masks(outputs))
             total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
         calls = {ruled: taps.calls(ruled.layer) for ruled in layers}
         for ruled, seen_calls in calls.items():
@@ -222,14 +220,12 @@ class Fisher:
         )
         gradients = iter(by_calls)
 
-        counts = tf.fill((tf.shape(losses)[0],), 1 / examples)
-        if sample_weight is not None:
-            # A weight of two is the example seen twice: it weighs the square, linearly.
-            counts *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
-        weights = counts
         if self.estimator == "influence":
             residuals = tf.add_n(
-                [tf.reduce_sum(_flat(_unscaled(g, scale)) ** 2, axis=1) for g in by_outputs]
+                [
+                    tf.reduce_sum(_flat(_unscaled(g, scale)) ** 2, axis=1)
+                    for g in by_logits(model, outputs, by_outputs)
+                ]
             )
             median = tf.sort(residuals)[tf.shape(residuals)[0] // 2]
             weights *= tf.math.reciprocal_no_nan(residuals + median)
@@ -244,11 +240,13 @@ class Fisher:
                 for call in found or ()
             ]
             if flows:
-                statistics |= self.layer_statistics(ruled, flows, counts, weights)
-        covered = {path for ruled, found in calls.items() if found for path in ruled.paths.values()}
+                statistics |= self.layer_statistics(ruled, flows, weights)
+        # A layer that was not called has no gradient at all.
+        followed = [ruled for ruled, found in calls.items() if found is not None]
+        covered = {path for ruled in followed for path in ruled.paths.values()}
         rest = {path: v for path, v in variables.items() if path not in covered}
         if rest:
-            statistics |= self._one_by_one(model, rest, (x, labels), weights, scale)
+            statistics |= self._one_by_one(model, rest, (x, labels, *within), weights, scale)
         wanted = self.shapes(model, variables)
         return {name: value for name, value in statistics.items() if name in wanted}
 
@@ -278,11 +276,11 @@ class Fisher:
         values = [v.value for v in variables.values()]
 
         def squares(example: Any) -> list[tf.Tensor]:
-            weight, (x, y) = example[0], tf.nest.map_structure(lambda t: t[None], example[1])
+            weight, (x, y, *within) = example[0], tf.nest.map_structure(_alone, example[1])
             with tf.GradientTape() as tape:
                 outputs = model(x, training=False)
                 outputs = negated(model, outputs) if self.estimator == "negated" else outputs
-                loss = scale * model.data_loss(x, y, outputs)
+                loss = scale * model.data_loss(x, y, outputs, *within)
             found = tape.gradient(loss, values, unconnected_gradients="zero")
             return [weight * _unscaled(g, scale) ** 2 for g in found]
 
@@ -358,6 +356,39 @@ class DiagonalFisher(Fisher):
 
     def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 5):
         super().__init__(estimator, gamma, every)
+
+
+def _losses(model: Any, batch: tuple[Any, ...], masks: dict[int, tf.Tensor]) -> tf.Tensor:
+    """The loss of each example by itself, `(batch,)`.
+
+    Args:
+        model: A `DWDModel`.
+        batch: `(x, y, outputs)` and, where they are part of the loss, weights.
+        masks: Of the outputs.
+    """
+
+    def alone(example: Any) -> tf.Tensor:
+        (x, y, outputs, *within), masked = tf.nest.map_structure(_alone, example)
+        for index, mask in masked.items():
+            tf.nest.flatten(outputs)[index]._keras_mask = mask
+        return model.data_loss(x, y, outputs, *within)
+
+    return tf.vectorized_map(alone, (batch, masks), warn=False)
+
+
+def _masks(outputs: Any) -> dict[int, tf.Tensor]:
+    """The Keras masks of those outputs that have one: slices of a tensor have none."""
+    masks = (getattr(output, "_keras_mask", None) for output in tf.nest.flatten(outputs))
+    return {index: mask for index, mask in enumerate(masks) if mask is not None}
+
+
+def _alone(example: tf.Tensor) -> tf.Tensor:
+    return example[None]
+
+
+def _one_each(sample_weight: Any) -> bool:
+    """Whether there is one weight per example."""
+    return not tf.nest.is_nested(sample_weight) and set(sample_weight.shape[1:]) <= {1}
 
 
 def _flat(x: tf.Tensor) -> tf.Tensor:

@@ -279,14 +279,14 @@ class KroneckerFisher(Fisher):
         return shapes
 
     def layer_statistics(
-        self, ruled: RuledLayer, flows: list[Flow], counts: tf.Tensor, weights: tf.Tensor
+        self, ruled: RuledLayer, flows: list[Flow], weights: tf.Tensor
     ) -> Statistics:
         """The factors of one layer, or its squares where it has none; graph code."""
         if ruled.form is None:
-            found = super().layer_statistics(ruled, flows, counts, weights)
+            found = super().layer_statistics(ruled, flows, weights)
             return found | (self._sketches(ruled, flows, weights) if self._corrects(ruled) else {})
         # A bias that is no row of the matrix stays diagonal.
-        found = super().layer_statistics(ruled, flows, counts, weights) if ruled.beside else {}
+        found = super().layer_statistics(ruled, flows, weights) if ruled.beside else {}
         a, g = ruled.all_rows(flows)
         if ruled.form.bias_shape is not None:
             a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
@@ -306,6 +306,8 @@ class KroneckerFisher(Fisher):
         found = super().blocks(model, variables, statistics)
         for ruled in ruled_layers(model):
             if ruled.form is None or f"input/{ruled.kernel}" not in statistics:
+                continue
+            if not ruled.trains(variables):  # frozen since
                 continue
             a, g = (self._factor(side, ruled.kernel, statistics) for side in ("input", "output"))
             trace = a.trace

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_dwd.checks import losses_of
+
 _LOSSES = {
     "sparse": (
         keras.losses.SparseCategoricalCrossentropy,
@@ -16,20 +18,40 @@ _LOSSES = {
 }
 
 
-def _kind(model: Any, estimator: str, known: tuple[str, ...]) -> tuple[str, bool]:
-    """Which of the known losses the model has, and whether it is one of logits."""
-    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
-    for kind in known:
-        as_class, as_function = _LOSSES[kind]
+def _known(loss: Any) -> tuple[str, bool] | None:
+    """Which of the known losses it is, and whether it is one of logits."""
+    for kind, (as_class, as_function) in _LOSSES.items():
         if isinstance(loss, as_class):
             return kind, bool(loss.get_config().get("from_logits", False))
         if loss is as_function:
             return kind, False
-    names = ", ".join(_LOSSES[kind][0].__name__ for kind in known)
-    raise ValueError(
-        f"The estimator {estimator!r} needs one of the losses {names} on a single output. The "
-        f"model's loss is {model.loss!r}. 'exact' and 'influence' take any loss."
-    )
+    return None
+
+
+def _kind(model: Any, estimator: str, kinds: tuple[str, ...]) -> tuple[str, bool]:
+    losses = losses_of(model)
+    known = _known(losses[0]) if len(losses) == 1 else None
+    if known is None or known[0] not in kinds:
+        names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
+        raise ValueError(
+            f"The estimator {estimator!r} needs one of the losses {names} on a single output. The "
+            f"model's loss is {model.loss!r}. 'exact' and 'influence' take any loss."
+        )
+    return known
+
+
+def by_logits(model: Any, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Gradients by the logits, from those by the outputs, of cross-entropies of probabilities."""
+    found = []
+    for loss, output, g in zip(losses_of(model), tf.nest.flatten(outputs), gradients, strict=True):
+        kind, from_logits = _known(loss) or ("", True)
+        p = tf.cast(output, g.dtype)
+        if kind == "binary" and not from_logits:
+            g = p * (1 - p) * g
+        elif kind in ("sparse", "categorical") and not from_logits:
+            g = p * (g - tf.reduce_sum(p * g, -1, keepdims=True))
+        found.append(g)
+    return found
 
 
 def drawn(model: Any, y: Any, outputs: Any) -> tf.Tensor:
@@ -45,7 +67,7 @@ def drawn(model: Any, y: Any, outputs: Any) -> tf.Tensor:
         chance = tf.sigmoid(outputs) if from_logits else outputs
         sample = tf.cast(tf.random.uniform(tf.shape(chance)) < chance, y.dtype)
         return tf.reshape(sample, tf.shape(y))
-    logits = outputs if from_logits else tf.math.log(outputs)
+    logits = outputs if from_logits else _log(outputs)
     classes = outputs.shape[-1]
     sample = tf.random.categorical(tf.reshape(logits, (-1, classes)), 1)[:, 0]
     if kind == "categorical":
@@ -60,4 +82,8 @@ def negated(model: Any, outputs: Any) -> tf.Tensor:
         return -outputs
     if kind == "binary":
         return 1 - outputs
-    return tf.nn.softmax(-tf.math.log(outputs))
+    return tf.cast(tf.nn.softmax(-_log(outputs)), outputs.dtype)
+
+
+def _log(probabilities: tf.Tensor) -> tf.Tensor:
+    return tf.math.log(tf.maximum(tf.cast(probabilities, "float32"), keras.config.epsilon()))

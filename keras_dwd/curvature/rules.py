@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from keras_dwd.curvature.taps import follow
 from keras_dwd.variables import Variables, by_path
 
 
@@ -96,11 +97,12 @@ class GenericRule(Rule):
 
     def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
         own = {v.name: v.value for v in layer._trainable_variables}
+        inference = {"training": False} if layer._call_has_training_arg else {}
 
         def of_example(example: Any) -> list[tf.Tensor]:
             inputs, gradient = example
             with tf.GradientTape() as tape:
-                output = layer(*(x[None] for x in inputs))
+                output = layer(*(x[None] for x in inputs), **inference)
             wanted = tf.cast(gradient[None], output.dtype)
             found = tape.gradient(output, list(own.values()), wanted, unconnected_gradients="zero")
             return [tf.cast(tf.convert_to_tensor(g), "float32") for g in found]
@@ -236,8 +238,9 @@ class RuledLayer:
 def ruled_layers(model: keras.Model) -> list[RuledLayer]:
     """The layers of a model, at any depth, that have variables of their own.
 
-    Left out are layers that share a variable, which follows from neither alone, and those that
-    compute their activations again in the backward pass.
+    Left out are layers that share a variable, which follows from neither alone, those whose calls
+    cannot be followed (see `follow`), and those that compute their activations again in the
+    backward pass.
     """
     paths = {id(v): path for path, v in by_path(model).items()}
     found, owners = [], Counter[int]()
@@ -250,7 +253,9 @@ def ruled_layers(model: keras.Model) -> list[RuledLayer]:
             names = {v.name: paths[id(v)] for v in own}
             found.append(RuledLayer(layer, rule_for(layer), names))
     shared = {path for i, path in paths.items() if owners[i] > 1}
-    return [ruled for ruled in found if not shared & set(ruled.paths.values())]
+    found = [ruled for ruled in found if not shared & set(ruled.paths.values())]
+    followed = follow(model, [ruled.layer for ruled in found])
+    return [ruled for ruled in found if id(ruled.layer) in followed]
 
 
 class _MatrixRule(Rule):
@@ -274,13 +279,10 @@ class _MatrixRule(Rule):
         else:
             per_example = tf.matmul(a, g, transpose_a=True)
             squared = tf.tensordot(weights, per_example**2, axes=1)
-        matrix = squared
-        found = {}
         if form.bias_shape is not None:
             bias = tf.tensordot(weights, tf.reduce_sum(g, 1) ** 2, axes=1)
-            matrix = tf.concat([squared, bias[None]], 0)
-            found["bias"] = form.split(matrix)[1]
-        return {"kernel": form.split(matrix)[0], **found}
+            squared = tf.concat([squared, bias[None]], 0)
+        return dict(zip(("kernel", "bias"), form.split(squared), strict=False))
 
 
 @register_rule(layers.Dense)
@@ -409,9 +411,6 @@ class _EinsumRule(_MatrixRule):
 
 @register_rule(layers.Embedding)
 class _EmbeddingRule(Rule):
-    def supports(self, layer: keras.Layer) -> bool:
-        return not layer.mask_zero  # which changes the loss, not the lookup, but is not tested
-
     def squares(
         self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
@@ -495,7 +494,7 @@ def _patches(layer: keras.Layer, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
     padding = [[0, 0]]
     for axis, (span, stride) in enumerate(zip(spans, layer.strides, strict=True)):
         needed = tf.maximum((sizes[axis] - 1) * stride + span - tf.shape(x)[axis + 1], 0)
-        before = {"same": needed // 2, "causal": needed, "valid": 0}[layer.padding]
+        before = {"same": needed // 2, "causal": span - 1, "valid": 0}[layer.padding]
         padding.append([before, needed - before if layer.padding == "same" else 0])
     x = tf.pad(x, [*padding, [0, 0]])
     if len(spans) == 2 and max(layer.strides) > 1:  # several times as fast as strided slices

@@ -1,5 +1,7 @@
 """What goes into a layer and what comes out of it, during an ordinary pass of any model."""
 
+import inspect
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +15,9 @@ class Call:
     """One call of a layer.
 
     Attributes:
-        inputs: Positional arguments, as the layer computes with them (autocast included).
+        inputs: The tensors it was called on, as the layer computes with them (autocast included).
         output: The tensor before the activation, the layer's output where it has none.
-        plain: Whether there was nothing but positional tensors, and one output.
+        plain: Whether there was nothing but those, and one output.
     """
 
     inputs: tuple[Any, ...]
@@ -89,9 +91,54 @@ class Taps:
             graph = output.graph if tf.is_symbolic_tensor(output) else None
             if graph is not self._graph:
                 self._hidden.add(id(layer))
-            plain = tf.is_tensor(result) and all(map(tf.is_tensor, args))
-            plain = plain and not any(map(tf.is_tensor, kwargs.values()))
-            self._calls.setdefault(id(layer), []).append(Call(args, output, plain))
+            given = inspect.signature(call).bind(*args, **kwargs)
+            inputs, plain = _inputs(given), tf.is_tensor(result)
+            plain &= len(inputs) == len(given.arguments) - ("training" in given.arguments)
+            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
             return result
 
         return recorded
+
+
+def _inputs(given: inspect.BoundArguments) -> tuple[Any, ...]:
+    """The tensors a layer was called on, whether by position or by name; not masks."""
+    named = (value for name, value in given.arguments.items() if not name.endswith("mask"))
+    return tuple(value for value in named if tf.is_tensor(value))
+
+
+# Layers of a model, by their ids.
+_followed: weakref.WeakKeyDictionary[keras.Model, set[int]] = weakref.WeakKeyDictionary()
+
+
+def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
+    """The ids of those layers whose calls have one gradient per example to be asked for.
+
+    Left out are layers that run inside a loop or mapped function, and those whose output has
+    another first axis than the batch: positions that all examples share, or windows of them.
+    """
+    if model not in _followed:
+        layers = list(layers)
+        found = {id(layer) for layer in layers}
+        for size in (2, 3):
+
+            @tf.function
+            def run(x: Any, size: int = size) -> None:
+                with Taps(layers) as taps:
+                    model(x, training=False)
+                for layer in layers:
+                    calls = taps.calls(layer)
+                    if calls is None or not all(_is_batch(c, size) for c in calls):
+                        found.discard(id(layer))
+
+            run.get_concrete_function(
+                tf.nest.map_structure(
+                    lambda i, size=size: tf.TensorSpec((size, *i.shape[1:]), i.dtype), model.input
+                )
+            )
+        _followed[model] = found
+    return _followed[model]
+
+
+def _is_batch(call: Call, size: int) -> bool:
+    # Where a layer has several outputs the generic rule does not take it either.
+    return not tf.is_tensor(call.output) or call.output.shape[:1] == (size,)

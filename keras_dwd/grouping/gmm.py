@@ -90,8 +90,7 @@ class GaussianMixtureGrouping:
             λ_k per parameter, shaped as `fisher` (0 where the Fisher is 0), and a summary per
             group: `size`, `mean_fisher`, `strength`. Groups are ordered by mean Fisher, rising.
 
-        Raises:
-            ValueError: If there are fewer parameters with Fisher information than groups.
+            Where there is less to group than groups, each is a group of its own.
         """
         paths = list(fisher)
         flat = np.concatenate([fisher[p].ravel() for p in paths]).astype("float64")
@@ -104,16 +103,11 @@ class GaussianMixtureGrouping:
             sizes = np.bincount(owner)
             mean = np.bincount(owner, flat) / sizes
             magnitude = np.sqrt(np.bincount(owner, theta**2) / sizes)
-        if self.groups > mean.size:
-            raise ValueError(
-                "`groups` must not exceed the number of parameters, directions or layers to group "
-                f"({mean.size}). Received: {self.groups}"
-            )
-        labels, count = np.zeros(mean.size, int), 1
+        labels = np.zeros(mean.size, int)
         clustered = np.flatnonzero(mean > 0)
-        if clustered.size > self.groups:  # else there is too little: one group holds everything
-            labels[clustered] = self._cluster(mean[clustered], magnitude[clustered])
-            count = self.groups
+        count = max(1, min(self.groups, clustered.size))
+        if count > 1:
+            labels[clustered] = self._cluster(mean[clustered], magnitude[clustered], count)
         assigned = labels[owner][used]
 
         sizes = np.bincount(assigned, minlength=count)
@@ -140,7 +134,15 @@ class GaussianMixtureGrouping:
         shaped = {p: s.reshape(fisher[p].shape) for p, s in zip(paths, split, strict=True)}
         return shaped, summary
 
-    def _cluster(self, fisher: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    def check(self, parameters: int) -> None:
+        """Raise `ValueError` if a model has fewer parameters than groups."""
+        if self.groups > parameters:
+            raise ValueError(
+                f"`groups` must not exceed the number of parameters of the model ({parameters}). "
+                f"Received: {self.groups}"
+            )
+
+    def _cluster(self, fisher: np.ndarray, theta: np.ndarray, groups: int) -> np.ndarray:
         """The group of each parameter."""
         tiny = np.finfo("float64").tiny
         features = np.stack([np.log(fisher), np.log(np.abs(theta) + 1e-8)], axis=1)
@@ -148,7 +150,7 @@ class GaussianMixtureGrouping:
         features = (features - features.mean(0)) / np.maximum(features.std(0), 1e-12)
         draw = np.random.default_rng(self.seed).permutation(len(features))[: self.samples]
         mixture = GaussianMixture(
-            self.groups, random_state=self.seed, reg_covar=1e-3, init_params="k-means++"
+            groups, random_state=self.seed, reg_covar=1e-3, init_params="k-means++"
         ).fit(features[draw])
         chunks = range(0, len(features), _CHUNK)
         return np.concatenate([mixture.predict(features[i : i + _CHUNK]) for i in chunks])

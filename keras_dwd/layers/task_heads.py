@@ -133,6 +133,23 @@ class _TaskHeadsRule(Rule):
         return tf.one_hot(tf.cast(tf.reshape(task, (-1,)), "int32"), layer.tasks)
 
 
+def check_task_ids(model: keras.Model, x: Any) -> None:
+    """Raise `ValueError` if a task id that is an input of the model, of arrays, is of no head."""
+    heads = [layer for layer in model._flatten_layers() if isinstance(layer, TaskHeads)]
+    asked = {id(node.input_tensors[-1]): h.tasks for h in heads for node in h._inbound_nodes}
+    given = [x.get(i.name) for i in model.inputs] if isinstance(x, dict) else tf.nest.flatten(x)
+    for tensor, ids in zip(model.inputs, given, strict=False):
+        tasks = asked.get(id(tensor))
+        if tasks is None or not isinstance(ids, (np.ndarray, tf.Tensor)):
+            continue
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= tasks:
+            raise ValueError(
+                f"Task ids must be in [0, {tasks}), the number of tasks of `TaskHeads`. Received "
+                f"ids from {low} to {high} as the input {tensor.name!r}."
+            )
+
+
 class HeadGate:
     """Lets training touch only the heads that had examples since the last task boundary.
 
