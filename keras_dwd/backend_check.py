@@ -18,7 +18,12 @@ def require_tensorflow_backend() -> None:
     requested = os.environ.get("KERAS_BACKEND") or "tensorflow"
     if requested != "tensorflow":
         raise ImportError(_MESSAGE.format(backend=requested))
-    import keras
+    try:
+        import keras
+    except ModuleNotFoundError as error:  # of the backend that `keras.json` names
+        if error.name in ("keras", "tensorflow"):
+            raise
+        raise ImportError(_MESSAGE.format(backend=error.name)) from error
 
     if keras.config.backend() != "tensorflow":
         raise ImportError(_MESSAGE.format(backend=keras.config.backend()))

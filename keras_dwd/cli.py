@@ -69,7 +69,10 @@ def run(
     seeds: Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Per task; that of the profile.")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="λ of all methods that have one; their defaults.")
+        str | None,
+        typer.Option(
+            help="λ of all methods that have one, or of some (ewc=1000,dwd=30); their defaults."
+        ),
     ] = None,
     profile: Annotated[
         str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
@@ -94,9 +97,11 @@ def run(
         data_dir=data_dir,
     )
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    strengths = {} if strength is None else dict.fromkeys(names, strength)
+    strengths = _strengths(strength, names)
     if out is not None and not out.resolve().parent.is_dir():
         raise ValueError(f"`--out`: the folder {str(out.parent)!r} does not exist.")
+    if out is not None and out.is_dir():
+        raise ValueError(f"`--out` must be a file. Received the folder {str(out)!r}.")
     with _progress(console) as observer:
         results = experiment.compare(names, seeds, strengths=strengths, observer=observer)
     if out is not None:
@@ -106,6 +111,22 @@ def run(
     else:
         console.print(table(results))
         console.print(results["protocol"]["text"], style="dim", highlight=False)
+
+
+def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
+    """λ by method, from `30` or `ewc=1000,dwd=30`."""
+    found: dict[str, float] = {}
+    for part in (given or "").split(",") if given else []:
+        name, equals, value = part.rpartition("=")
+        if equals and name.strip() not in methods:
+            raise ValueError(f"`--strength` names {name!r}, which is not in {', '.join(methods)}.")
+        try:
+            found |= dict.fromkeys([name.strip()] if equals else methods, float(value))
+        except ValueError:
+            raise ValueError(
+                f"`--strength` must be a number or METHOD=NUMBER,… Received: {given!r}"
+            ) from None
+    return found
 
 
 def table(results: dict[str, Any]) -> Table:

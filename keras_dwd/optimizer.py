@@ -82,7 +82,9 @@ class DWDOptimizer(keras.optimizers.Optimizer):
             del inner.__dict__["_backend_update_step"]
 
     def second_moment(self, variable: keras.Variable) -> tf.Tensor:
-        """The moving mean of a variable's squared gradients, bias-corrected, of its shape.
+        """The moving mean of a variable's squared gradients, of its shape, as the optimizer has it.
+
+        That of Adam and its kin is bias-corrected, that of RMSprop is not.
 
         Raises:
             ValueError: If the wrapped optimizer, Adam or RMSprop or one of their kin, keeps none.
@@ -95,7 +97,7 @@ class DWDOptimizer(keras.optimizers.Optimizer):
                 "The estimator 'adam' needs a DWDOptimizer around Adam, AdamW, Nadam or RMSprop. "
                 f"Received: {type(inner).__name__}"
             )
-        return _adam_moment(inner, variable, inner.iterations)
+        return _adam_moment(inner, variable, inner.iterations, inner._velocities)
 
     def build(self, var_list: Any) -> None:
         self.inner_optimizer.build(var_list)
@@ -152,12 +154,15 @@ def _sgd(optimizer: Any, variable: Any) -> Any:
 
 
 def _adam(optimizer: Any, variable: Any) -> Any:
-    moment = _adam_moment(optimizer, variable, tf.convert_to_tensor(optimizer.iterations) + 1)
+    amsgrad = getattr(optimizer, "amsgrad", False)
+    slots = optimizer._velocity_hats if amsgrad else optimizer._velocities
+    steps = tf.convert_to_tensor(optimizer.iterations) + 1
+    moment = _adam_moment(optimizer, variable, steps, slots)
     return tf.sqrt(moment) + optimizer.epsilon
 
 
-def _adam_moment(optimizer: Any, variable: Any, steps: Any) -> Any:
-    v = optimizer._velocities[optimizer._get_variable_index(variable)]
+def _adam_moment(optimizer: Any, variable: Any, steps: Any, slots: Any) -> Any:
+    v = slots[optimizer._get_variable_index(variable)]
     return v.value / (1 - tf.pow(tf.cast(optimizer.beta_2, v.dtype), tf.cast(steps, v.dtype)))
 
 
@@ -166,8 +171,11 @@ def _adamax(optimizer: Any, variable: Any) -> Any:
 
 
 def _rmsprop(optimizer: Any, variable: Any) -> Any:
-    v = optimizer._velocities[optimizer._get_variable_index(variable)]
-    return tf.sqrt(v.value + optimizer.epsilon) * (1.0 - optimizer.momentum)
+    index = optimizer._get_variable_index(variable)
+    moment = optimizer._velocities[index].value
+    if optimizer.centered:
+        moment = moment - tf.square(optimizer._average_gradients[index].value)
+    return tf.sqrt(moment + optimizer.epsilon) * (1.0 - optimizer.momentum)
 
 
 def _adagrad(optimizer: Any, variable: Any) -> Any:

@@ -171,12 +171,15 @@ def test_json_is_all_that_is_printed():
         (["--scenario", "split:mnist", "--data-dir", "nowhere"], "does not exist"),
         (["--methods", "dwd,x"], "Unknown method 'x'"),
         (["--strength", "-1"], "`strength`"),
+        (["--strength", "much"], "`--strength` must be a number or METHOD=NUMBER"),
+        (["--strength", "ewc:exact=1"], "`--strength` names 'ewc:exact'"),
         (["--seeds", "0"], "`seeds`"),
         (["--epochs", "0"], "`epochs`"),
         (["--profile", "x"], "`profile` must be one of cpu, full"),
         (["--setting", "x"], "`setting` must be one of"),
         (["--tasks", "3", "--scenario", "split:digits"], "must divide"),
         (["--out", "nowhere/x.json"], "does not exist"),
+        (["--out", "."], "must be a file"),
     ],
 )
 def test_bad_options_are_one_clear_line(arguments, error, tmp_path, monkeypatch):
@@ -184,6 +187,31 @@ def test_bad_options_are_one_clear_line(arguments, error, tmp_path, monkeypatch)
     result = invoke(*arguments)
     assert isinstance(result.exception, (ValueError, FileNotFoundError))
     assert error in str(result.exception)
+
+
+def test_each_method_can_have_its_own_strength():
+    options = ["--scenario", "split:digits", "--tasks", "2", "--seeds", "1", "--epochs", "1"]
+    result = invoke(*options, "--methods", "ewc,dwd", "--strength", "2,ewc=1e3", "--json")
+    methods = json.loads(result.stdout)["methods"]
+    found = {name: m["settings"]["regularizer"]["strength"] for name, m in methods.items()}
+    assert found == {"ewc": 1000, "dwd": 2}
+
+
+def test_what_is_compared_must_be_measured():
+    with pytest.raises(ValueError, match="a metric called 'accuracy'"):
+        run_sequence(lambda s: mlp(), scenario(), "finetune", compile_settings={"metrics": []})
+
+
+def test_inputs_may_be_a_list():
+    x, y = blobs(48)
+    task = ("both", ([x, x], y), ([x, x], y))
+
+    def build(_):
+        inputs = [keras.Input((6,)), keras.Input((6,))]
+        return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Add()(inputs)))
+
+    result = run_sequence(build, Scenario.from_tasks([task]), "dwd", epochs=1)
+    assert 0 <= result.matrix.average_accuracy <= 1
 
 
 def test_errors_have_no_traceback():

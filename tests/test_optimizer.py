@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "nadam": lambda: keras.optimizers.Nadam(0.01),
     "adamax": lambda: keras.optimizers.Adamax(0.01),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "amsgrad": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
+    "centered": lambda: keras.optimizers.RMSprop(0.01, centered=True),
     "adagrad": lambda: keras.optimizers.Adagrad(0.05),
     "schedule": lambda: keras.optimizers.Adam(
         keras.optimizers.schedules.ExponentialDecay(0.01, 10, 0.5)
@@ -106,14 +108,36 @@ def test_at_small_strength_it_agrees_with_the_gradient_form(fisher):
     assert np.linalg.norm(gradient - decoupled) < 0.05 * np.linalg.norm(free - gradient)
 
 
-def test_one_step_is_the_proximal_formula():
+def adam_metric(optimizer, index):
+    moments = optimizer._velocity_hats if optimizer.amsgrad else optimizer._velocities
+    return (np.sqrt(np.asarray(moments[index], "float64") / (1 - 0.999)) + 1e-7) / 0.01
+
+
+def centered_metric(optimizer, index):
+    slots = (optimizer._velocities, optimizer._average_gradients)
+    v, mean = (np.asarray(slot[index], "float64") for slot in slots)
+    return np.sqrt(v - mean**2 + 1e-7) / 0.01
+
+
+METRICS = {
+    "sgd": lambda optimizer, index: 1 / 0.1,
+    "momentum": lambda optimizer, index: 0.1 / 0.05,
+    "adam": adam_metric,
+    "adamw": adam_metric,
+    "amsgrad": adam_metric,
+    "centered": centered_metric,
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_one_step_is_the_proximal_formula(name):
     x, y = blobs(seed=5)
-    model = learner(DWDOptimizer(keras.optimizers.Adam(0.01)), 50.0)
+    model = learner(DWDOptimizer(OPTIMIZERS[name]()), 50.0)
     plain = keras.models.clone_model(model)
     plain.set_weights(model.get_weights())
     plain = keras.Model(plain.inputs, plain.outputs)
-    adam = keras.optimizers.Adam(0.01)
-    plain.compile(adam, LOSS)
+    optimizer = OPTIMIZERS[name]()
+    plain.compile(optimizer, LOSS)
     for m in (model, plain):
         m.fit(x, y, batch_size=len(x), verbose=0)
     for variable, moved, held in zip(
@@ -122,8 +146,7 @@ def test_one_step_is_the_proximal_formula():
         path = "/".join(variable.path.split("/")[-2:])
         precision = np.asarray(model.regularizer.precisions[path].values, "float64")
         anchor = np.asarray(model.regularizer.anchors[path], "float64")
-        v = np.asarray(adam._velocities[adam._get_variable_index(variable)], "float64")
-        d = (np.sqrt(v / (1 - 0.999)) + 1e-7) / 0.01
+        d = METRICS[name](optimizer, optimizer._get_variable_index(variable))
         expected = (d * moved + precision * anchor) / (d + precision)
         np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-5)
 

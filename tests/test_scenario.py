@@ -138,11 +138,29 @@ def test_bad_arguments_are_refused(digits):
         split(digits, 5).holdout(1.0)
 
 
+def test_labels_are_checked_where_their_number_is_found_in_them():
+    x = np.zeros((4, 2), "float32")
+    train, more = (x, np.array([0, 1, 0, 1])), (x, np.array([0, 1, 2, 1]))
+    assert Scenario.from_tasks([("a", train, more)]).outputs == 3
+    with pytest.raises(ValueError, match="from -1 to 1"):
+        Scenario.from_tasks([("a", train, (x, np.array([0, 1, -1, 1])))])
+
+
+def test_arrays_and_datasets_are_not_joined():
+    x, y = np.zeros((4, 2), "float32"), np.array([0, 1, 0, 1])
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+    mixed = Scenario.from_tasks([("a", (x, y), (x, y)), ("b", dataset, dataset)])
+    with pytest.raises(ValueError, match="cannot be joined"):
+        mixed.joint()
+    with pytest.raises(ValueError, match="must give"):
+        Scenario.from_tasks([("c", dataset.map(lambda x, y: x), dataset)], outputs=2)
+
+
 def test_a_missing_dataset_is_said_in_seconds(tmp_path):
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"Unknown data set 'cifar100'.*Known here: digits"):
         datasets.load("cifar100", tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"known: digits.*does not exist"):
         datasets.load("cifar100", tmp_path / "nowhere")
     assert time.monotonic() - started < 5
 

@@ -37,8 +37,8 @@ class Method:
 
     def configuration(self, strength: float) -> dict[str, Any]:
         """All settings of the model, defaults included, as they are written to result files."""
-        inputs = keras.Input((1,))
-        model = DWDModel(inputs, keras.layers.Dense(1)(inputs), **self.settings(strength))
+        inputs = keras.Input((8,))
+        model = DWDModel(inputs, keras.layers.Dense(8)(inputs), **self.settings(strength))
         return {
             "regularizer": model.regularizer.get_config(),
             "fisher": model.fisher.get_config(),

@@ -162,11 +162,18 @@ def _as_batches(data: Any) -> tf.data.Dataset:
     """Test data, made ready once instead of at each of the many evaluations."""
     if isinstance(data, tf.data.Dataset):
         return data
-    return tf.data.Dataset.from_tensor_slices(tuple(data)).batch(256).cache().prefetch(1)
+    x, y = data
+    x = tuple(x) if isinstance(x, list) else x  # a list would be stacked
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(256).cache().prefetch(1)
 
 
 def _accuracies(model: DWDModel, tests: list[tf.data.Dataset]) -> np.ndarray:
     results = [model.evaluate(test, verbose=0, return_dict=True) for test in tests]
+    if "accuracy" not in results[0]:
+        raise ValueError(
+            "`compile_settings` must keep a metric called 'accuracy', which is what is compared. "
+            f"Received metrics {sorted(results[0])}."
+        )
     return np.array([result["accuracy"] for result in results])
 
 

@@ -67,8 +67,9 @@ def _digits() -> Dataset:
 def _tfds(name: str, folder: Path) -> Dataset:
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"The data directory {str(folder)!r} does not exist. Set `--data-dir` or "
-            "TFDS_DATA_DIR to a folder of prepared tensorflow-datasets data."
+            f"The data set {name!r} is not known by itself (known: digits), and the data directory "
+            f"{str(folder)!r} does not exist. Set `--data-dir` or TFDS_DATA_DIR to a folder of "
+            "prepared tensorflow-datasets data."
         )
     # `tfds.load` looks for a data set it does not find on the network, for minutes: look first.
     versions: dict[str, list[Path]] = {}
@@ -80,7 +81,8 @@ def _tfds(name: str, folder: Path) -> Dataset:
         known = ", ".join(sorted({"digits", *versions}))
         raise ValueError(
             f"Unknown data set {name!r}: it is not prepared in {str(folder)!r}. Known here: "
-            f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR`."
+            f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR` "
+            "(with the package importlib_resources)."
         )
     import tensorflow_datasets as tfds
 
@@ -91,14 +93,14 @@ def _tfds(name: str, folder: Path) -> Dataset:
     builder = tfds.builder_from_directory(str(newest))
     keys = builder.info.supervised_keys
     missing = {"train", "test"} - set(builder.info.splits)
-    if (
-        keys is None
-        or missing
-        or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel)
-    ):
+    kinds = () if keys is None else tuple(builder.info.features[key] for key in keys)
+    usable = len(kinds) == 2 and not missing
+    usable = usable and isinstance(kinds[0], tfds.features.Image) and None not in kinds[0].shape
+    if not (usable and isinstance(kinds[1], tfds.features.ClassLabel)):
         raise ValueError(
-            f"The data set {name!r} is not one of images and class labels with the splits 'train' "
-            f"and 'test'. Received splits {sorted(builder.info.splits)}, supervised keys {keys}."
+            f"The data set {name!r} is not one of images of one size and class labels with the "
+            f"splits 'train' and 'test'. Received splits {sorted(builder.info.splits)}, features "
+            f"{dict(zip(keys or (), kinds, strict=False))}."
         )
 
     def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,12 @@ class Scenario:
         made = tuple(t if isinstance(t, Task) else Task(*t) for t in tasks)
         if not made:
             raise ValueError("`tasks` must hold at least one task. Received none.")
+        if outputs is None:
+            parts = [data for task in made for data in (task.train, task.test)]
+            labels = [np.max(d[1]) for d in parts if isinstance(d, (tuple, list)) and len(d[1])]
+            if not labels:
+                raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
+            outputs = int(max(labels)) + 1
         shapes = [_check(task, outputs) for task in made]
         first = shapes[0]
         for task, shape in zip(made, shapes, strict=True):
@@ -88,11 +94,6 @@ class Scenario:
                     f"All tasks must have examples of one shape. Task {made[0].name!r} has "
                     f"{first}, task {task.name!r} has {shape}."
                 )
-        if outputs is None:
-            labels = [np.max(t.train[1]) for t in made if isinstance(t.train, (tuple, list))]
-            if not labels:
-                raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
-            outputs = int(max(labels)) + 1
         return cls(name, made, setting, outputs, first[0] if first else None)
 
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Scenario":
@@ -123,7 +124,10 @@ class Scenario:
     def joint(self) -> Task:
         """One task of all training data, the upper reference; its test data is that of the last."""
         trains = [task.train for task in self.tasks]
-        if isinstance(trains[0], tf.data.Dataset):
+        kinds = {isinstance(train, tf.data.Dataset) for train in trains}
+        if len(kinds) > 1:
+            raise ValueError("Tasks of arrays and of `tf.data` cannot be joined: bring one kind.")
+        if kinds == {True}:
             data = trains[0]
             for other in trains[1:]:
                 data = data.concatenate(other)
@@ -226,7 +230,7 @@ def _in_setting(name: str, tasks: Sequence[Any], setting: Setting, classes: int)
     return Scenario.from_tasks(made, name, outputs, setting)
 
 
-def _check(task: Task, outputs: int | None) -> tuple[tuple[int, ...], ...] | None:
+def _check(task: Task, outputs: int) -> tuple[tuple[int, ...], ...] | None:
     """The shapes of an example, or `None` for `tf.data`; raises on what no model can learn."""
     from keras_dwd.checks import check_finite
 
@@ -235,6 +239,11 @@ def _check(task: Task, outputs: int | None) -> tuple[tuple[int, ...], ...] | Non
         if isinstance(data, tf.data.Dataset):
             if int(data.cardinality()) == 0:
                 raise ValueError(f"The {part} data of task {task.name!r} is empty.")
+            spec = data.element_spec
+            if not isinstance(spec, tuple) or len(spec) < 2:
+                raise ValueError(
+                    f"The {part} data of task {task.name!r} must give (x, y). Received: {spec}"
+                )
             continue
         if not (isinstance(data, (tuple, list)) and len(data) == 2):
             raise ValueError(
@@ -250,7 +259,7 @@ def _check(task: Task, outputs: int | None) -> tuple[tuple[int, ...], ...] | Non
                 f"{len(y)} labels."
             )
         check_finite(f"{part} data of task {task.name}", data)
-        if outputs is not None and y.ndim == 1 and not 0 <= y.min() <= y.max() < outputs:
+        if y.ndim == 1 and not 0 <= y.min() <= y.max() < outputs:
             raise ValueError(
                 f"The labels of task {task.name!r} must be in [0, {outputs}). Received labels "
                 f"from {y.min()} to {y.max()} in its {part} data."
