@@ -12,6 +12,7 @@ from keras_dwd.evaluation.methods import METHODS as METHODS
 from keras_dwd.evaluation.methods import Method as Method
 from keras_dwd.evaluation.runner import SequenceResult as SequenceResult
 from keras_dwd.evaluation.runner import run_sequence as run_sequence
+from keras_dwd.grouping.fixed import FixedGrouping as FixedGrouping
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping as GaussianMixtureGrouping
 from keras_dwd.layers.task_heads import TaskHeads as TaskHeads
 from keras_dwd.model import DWDModel as DWDModel

@@ -12,6 +12,7 @@ from keras_dwd.checks import batches, check_batch, check_fit
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
+from keras_dwd.grouping.grouping import Grouping, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.variables import Arrays, Variables, by_path, digest_of
@@ -46,8 +47,8 @@ class DWDModel(keras.Model):
         regularizer: A `DWDRegularizer`, the penalty with its own settings.
         fisher: A `KroneckerFisher` (the default) or `DiagonalFisher`: how the importance of
             parameters is estimated.
-        grouping: A `GaussianMixtureGrouping`, `"gmm"` for the default one, or `None`: one
-            strength for all parameters.
+        grouping: A `GaussianMixtureGrouping`, `"gmm"` for the default one, a `FixedGrouping`, or
+            `None`: one strength for all parameters.
         **kwargs: Of `keras.Model`.
 
     Example:
@@ -67,7 +68,7 @@ class DWDModel(keras.Model):
         strength: float | None = None,
         regularizer: DWDRegularizer | None = None,
         fisher: Fisher | None = None,
-        grouping: GaussianMixtureGrouping | Literal["gmm"] | None = "gmm",
+        grouping: Grouping | Literal["gmm"] | None = "gmm",
         **kwargs: Any,
     ):
         if not (args or "inputs" in kwargs):
@@ -83,25 +84,25 @@ class DWDModel(keras.Model):
             grouping = GaussianMixtureGrouping()
         made_regularizer = _setting("regularizer", regularizer, DWDRegularizer)
         made_fisher = _setting("fisher", fisher, Fisher)
-        made_grouping = _setting("grouping", grouping, GaussianMixtureGrouping)
+        made_grouping = _setting("grouping", grouping, Grouping)
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
         self.fisher: Fisher = made_fisher or KroneckerFisher()
-        self.grouping: GaussianMixtureGrouping | None = made_grouping
+        self.grouping: Grouping | None = made_grouping
         if self.regularizer.anchor == "folded" and isinstance(self.fisher, KroneckerFisher):
             raise ValueError(
                 "`anchor` 'folded' is the exact sum over tasks, which only a diagonal has. Use "
                 "`fisher=DiagonalFisher(...)` with it."
             )
         self.tasks_learned = 0
-        self.groups: list[dict[str, float]] = []
+        self.groups: Summary = []
         # The weights at the last boundary, as a digest: nothing to fold before they change.
         self.weights_digest = b""
         self.head_gate = HeadGate()
         self._traced_fisher: Any = None
-        by_path(self)  # fails on ambiguous names while it is still cheap to mend
+        variables = by_path(self)  # fails on ambiguous names while it is still cheap to mend
         if self.grouping is not None:
-            self.grouping.check(self.count_params())
+            self.grouping.check(variables)
 
     @classmethod
     def from_model(cls, model: keras.Model, inputs: Any = None, **settings: Any) -> "DWDModel":
@@ -243,7 +244,7 @@ class DWDModel(keras.Model):
                 "before consolidating again."
             )
         variables = self._pulled_variables()
-        summary: list[dict[str, float]] = []
+        summary: Summary = []
         if variables:
             if data is None:
                 statistics = self.fisher.value(optimizer.find(self.optimizer), variables)
@@ -403,7 +404,8 @@ class DWDModel(keras.Model):
 
     def _fisher_of_batch(self, variables: Variables, batch: Any) -> Statistics:
         """F̂ of one batch, by a graph that is kept from task to task."""
-        key = (self._compile_loss, tuple(variables))  # made anew by `compile`
+        # The loss is made anew by `compile`.
+        key = (self.fisher, self._compile_loss, tuple(variables))
         if self._traced_fisher is None or self._traced_fisher[0] != key:
 
             @tf.function(reduce_retracing=True)

@@ -21,7 +21,8 @@ class DWDRegularizer(keras.regularizers.Regularizer):
     The penalty on the parameters θ is `½ (θ − c)ᵀ Λ (θ − c)`. All tasks learned so far are folded
     into the anchor c and the precision Λ, so that neither the memory nor the cost of a training
     step grows with the number of tasks. Task t adds `a_t = strength · λ_k · F_t` to the precision,
-    which is diagonal or has Kronecker factors, as the Fisher information F_t has. With
+    which is diagonal, with or without a correction of low rank, or has Kronecker factors, as the
+    Fisher information F_t has. With
     `anchor="folded"` and a diagonal this is exactly the sum of one penalty per task:
 
         Σ_t ½ a_t (θ − θ*_t)²  =  ½ Λ (θ − c)² + const,   Λ = Σ_t a_t,   c = Σ_t a_t θ*_t / Λ
@@ -79,6 +80,9 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         Args:
             variables: Of the model, by path; their values are the task's θ*.
             blocks: The Fisher information, with the strengths of groups in it.
+
+        Raises:
+            ValueError: If it is of another kind than what earlier tasks left.
         """
         folded: list[tuple[str, Block, Arrays]] = []
         for key, block in blocks.items():
@@ -87,6 +91,12 @@ class DWDRegularizer(keras.regularizers.Regularizer):
                 continue
             new = block.weighted(strengths)
             old = self.precisions.get(key)
+            if old is not None and type(old) is not type(block):
+                raise ValueError(
+                    f"The precision of {key!r} so far is {type(old).__name__}, the new Fisher "
+                    f"information {type(block).__name__}: go on with the `fisher` it was made by. "
+                    "Nothing was changed."
+                )
             total = new if old is None else old.merged(new, self.decay)
             anchors = {path: np.asarray(variables[path], "float64") for path in block.paths}
             if self.anchor == "folded" and old is not None:

@@ -88,11 +88,12 @@ def restore(model: Any, saved: Arrays) -> None:
         held[key] = array
     matrices = {r.kernel: r for r in ruled_layers(model) if r.form is not None}
     rank = getattr(model.fisher, "rank", KroneckerFisher().rank)
+    correction = getattr(model.fisher, "correction", 1)
     blocks: dict[str, Block] = {}
     for path, parts in leaves.items():
         try:
             shape = tuple(variables[path].shape)
-            blocks[path] = _block(path, parts, shape, matrices.get(path), rank)
+            blocks[path] = _block(path, parts, shape, matrices.get(path), rank, correction)
         except ValueError:
             kind, array = next(iter(parts.items()))
             _refuse(kind, path, array.shape)
@@ -127,15 +128,19 @@ def restore(model: Any, saved: Arrays) -> None:
 
 
 def _block(
-    path: str, parts: Arrays, shape: tuple[int, ...], matrix: RuledLayer | None, rank: int
+    path: str,
+    parts: Arrays,
+    shape: tuple[int, ...],
+    matrix: RuledLayer | None,
+    rank: int,
+    correction: int,
 ) -> Block:
     if "precision" in parts:
         if parts["precision"].shape != shape or set(parts) - {"precision", "correction"}:
             raise ValueError
         if "correction" not in parts:
             return Diagonal(path, parts["precision"])
-        columns = (*parts["correction"].shape, 1)[1]
-        return LowRank(path, np.zeros(shape), np.zeros((1, 1)), columns).with_leaves(parts)
+        return LowRank(path, np.zeros(shape), np.zeros((1, 1)), correction).with_leaves(parts)
     if matrix is None or matrix.form is None:
         raise ValueError
     nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))

@@ -1,11 +1,13 @@
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import blobs, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from keras_dwd import DiagonalFisher, GaussianMixtureGrouping
+from keras_dwd import DiagonalFisher, FixedGrouping, GaussianMixtureGrouping, KroneckerFisher
 
 
 def planted(sizes=(300, 500, 200), seed=0):
@@ -152,3 +154,38 @@ def test_config_round_trip():
         "seed": 3,
         "granularity": "element",
     }
+
+
+@pytest.mark.parametrize("fisher", [DiagonalFisher("exact", None), KroneckerFisher("exact", None)])
+def test_fixed_groups_have_the_strengths_they_were_given(fisher):
+    data = blobs()
+    penalties = {}
+    for chosen in ({"hidden/*": 2.0, "head/kernel": 0.5, "*/bias": 0.0}, {}):
+        keras.utils.set_random_seed(0)
+        grouping = FixedGrouping(chosen)
+        model = compiled(strength=1.0, fisher=fisher, grouping=grouping)
+        model.consolidate(data)
+        for layer in ("hidden", "head"):
+            kernel = model.get_layer(layer).kernel
+            held = np.array(kernel)
+            kernel.assign_add(tf.ones(kernel.shape))
+            penalties[layer, bool(chosen)] = float(model.penalty())
+            kernel.assign(held)
+        if chosen:
+            assert {g["pattern"]: g["strength"] for g in model.groups} == chosen
+            assert sum(g["size"] for g in model.groups) == model.count_params()
+    # Within what a factor's rest, the same for all of its rows, leaves open.
+    assert penalties["hidden", True] == pytest.approx(2 * penalties["hidden", False], rel=0.02)
+    assert penalties["head", True] == pytest.approx(0.5 * penalties["head", False], rel=0.02)
+
+
+def test_fixed_groups_are_checked_and_saved():
+    with pytest.raises(ValueError, match="'conv_\\*', which fits none"):
+        compiled(grouping=FixedGrouping({"conv_*": 2.0}))
+    with pytest.raises(ValueError, match="must be a number"):
+        FixedGrouping({"*": -1.0})
+    with pytest.raises(ValueError, match="must map patterns"):
+        FixedGrouping(["*"])
+    grouping = FixedGrouping({"hidden/*": 2.0})
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(grouping))
+    assert again.get_config() == grouping.get_config()

@@ -219,3 +219,25 @@ def test_bad_arguments_are_named(arguments, name):
 def test_the_exact_sum_over_tasks_is_for_diagonals():
     with pytest.raises(ValueError, match="`anchor`"):
         compiled(regularizer=DWDRegularizer(1.0, anchor="folded"), fisher=KroneckerFisher())
+
+
+def test_another_kind_of_fisher_information_is_refused_and_nothing_changes():
+    model = compiled(strength=1.0, grouping=None)
+    model.consolidate(blobs())
+    before = {name: a.copy() for name, a in model.regularizer.state().items()}
+    model.fit(*blobs(seed=1), verbose=0)
+    model.fisher = DiagonalFisher("exact", None)
+    with pytest.raises(ValueError, match=r"so far is Kronecker, the new .* Diagonal"):
+        model.consolidate(blobs(seed=1))
+    assert model.tasks_learned == 1
+    for name, array in model.regularizer.state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_sketch_of_less_rank_than_columns_gives_the_matrix():
+    rng = np.random.default_rng(0)
+    thin = rng.normal(size=(30, 2))
+    probe = np.linalg.qr(rng.normal(size=(30, 6)))[0]
+    matrix = thin @ thin.T
+    factor = Factor.from_sketch(matrix @ probe, probe, np.trace(matrix))
+    np.testing.assert_allclose(dense(factor), matrix, atol=1e-5 * np.trace(matrix))

@@ -324,6 +324,14 @@ def test_taps_record_and_change_nothing():
     assert dense.activation is keras.activations.relu
 
 
+def test_a_call_of_the_layers_own_is_put_back():
+    dense = layers.Dense(3)
+    own = dense.__dict__["call"] = lambda x: x
+    with Taps([dense]):
+        assert dense.__dict__["call"] is not own
+    assert dense.__dict__["call"] is own
+
+
 def test_taps_are_taken_off_after_an_error():
     dense = layers.Dense(3)
     dense.build((None, 4))
@@ -391,6 +399,18 @@ def test_lora_and_shared_variables_take_the_generic_path():
         def call(self, x):
             return keras.ops.matmul(x, keras.ops.transpose(self.kernel))
 
+    class Borrowing(layers.Layer):
+        """Uses a variable that it does not call its own."""
+
+        def __init__(self, owner):
+            super().__init__()
+            self.__dict__["owner"] = owner
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.owner.kernel))
+
     inputs = keras.Input((6,))
+    model = keras.Model(inputs, head(Borrowing(first)(first(inputs))))
+    assert [ruled.kernel for ruled in rules.ruled_layers(model)] == ["head/kernel"]
     model = keras.Model(inputs, head(Tied(first._kernel)(first(inputs))))
     assert [ruled.kernel for ruled in rules.ruled_layers(model)] == ["head/kernel"]

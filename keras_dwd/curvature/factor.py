@@ -81,8 +81,9 @@ class Factor:
             return Factor(probe[:, :1], np.zeros(1), np.asarray(0.0))
         shifted = sketch + shift * probe
         core = probe.T @ shifted
-        lower = np.linalg.cholesky((core + core.T) / 2)
-        half = np.linalg.solve(lower, shifted.T).T
+        inside, axes = np.linalg.eigh((core + core.T) / 2)
+        sure = inside > len(inside) * np.finfo("float64").eps * inside[-1]
+        half = shifted @ (axes[:, sure] / np.sqrt(inside[sure]))
         vectors, singular, _ = np.linalg.svd(half, full_matrices=False)
         values = np.maximum(singular**2 - shift, 0)
         rest = max(trace - values.sum(), 0.0) / max(len(probe) - len(values), 1)

@@ -35,6 +35,7 @@ class Taps:
     Args:
         layers: What to record.
         activated: Layers of these to record behind their activation.
+        cut: Whether no gradient passes through a layer.
 
     Example:
 
@@ -45,8 +46,15 @@ class Taps:
     ```
     """
 
-    def __init__(self, layers: Iterable[keras.Layer], activated: Iterable[keras.Layer] = ()):
+    def __init__(
+        self,
+        layers: Iterable[keras.Layer],
+        activated: Iterable[keras.Layer] = (),
+        cut: bool = False,
+    ):
         self._layers = list(layers)
+        self._cut = cut
+        self._own: dict[int, Any] = {}
         self._activated = {id(layer) for layer in activated}
         self._calls: dict[int, list[Call]] = {}
         self._hidden: set[int] = set()
@@ -55,12 +63,16 @@ class Taps:
     def __enter__(self) -> "Taps":
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for layer in self._layers:
+            if "call" in layer.__dict__:  # of this one layer, not of its class
+                self._own[id(layer)] = layer.__dict__["call"]
             layer.__dict__["call"] = self._recording(layer, layer.call)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.__dict__.pop("call", None)
+            if id(layer) in self._own:
+                layer.__dict__["call"] = self._own[id(layer)]
 
     def calls(self, layer: keras.Layer) -> list[Call] | None:
         """The calls seen, or `None` where the layer ran inside a loop or a mapped function.
@@ -95,7 +107,7 @@ class Taps:
             inputs, plain = _inputs(given), tf.is_tensor(result)
             plain &= len(inputs) == len(given.arguments) - ("training" in given.arguments)
             self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
-            return result
+            return tf.nest.map_structure(tf.stop_gradient, result) if self._cut else result
 
         return recorded
 
@@ -113,22 +125,31 @@ _followed: weakref.WeakKeyDictionary[keras.Model, set[int]] = weakref.WeakKeyDic
 def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
     """The ids of those layers whose calls have one gradient per example to be asked for.
 
-    Left out are layers that run inside a loop or mapped function, and those whose output has
-    another first axis than the batch: positions that all examples share, or windows of them.
+    Left out are layers that run inside a loop or mapped function, those whose output has another
+    first axis than the batch (positions that all examples share, or windows of them), and those
+    with a variable that is also used elsewhere, outside of a call of theirs.
     """
     if model not in _followed:
         layers = list(layers)
+        owners = {id(v.value): id(layer) for layer in layers for v in layer._trainable_variables}
+        values = [v.value for layer in layers for v in layer._trainable_variables]
         found = {id(layer) for layer in layers}
         for size in (2, 3):
 
             @tf.function
             def run(x: Any, size: int = size) -> None:
-                with Taps(layers) as taps:
-                    model(x, training=False)
+                with tf.GradientTape() as tape, Taps(layers, cut=True) as taps:
+                    outputs = model(x, training=False)
+                reached = tf.nest.flatten(outputs)
                 for layer in layers:
                     calls = taps.calls(layer)
+                    reached += [i for call in calls or () for i in call.inputs]
                     if calls is None or not all(_is_batch(c, size) for c in calls):
                         found.discard(id(layer))
+                elsewhere = tape.gradient([t for t in reached if t.dtype.is_floating], values)
+                for value, gradient in zip(values, elsewhere, strict=True):
+                    if gradient is not None:
+                        found.discard(owners[id(value)])
 
             run.get_concrete_function(
                 tf.nest.map_structure(

@@ -9,7 +9,8 @@ from sklearn.mixture import GaussianMixture
 
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.fisher import Block
-from keras_dwd.variables import Arrays
+from keras_dwd.grouping.grouping import Grouping, Summary
+from keras_dwd.variables import Arrays, Variables
 
 _CHUNK = 2**18
 
@@ -17,7 +18,7 @@ Granularity = Literal["element", "layer"]
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class GaussianMixtureGrouping:
+class GaussianMixtureGrouping(Grouping):
     """Clusters parameters or layers by log Fisher and log magnitude, and weighs each cluster.
 
     Layers are heterogeneous, so groups are found in the data instead of being read off the
@@ -61,25 +62,20 @@ class GaussianMixtureGrouping:
 
     def apply(
         self, blocks: Mapping[str, Block], values: Arrays
-    ) -> tuple[dict[str, Block], list[dict[str, float]]]:
+    ) -> tuple[dict[str, Block], Summary]:
         """Weigh each direction of the Fisher information by the λ_k of its group.
 
         What is grouped are the eigenvalues: the parameters themselves where the Fisher is diagonal,
         eigen-directions of a layer where it has Kronecker factors.
 
-        Args:
-            blocks: The Fisher information.
-            values: The variables' values by path.
-
-        Returns:
-            The weighted blocks, and the summary of `strengths`.
+        Of Kronecker factors the result is the nearest pair of factors: its total differs a little.
         """
         spectra = {key: block.spectrum() for key, block in blocks.items()}
         coordinates = {key: block.coordinates(values) for key, block in blocks.items()}
         strengths, summary = self.strengths(spectra, coordinates)
         return {key: block.scaled(strengths[key]) for key, block in blocks.items()}, summary
 
-    def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, list[dict[str, float]]]:
+    def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, Summary]:
         """Group all parameters and give each the λ_k of its group.
 
         Args:
@@ -134,8 +130,9 @@ class GaussianMixtureGrouping:
         shaped = {p: s.reshape(fisher[p].shape) for p, s in zip(paths, split, strict=True)}
         return shaped, summary
 
-    def check(self, parameters: int) -> None:
+    def check(self, variables: Variables) -> None:
         """Raise `ValueError` if a model has fewer parameters than groups."""
+        parameters = sum(int(np.prod(v.shape)) for v in variables.values())
         if self.groups > parameters:
             raise ValueError(
                 f"`groups` must not exceed the number of parameters of the model ({parameters}). "
@@ -164,8 +161,3 @@ class GaussianMixtureGrouping:
             "seed": self.seed,
             "granularity": self.granularity,
         }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "GaussianMixtureGrouping":
-        """The inverse of `get_config`."""
-        return cls(**config)
