@@ -76,6 +76,25 @@ def test_before_the_first_boundary_it_is_bit_identical_to_keras(way, strength):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_so_it_is_with_a_frozen_layer_and_in_mixed_precision(policy):
+    trained = []
+    for wrap in (lambda model: model, lambda model: DWDModel.from_model(model, strength=5.0)):
+        keras.utils.set_random_seed(1)
+        keras.config.set_dtype_policy(policy)
+        try:
+            base = mlp()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        base.get_layer("hidden").trainable = False
+        model = wrap(base)
+        history = train(model)
+        trained.append((history, weights(model)))
+    assert trained[0][0] == trained[1][0]
+    for a, b in zip(trained[0][1], trained[1][1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_kronecker_factors_under_jit_compile_leave_training_alone():
     trained = []
     for make in (lambda: rich_net(), lambda: DWDModel.from_model(rich_net(), strength=5.0)):

@@ -151,6 +151,17 @@ def test_one_step_is_the_proximal_formula(name):
         np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"jit_compile": True}, {"steps_per_execution": 3}])
+def test_it_does_the_same_however_the_step_is_run(settings):
+    ends = []
+    for given in ({"jit_compile": False}, settings):
+        model = learner(DWDOptimizer(keras.optimizers.Adam(0.01)), 100.0, "kronecker")
+        model.compile(model.optimizer, LOSS, **given)
+        ends.append(learn(model))
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_mixed_precision_wraps_it():
     keras.config.set_dtype_policy("mixed_float16")
     try:
