@@ -11,6 +11,7 @@ from keras_dwd import optimizer, state
 from keras_dwd.checks import batches, check_batch, check_fit
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.gradients import data_gradients
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
@@ -196,12 +197,12 @@ class DWDModel(keras.Model):
         # 1 unless the optimizer scales the loss (mixed precision): gradients carry that factor.
         scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
 
-        data_gradients = gradients
+        from_data = gradients
         if added_loss is not None or scale is not None:
             from_added = [None] * len(variables)
             if added_loss is not None:
                 from_added = tape.gradient(added_loss, variables)
-            data_gradients = _data_gradients(gradients, from_added, scale)
+            from_data = data_gradients(gradients, from_added, scale)
         del tape
 
         if fisher is not None:
@@ -210,13 +211,13 @@ class DWDModel(keras.Model):
             else:
                 batch: Any = (x, y, sample_weight)
                 if fisher.estimator == "batch":  # at no cost: the gradient is there
-                    batch = dict(zip(trainable, data_gradients, strict=True)), examples
+                    batch = dict(zip(trainable, from_data, strict=True)), examples
                 due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
                 due |= fisher.weight.value == 0  # the first step of a task
                 tf.cond(due, lambda: self._learn_fisher(batch, scale), _nothing)
 
         if variables:
-            kept = self.head_gate.open(trainable, data_gradients)
+            kept = self.head_gate.open(trainable, from_data)
             self._apply(trainable, gradients, scale)
             self.head_gate.close(kept)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -227,7 +228,8 @@ class DWDModel(keras.Model):
         Args:
             data: The task's training data, to estimate its Fisher information in one pass:
                 `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, or any
-                iterable of such batches. `None` uses the online estimate that training kept.
+                iterable of such batches. Class weights given to `fit` are not known here: give
+                sample weights. `None` uses the online estimate that training kept.
             batch_size: Examples per batch of that pass; memory decides where it is too large.
 
         Raises:
@@ -423,21 +425,6 @@ def _setting(name: str, given: Any, kind: Any) -> Any:
     if given is not None and not isinstance(given, kind):
         raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
     return given if given is None else type(given).from_config(given.get_config())
-
-
-def _data_gradients(
-    gradients: list[Any], added: list[Any], scale: tf.Tensor | None
-) -> list[tf.Tensor | None]:
-    """Gradients of the data loss: those of the total, unscaled, less those of added losses."""
-    result: list[tf.Tensor | None] = []
-    for gradient, extra in zip(gradients, added, strict=True):
-        if gradient is not None:
-            gradient = tf.cast(tf.convert_to_tensor(gradient), "float32")
-            gradient = gradient if scale is None else gradient / scale
-            if extra is not None:
-                gradient -= tf.cast(tf.convert_to_tensor(extra), "float32")
-        result.append(gradient)
-    return result
 
 
 def _all_finite(statistics: Statistics) -> tf.Tensor:
