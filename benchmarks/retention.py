@@ -191,7 +191,9 @@ def main():
                 for method in order
                 if method in wanted
             ]
-            found = {}
+            rows = earlier.get("methods", {})
+            tuned = earlier.get("tuning", {}).get("validation_accuracy", {})
+            found = {method: (rows[method], tuned.get(method, {})) for method in rows}
             for job in as_completed(jobs):  # written as soon as it is there: this takes hours
                 method, result, tried = job.result()
                 found[method] = (result, tried)

@@ -324,6 +324,13 @@ def test_taps_record_and_change_nothing():
     assert dense.activation is keras.activations.relu
 
 
+def test_a_model_of_a_fixed_batch_size_is_followed():
+    inputs = keras.Input(batch_shape=(4, 6))
+    windows = keras.ops.reshape(inputs, (4, 3, 2))  # of that size alone
+    outputs = layers.Dense(3)(layers.Flatten()(layers.Dense(2)(windows)))
+    assert len(rules.ruled_layers(keras.Model(inputs, outputs))) == 2
+
+
 def test_a_call_of_the_layers_own_is_put_back():
     dense = layers.Dense(3)
     own = dense.__dict__["call"] = lambda x: x

@@ -134,7 +134,8 @@ def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
         owners = {id(v.value): id(layer) for layer in layers for v in layer._trainable_variables}
         values = [v.value for layer in layers for v in layer._trainable_variables]
         found = {id(layer) for layer in layers}
-        for size in (2, 3):
+        fixed = {i.shape[0] for i in model.inputs} - {None}
+        for size in fixed or (2, 3):
 
             @tf.function
             def run(x: Any, size: int = size) -> None:
