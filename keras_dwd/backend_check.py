@@ -21,7 +21,7 @@ def require_tensorflow_backend() -> None:
     try:
         import keras
     except ModuleNotFoundError as error:  # of the backend that `keras.json` names
-        if error.name in ("keras", "tensorflow"):
+        if error.name not in ("jax", "torch", "openvino"):
             raise
         raise ImportError(_MESSAGE.format(backend=error.name)) from error
 

@@ -68,11 +68,16 @@ def check_finite(name: str, data: Any) -> None:
             raise ValueError(f"`{name}` must be finite. Received {bad} values that are NaN or Inf.")
 
 
+def output_names(model: keras.Model) -> list[str]:
+    """What `compile` and `fit` call the outputs, in the order of `model.outputs`."""
+    return sorted(model.output) if isinstance(model.output, dict) else model.output_names
+
+
 def losses_of(model: keras.Model) -> list[Any]:
     """The loss of each output, in the order of `model.outputs`; `None` where it has none."""
     loss: Any = model.loss
     if isinstance(loss, dict):
-        found = [loss.get(name) for name in model.output_names]
+        found = [loss.get(name) for name in output_names(model)]
     else:
         found = list(loss) if isinstance(loss, (list, tuple)) else [loss]
     found += [found[-1] if len(found) == 1 else None] * (len(model.outputs) - len(found))
@@ -85,11 +90,13 @@ def check_labels(model: keras.Model, y: Any) -> None:
     On a CPU TensorFlow would fail in the middle of an epoch, on a GPU the loss turns NaN.
     Applies to outputs with a sparse categorical cross-entropy.
     """
-    names, losses = model.output_names, losses_of(model)
+    names, losses = output_names(model), losses_of(model)
     if isinstance(y, dict):
         given = [y.get(name) for name in names]
     else:
         given = list(y) if isinstance(y, (list, tuple)) and len(names) > 1 else [y]
+    if len(given) != len(names):  # some outputs have no loss
+        return
     for name, output, loss, part in zip(names, model.outputs, losses, given, strict=False):
         if loss is keras.losses.sparse_categorical_crossentropy:
             loss = keras.losses.SparseCategoricalCrossentropy()
@@ -97,7 +104,9 @@ def check_labels(model: keras.Model, y: Any) -> None:
             continue
         if loss.get_config().get("ignore_class") is not None:
             continue
-        classes = output.shape[-1]
+        classes = output.shape[loss._fn_kwargs.get("axis", -1)]
+        if classes is None:
+            continue
         for labels in _arrays(part):
             if labels.size and (labels.min() < 0 or labels.max() >= classes):
                 raise ValueError(
@@ -109,13 +118,16 @@ def check_labels(model: keras.Model, y: Any) -> None:
 
 def check_inputs(model: keras.Model, x: Any) -> None:
     """Raise `ValueError` if `x` does not have the shapes of the model's inputs."""
+    if isinstance(x, dict):  # matched by name, which Keras does; the order says nothing
+        missing = [i.name for i in model.inputs if i.name not in x]
+        if missing and len(x) != len(model.inputs):
+            raise ValueError(f"The data has no {missing[0]!r}, an input of the model.")
+        return
     given = tf.nest.flatten(x)
     if len(given) != len(model.inputs):
         raise ValueError(
             f"The model has {len(model.inputs)} inputs, but the data has {len(given)} a batch."
         )
-    if isinstance(x, dict):  # matched by name, which Keras does; the order says nothing
-        return
     for expected, tensor in zip(model.inputs, given, strict=True):
         want, shape = tuple(expected.shape[1:]), tuple(tensor.shape[1:])
         if shape == want or (*want, 1) == shape or want == (*shape, 1):

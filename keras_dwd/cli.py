@@ -116,7 +116,8 @@ def run(
 def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
     """λ by method, from `30` or `ewc=1000,dwd=30`."""
     found: dict[str, float] = {}
-    for part in (given or "").split(",") if given else []:
+    parts = given.split(",") if given else []
+    for part in sorted(parts, key=lambda part: "=" in part):  # what is for all of them first
         name, equals, value = part.rpartition("=")
         if equals and name.strip() not in methods:
             raise ValueError(f"`--strength` names {name!r}, which is not in {', '.join(methods)}.")

@@ -21,6 +21,8 @@ from keras_dwd.variables import Arrays, Variables, by_path, digest_of
 # Gradients of single examples underflow in float16; the loss is scaled by this before they are
 # taken. A power of two, so that dividing by it again is exact.
 _FLOAT16_SCALE = 1024.0
+# What a subclassed model may define and a model around it would not use.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -81,11 +83,10 @@ class DWDModel(keras.Model):
             if regularizer is not None:
                 raise ValueError("Give `strength` or `regularizer`, not both.")
             regularizer = DWDRegularizer(strength)
-        if grouping == "gmm":
-            grouping = GaussianMixtureGrouping()
         made_regularizer = _setting("regularizer", regularizer, DWDRegularizer)
         made_fisher = _setting("fisher", fisher, Fisher)
-        made_grouping = _setting("grouping", grouping, Grouping)
+        default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
+        made_grouping = _setting("grouping", default, Grouping)
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
         self.fisher: Fisher = made_fisher or KroneckerFisher()
@@ -102,8 +103,8 @@ class DWDModel(keras.Model):
         self.head_gate = HeadGate()
         self._traced_fisher: Any = None
         variables = by_path(self)  # fails on ambiguous names while it is still cheap to mend
-        if self.grouping is not None:
-            self.grouping.check(variables)
+        if isinstance(grouping, Grouping):
+            grouping.check(variables)
 
     @classmethod
     def from_model(cls, model: keras.Model, inputs: Any = None, **settings: Any) -> "DWDModel":
@@ -117,18 +118,19 @@ class DWDModel(keras.Model):
             **settings: Of `DWDModel`.
 
         Raises:
-            ValueError: If the model is not built, or a subclassed one cannot tell its inputs.
+            ValueError: If the model is not built, has a training step of its own, or is a
+                subclassed one that cannot tell its inputs.
         """
         if isinstance(model, DWDModel):
             raise ValueError(
                 f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
             )
-        if type(model).train_step is not keras.Model.train_step or (
-            type(model).compute_loss is not keras.Model.compute_loss
-        ):
+        own = [n for n in _STEPS if getattr(type(model), n) is not getattr(keras.Model, n)]
+        if own:
             raise ValueError(
-                f"`model` has a `train_step` or `compute_loss` of its own, which would be lost: "
-                f"{type(model).__name__}. Subclass DWDModel instead."
+                f"`model` has its own {', '.join(own)}, which would be lost: "
+                f"{type(model).__name__}. Make them methods of a subclass of DWDModel that call "
+                "what they replace."
             )
         if not model.built:
             raise ValueError(
@@ -156,8 +158,11 @@ class DWDModel(keras.Model):
         Of datasets only what they say of themselves is looked at: a pass over them may be
         expensive, or not repeatable.
         """
-        check_task_ids(self, x)
-        check_fit(self, inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments)
+        given = inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments
+        check_fit(self, given)
+        held_out = given.get("validation_data")
+        for data in (x, held_out[0] if isinstance(held_out, (tuple, list)) else None):
+            check_task_ids(self, data)
         return super().fit(x, y, *args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -239,7 +244,8 @@ class DWDModel(keras.Model):
         """
         if not self.compiled:
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
-        digest = digest_of(by_path(self))
+        weights = {id(v) for v in self.weights}  # not the states of random generators
+        digest = digest_of({p: v for p, v in by_path(self).items() if id(v) in weights})
         if self.tasks_learned and digest == self.weights_digest:
             raise ValueError(
                 "The weights are those of the last boundary: train the model on the next task "
@@ -273,7 +279,7 @@ class DWDModel(keras.Model):
         It is not part of the reported loss: its value would cost a pass over all weights a step.
         `PenaltyLogger` reports it once an epoch.
         """
-        return self.regularizer.value(self._trainable_by_path())
+        return self.regularizer.value(by_path(self))
 
     def get_config(self) -> dict[str, Any]:
         """Configuration of the model, its settings included; state is in the weights file."""
@@ -407,7 +413,7 @@ class DWDModel(keras.Model):
     def _fisher_of_batch(self, variables: Variables, batch: Any) -> Statistics:
         """F̂ of one batch, by a graph that is kept from task to task."""
         # The loss is made anew by `compile`.
-        key = (self.fisher, self._compile_loss, tuple(variables))
+        key = (self.fisher, self._compile_loss, tuple(variables), len(self.metrics))
         if self._traced_fisher is None or self._traced_fisher[0] != key:
 
             @tf.function(reduce_retracing=True)

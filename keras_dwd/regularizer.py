@@ -158,8 +158,10 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         total = tf.zeros(())
         for block in self.precisions.values():
             differences = self._differences(block, variables)
-            for d, p in zip(differences, block.multiply(differences), strict=True):
-                total += 0.5 * tf.reduce_sum(d * p)
+            pulls = zip(block.paths, differences, block.multiply(differences), strict=True)
+            for path, difference, pull in pulls:
+                if self.strength_of(variables[path]):
+                    total += 0.5 * tf.reduce_sum(difference * pull)
         return total
 
     def _differences(self, block: Block, variables: Variables) -> list[tf.Tensor]:

@@ -593,7 +593,7 @@ def test_a_training_step_of_its_own_is_not_dropped():
 
     base = Own()
     base(X)
-    with pytest.raises(ValueError, match="`train_step` or `compute_loss` of its own"):
+    with pytest.raises(ValueError, match="its own train_step, which"):
         DWDModel.from_model(base)
 
 
@@ -612,6 +612,36 @@ def test_labels_of_each_output_are_checked():
     model.compile("sgd", [LOSS, LOSS])
     model.fit(X, [Y, Y + 2], verbose=0)
     _refused(model, "at 'head_3'", lambda: model.fit(X, [Y + 2, Y], verbose=0))
+
+
+def test_the_penalty_is_reported_with_a_layer_frozen():
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    model.consolidate()
+    model.get_layer("hidden").trainable = False
+    model.compile("sgd", LOSS)
+    model.fit(*blobs(seed=1), verbose=0, callbacks=[PenaltyLogger()])
+    assert float(model.penalty()) > 0
+
+
+def test_a_model_of_two_parameters_can_be_made():
+    inputs = keras.Input((1,))
+    model = DWDModel(inputs, layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    model.fit(X[:, :1], X[:, 1:2], verbose=0)
+    model.consolidate()
+    assert model.tasks_learned == 1
+
+
+def test_outputs_of_a_dictionary_go_by_its_keys():
+    inputs = keras.Input((6,))
+    model = DWDModel(inputs, {"b": layers.Dense(3, name="x")(inputs)})
+    model.compile("sgd", {"b": LOSS})
+    _refused(model, "Labels must be in", lambda: model.fit(X, {"b": Y + 3}, verbose=0))
+    with_fisher = DWDModel(inputs, model.output, fisher=DiagonalFisher("sampled"))
+    with_fisher.compile("sgd", {"b": LOSS})
+    with pytest.raises(ValueError, match="single output"):
+        with_fisher.fit(X, {"b": Y}, verbose=0)
 
 
 def test_ambiguous_names_are_refused():

@@ -74,6 +74,32 @@ class Flagged(layers.Layer):
         return x * self.w**power + (100.0 if training else 0.0)
 
 
+class Weighed(layers.Layer):
+    """Has no rule; takes a second tensor by name, and a mask that Keras passes as `None`."""
+
+    def build(self, x_shape, value_shape=None):
+        self.w = self.add_weight(shape=(x_shape[-1],), name="w")
+
+    def call(self, x, key=None, value=None, mask=None):
+        return x * self.w + (0.0 if value is None else value * self.w**2)
+
+
+class Queries(layers.Layer):
+    """Calls a layer on a variable."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3, name="dense")
+
+    def build(self, shape):
+        self.queries = self.add_weight(shape=(2, shape[-1]), name="queries")
+        self.dense.build((None, shape[-1]))
+
+    def call(self, x):
+        mixed = keras.ops.sum(self.dense(self.queries), axis=1)
+        return x[:, :2] * mixed
+
+
 # What is put between the input and a dense head, and the input.
 CASES = {
     "dense": (lambda: layers.Dense(4, activation="tanh"), images(5)),
@@ -132,6 +158,9 @@ CASES = {
     "positions": (Positions, images(6, 3)),
     "windows": (Windows, images(3, 4)),
     "looped": (Looped, images(4, 2)),
+    "weighed": (Weighed, images(5)),
+    "weighed_by_name": (lambda: (lambda w: lambda x: w(x, value=x))(Weighed()), images(5)),
+    "queries": (Queries, images(5)),
     "flagged": (lambda: (lambda f: lambda x: f(x, power=3))(Flagged()), images(5)),
     "layer_norm": (lambda: layers.LayerNormalization(), images(6, 4)),
     "layer_norm_axes": (
@@ -149,8 +178,8 @@ CASES = {
     "distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), images(4, 2)),
     "groups": (lambda: layers.Conv2D(4, 2, groups=2), images(4, 4, 2)),
 }
-WITHOUT_RULE = {"without_a_rule", "groups", "flagged"}
-NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent")
+WITHOUT_RULE = {"without_a_rule", "groups", "flagged", "weighed", "weighed_by_name", "queries"}
+NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent", "queries")
 
 
 def network(case, policy="float32"):
@@ -322,6 +351,12 @@ def test_taps_record_and_change_nothing():
     np.testing.assert_array_equal(gradient, tf.cast(first.output > 0, "float32"))
     assert "call" not in vars(dense)
     assert dense.activation is keras.activations.relu
+
+
+def test_a_layer_that_is_passed_no_mask_is_not_looped_over(monkeypatch):
+    model, x, y = made("weighed", DiagonalFisher("exact", gamma=None))
+    monkeypatch.setattr(DiagonalFisher, "_one_by_one", None)  # every example by the whole model
+    assert len(model._estimate((x, y), 4)) == 3
 
 
 def test_a_model_of_a_fixed_batch_size_is_followed():

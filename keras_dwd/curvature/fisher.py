@@ -195,6 +195,8 @@ class Fisher:
         weights = tf.fill((tf.shape(tf.nest.flatten(x)[0])[0],), 1 / examples)
         within: tuple[Any, ...] = ()
         if sample_weight is not None:
+            leaves = tf.nest.flatten(sample_weight)
+            sample_weight = leaves[0] if len(leaves) == 1 else sample_weight
             if _one_each(sample_weight):
                 weights *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
             else:
@@ -204,7 +206,7 @@ class Fisher:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
             with Taps((ruled.layer for ruled in layers), activated=generic) as taps:
                 outputs = model(x, training=False)
-            seen = negated(model, outputs) if self.estimator == "negated" else outputs
+            seen = self._seen(model, outputs)
             labels = drawn(model, y, outputs) if self.estimator == "sampled" else y
             losses = _losses(model, (x, labels, seen, *within), _masks(outputs))
             total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
@@ -278,8 +280,7 @@ class Fisher:
         def squares(example: Any) -> list[tf.Tensor]:
             weight, (x, y, *within) = example[0], tf.nest.map_structure(_alone, example[1])
             with tf.GradientTape() as tape:
-                outputs = model(x, training=False)
-                outputs = negated(model, outputs) if self.estimator == "negated" else outputs
+                outputs = self._seen(model, model(x, training=False))
                 loss = scale * model.data_loss(x, y, outputs, *within)
             found = tape.gradient(loss, values, unconnected_gradients="zero")
             return [weight * _unscaled(g, scale) ** 2 for g in found]
@@ -290,6 +291,14 @@ class Fisher:
         zeros = [tf.zeros(v.shape) for v in variables.values()]
         sums = tf.foldl(add, (weights, batch), zeros)
         return {f"fisher/{path}": s for path, s in zip(variables, sums, strict=True)}
+
+    def _seen(self, model: Any, outputs: Any) -> Any:
+        """What the loss is taken of."""
+        if self.estimator != "negated":
+            return outputs
+        seen = negated(model, outputs)
+        seen._keras_mask = getattr(outputs, "_keras_mask", None)
+        return seen
 
     def chunk(self, variables: Variables, batch_size: int) -> int:
         """How many examples of a batch to work on at once, for memory's sake."""
@@ -335,7 +344,8 @@ class DiagonalFisher(Fisher):
             `"exact"` is the mean of the squared gradients of single examples with their true
             labels (the empirical Fisher).
             `"influence"` is the same with each example's square divided by r + median(r), where
-            r is the squared norm of the loss gradient at the model's outputs: examples that are
+            r is the squared norm of the loss gradient at the model's outputs, or at the logits of a
+            cross-entropy: examples that are
             learned well, whose gradients vanish, count as much as those that are not.
             `"sampled"` draws the labels from the model's own output (the true Fisher).
             `"negated"` takes the gradient at the negated logits. The last two need a cross-entropy

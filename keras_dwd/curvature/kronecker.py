@@ -316,7 +316,7 @@ class KroneckerFisher(Fisher):
             found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank)
         for name, sketch in statistics.items():
             kind, _, path = name.partition("/")
-            if kind == "sketch" and path in found:
+            if kind == "sketch" and path in found and np.any(sketch):
                 diagonal = found[path].spectrum()
                 probe = _probe(len(sketch), sketch.shape[1]).astype("float64")
                 factor = Factor.from_sketch(sketch.astype("float64"), probe, float(diagonal.sum()))

@@ -29,8 +29,7 @@ def _known(loss: Any) -> tuple[str, bool] | None:
 
 
 def _kind(model: Any, estimator: str, kinds: tuple[str, ...]) -> tuple[str, bool]:
-    losses = losses_of(model)
-    known = _known(losses[0]) if len(losses) == 1 else None
+    known = None if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
     if known is None or known[0] not in kinds:
         names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
         raise ValueError(

@@ -55,6 +55,7 @@ class Taps:
         self._layers = list(layers)
         self._cut = cut
         self._own: dict[int, Any] = {}
+        self.entered: list[tf.Tensor] = []  # where gradients are cut: all that went into layers
         self._activated = {id(layer) for layer in activated}
         self._calls: dict[int, list[Call]] = {}
         self._hidden: set[int] = set()
@@ -75,9 +76,10 @@ class Taps:
                 layer.__dict__["call"] = self._own[id(layer)]
 
     def calls(self, layer: keras.Layer) -> list[Call] | None:
-        """The calls seen, or `None` where the layer ran inside a loop or a mapped function.
+        """The calls seen, or `None` where no gradient can be asked for.
 
-        Its tensors there are of another graph, and no gradient can be asked for them.
+        That is where the layer ran inside a loop or mapped function, with tensors of another graph,
+        or has several outputs.
         """
         return None if id(layer) in self._hidden else self._calls.get(id(layer), [])
 
@@ -103,11 +105,21 @@ class Taps:
             graph = output.graph if tf.is_symbolic_tensor(output) else None
             if graph is not self._graph:
                 self._hidden.add(id(layer))
-            given = inspect.signature(call).bind(*args, **kwargs)
-            inputs, plain = _inputs(given), tf.is_tensor(result)
-            plain &= len(inputs) == len(given.arguments) - ("training" in given.arguments)
+            inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
+            others = [value for name, value in kwargs.items() if name != "training"]
+            plain = (
+                tf.is_tensor(result)
+                and all(map(tf.is_tensor, args))
+                and not any(value is not None for value in others)
+            )
             self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
-            return tf.nest.map_structure(tf.stop_gradient, result) if self._cut else result
+            if self._cut:
+                if graph is self._graph:
+                    self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
+                result = tf.nest.map_structure(
+                    lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t, result
+                )
+            return result
 
         return recorded
 
@@ -115,11 +127,12 @@ class Taps:
 def _inputs(given: inspect.BoundArguments) -> tuple[Any, ...]:
     """The tensors a layer was called on, whether by position or by name; not masks."""
     named = (value for name, value in given.arguments.items() if not name.endswith("mask"))
-    return tuple(value for value in named if tf.is_tensor(value))
+    return tuple(tf.convert_to_tensor(value) for value in named if tf.is_tensor(value))
 
 
-# Layers of a model, by their ids.
-_followed: weakref.WeakKeyDictionary[keras.Model, set[int]] = weakref.WeakKeyDictionary()
+# Of a model: the ids of layers that were asked about, and of those that can be followed.
+_followed: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[int]]]
+_followed = weakref.WeakKeyDictionary()
 
 
 def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
@@ -127,13 +140,15 @@ def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
 
     Left out are layers that run inside a loop or mapped function, those whose output has another
     first axis than the batch (positions that all examples share, or windows of them), and those
-    with a variable that is also used elsewhere, outside of a call of theirs.
+    with a variable that is also used elsewhere, outside of a call of theirs. What follows the batch
+    is seen by running the model with batches of two sizes, where it has none of its own.
     """
-    if model not in _followed:
-        layers = list(layers)
+    layers = list(layers)
+    asked = {id(layer) for layer in layers}
+    if model not in _followed or _followed[model][0] != asked:
         owners = {id(v.value): id(layer) for layer in layers for v in layer._trainable_variables}
         values = [v.value for layer in layers for v in layer._trainable_variables]
-        found = {id(layer) for layer in layers}
+        found = set(asked)
         fixed = {i.shape[0] for i in model.inputs} - {None}
         for size in fixed or (2, 3):
 
@@ -141,26 +156,26 @@ def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
             def run(x: Any, size: int = size) -> None:
                 with tf.GradientTape() as tape, Taps(layers, cut=True) as taps:
                     outputs = model(x, training=False)
-                reached = tf.nest.flatten(outputs)
                 for layer in layers:
                     calls = taps.calls(layer)
-                    reached += [i for call in calls or () for i in call.inputs]
                     if calls is None or not all(_is_batch(c, size) for c in calls):
                         found.discard(id(layer))
+                reached = map(tf.convert_to_tensor, [*tf.nest.flatten(outputs), *taps.entered])
                 elsewhere = tape.gradient([t for t in reached if t.dtype.is_floating], values)
                 for value, gradient in zip(values, elsewhere, strict=True):
                     if gradient is not None:
                         found.discard(owners[id(value)])
 
-            run.get_concrete_function(
-                tf.nest.map_structure(
-                    lambda i, size=size: tf.TensorSpec((size, *i.shape[1:]), i.dtype), model.input
-                )
+            batch = tf.nest.map_structure(
+                lambda i, size=size: tf.TensorSpec((size, *i.shape[1:]), i.dtype), model.input
             )
-        _followed[model] = found
-    return _followed[model]
+            try:
+                run.get_concrete_function(batch)
+            except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+                found.clear()  # a model that other sizes do not fit: nothing is known of it
+        _followed[model] = (asked, found)
+    return _followed[model][1]
 
 
 def _is_batch(call: Call, size: int) -> bool:
-    # Where a layer has several outputs the generic rule does not take it either.
-    return not tf.is_tensor(call.output) or call.output.shape[:1] == (size,)
+    return all(t.shape[:1] == (size,) for t in (*call.inputs, call.output))

@@ -18,9 +18,11 @@ class FixedGrouping(Grouping):
     """Gives the variables of each group a strength of their own, times that of the model.
 
     Args:
-        strengths: λ_k ≥ 0 by a pattern for the paths of a group's variables, as in file names:
-            `"conv_*"`, `"*/kernel"`. The first pattern that fits counts; variables that none fits
-            have 1.
+        strengths: λ_k ≥ 0 by a pattern for the paths of a group's variables, in which `*` stands
+            for anything: `"conv_*"`, `"*/kernel"`. The first pattern that fits counts; variables
+            that none fits have 1. Where a kernel and its bias are one matrix, two strengths hold
+            up to what the factor says of all its rows alike: to exclude one of them, give the layer
+            a `DWDRegularizer(0.0)`.
 
     Example:
 
@@ -57,10 +59,10 @@ class FixedGrouping(Grouping):
             weighted[key] = block.weighted({p: self._strength(g) for p, g in groups.items()})
             spectrum = block.spectrum()
             for path, group in groups.items():
-                total = found.setdefault(group, [0, 0, 0.0])
-                total[0] += int(np.size(values[path]))
-                total[1] += spectrum.size
-                total[2] += float(spectrum.sum())
+                found.setdefault(group, [0, 0, 0.0])[0] += int(np.size(values[path]))
+            for group in set(groups.values()):
+                found[group][1] += spectrum.size
+                found[group][2] += float(spectrum.sum())
         summary = [
             {
                 "size": size,

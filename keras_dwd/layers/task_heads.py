@@ -140,7 +140,7 @@ def check_task_ids(model: keras.Model, x: Any) -> None:
     given = [x.get(i.name) for i in model.inputs] if isinstance(x, dict) else tf.nest.flatten(x)
     for tensor, ids in zip(model.inputs, given, strict=False):
         tasks = asked.get(id(tensor))
-        if tasks is None or not isinstance(ids, (np.ndarray, tf.Tensor)):
+        if tasks is None or not isinstance(ids, (np.ndarray, tf.Tensor)) or not np.size(ids):
             continue
         low, high = int(np.min(ids)), int(np.max(ids))
         if low < 0 or high >= tasks:

@@ -82,10 +82,11 @@ class Scenario:
             raise ValueError("`tasks` must hold at least one task. Received none.")
         if outputs is None:
             parts = [data for task in made for data in (task.train, task.test)]
-            labels = [np.max(d[1]) for d in parts if isinstance(d, (tuple, list)) and len(d[1])]
-            if not labels:
+            pairs = [d for d in parts if isinstance(d, (tuple, list)) and len(d) == 2]
+            labels = [np.nanmax(y) for _, y in pairs if np.size(y)]
+            if not pairs:
                 raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
-            outputs = int(max(labels)) + 1
+            outputs = int(max(labels, default=0)) + 1
         shapes = [_check(task, outputs) for task in made]
         first = shapes[0]
         for task, shape in zip(made, shapes, strict=True):
