@@ -60,6 +60,12 @@ GRIDS = {
         "negated": (1, 3, 10, 30, 100),
         "kronecker": (1, 3, 10, 30, 100),
     },
+    "permuted-mnist": {
+        "diagonal": (1, 3, 10, 30, 100, 300, 1000),
+        "influence": (0.1, 0.3, 1, 3, 10, 30, 100),
+        "negated": (0.1, 0.3, 1, 3, 10, 30, 100),
+        "kronecker": (0.1, 0.3, 1, 3, 10, 30, 100),
+    },
     # Learned so well that the Fisher information nearly vanishes: a wide grid.
     "split-digits": {
         "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
@@ -74,7 +80,6 @@ GRIDS = {
         "kronecker": (1, 3, 10, 30, 100, 300),
     },
 }
-GRIDS["permuted-mnist"] = GRIDS["permuted-digits"]
 GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
 DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
 METHODS = (
