@@ -183,11 +183,9 @@ def _probe(size: int, columns: int) -> np.ndarray:
 
 def _look(x: tf.Tensor) -> tf.Tensor:
     """Each example's columns, `(batch, positions, m)`, along `_LOOKS` directions of its group."""
-    m, batch = x.shape[2], tf.shape(x)[0]
-    groups = _groups(m)
-    group = (tf.range(batch) + _first_group(groups)) % groups
-    x = tf.pad(x * _signs(m, group)[:, None], ((0, 0), (0, 0), (0, -m % _LOOKS)))
-    return tf.reduce_sum(tf.reshape(x, (batch, -1, x.shape[2] // _LOOKS, _LOOKS)), 2)
+    m, groups = x.shape[2], _groups(x.shape[2])
+    group = (tf.range(tf.shape(x)[0]) + _first_group(groups)) % groups
+    return tf.matmul(x, _signs(m, group)[:, :, None] * tf.one_hot(tf.range(m) % _LOOKS, _LOOKS))
 
 
 def _signs(m: int, group: tf.Tensor) -> tf.Tensor:
