@@ -28,6 +28,12 @@ NETWORKS = {"conv": (conv_net, 60), "resnet18_like": (resnet18_like, 20)}
 FEWER_ROUNDS = {"conv": 1, "resnet18_like": 3}
 # Steps that a task is learned for before its importance is taken.
 LEARNING = {"conv": 32, "resnet18_like": 3}
+PROTOCOL = (
+    f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance from "
+    "128 images of each, DWDModel with pull and online Fisher (diagonal: each fifth step, Kronecker: "
+    "each 20th) against strength=0, in turn in one process, median ratio over rounds; state in bytes "
+    "per parameter in task 2"
+)
 FISHERS = {DiagonalFisher: "diagonal", KroneckerFisher: "Kronecker"}
 
 
@@ -123,18 +129,9 @@ def main():
             }
             for key in ("dwd_to_finetune", "task_20_to_task_2"):
                 print(f"{name}, {FISHERS[type(fisher)]}: {key} {row[key]['ratio']:.3f}", flush=True)
-    write_json(
-        options.out,
-        {
-            "protocol": f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 "
-            "tasks, importance from 128 images of each, "
-            "DWDModel with pull and online Fisher (diagonal: each fifth step, Kronecker: each "
-            "20th) against strength=0, in turn in one "
-            "process, median ratio over rounds; state in bytes per parameter in task 2",
-            "versions": versions(),
-            "networks": results,
-        },
-    )
+            write_json(
+                options.out, {"protocol": PROTOCOL, "versions": versions(), "networks": results}
+            )
 
 
 if __name__ == "__main__":
