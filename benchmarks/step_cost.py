@@ -29,10 +29,10 @@ FEWER_ROUNDS = {"conv": 1, "resnet18_like": 3}
 # Steps that a task is learned for before its importance is taken.
 LEARNING = {"conv": 32, "resnet18_like": 3}
 PROTOCOL = (
-    f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance from "
-    "128 images of each, DWDModel with pull and online Fisher (diagonal: each fifth step, Kronecker: "
-    "each 20th) against strength=0, in turn in one process, median ratio over rounds; state in bytes "
-    "per parameter in task 2"
+    f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
+    "from 128 images of each, DWDModel with pull and online Fisher (diagonal: each fifth step, "
+    "Kronecker: each 20th) against strength=0, in turn in one process, median ratio over rounds; "
+    "state in bytes per parameter in task 2"
 )
 FISHERS = {DiagonalFisher: "diagonal", KroneckerFisher: "Kronecker"}
 
