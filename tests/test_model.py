@@ -538,12 +538,18 @@ def test_consolidating_twice_without_training_is_refused():
     _refused(model, "train the model on the next task", lambda: model.consolidate((X, Y)))
 
 
-def test_freezing_a_layer_is_no_training():
+def with_a_frozen_layer():
+    """A model that learned a task and had a layer frozen since."""
     model = compiled(strength=1.0)
     model.fit(X, Y, verbose=0)
     model.consolidate()
     model.get_layer("hidden").trainable = False
     model.compile("sgd", LOSS)
+    return model
+
+
+def test_freezing_a_layer_is_no_training():
+    model = with_a_frozen_layer()
     _refused(model, "train the model on the next task", lambda: model.consolidate((X, Y)))
 
 
@@ -615,11 +621,7 @@ def test_labels_of_each_output_are_checked():
 
 
 def test_the_penalty_is_reported_with_a_layer_frozen():
-    model = compiled(strength=1.0)
-    model.fit(X, Y, verbose=0)
-    model.consolidate()
-    model.get_layer("hidden").trainable = False
-    model.compile("sgd", LOSS)
+    model = with_a_frozen_layer()
     model.fit(*blobs(seed=1), verbose=0, callbacks=[PenaltyLogger()])
     assert float(model.penalty()) > 0
 

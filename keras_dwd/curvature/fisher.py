@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.checks import integer, number
+from keras_dwd.curvature import closed_forms as closed_forms  # registers them
 from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.curvature.likelihood import by_logits, drawn, negated
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers

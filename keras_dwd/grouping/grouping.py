@@ -1,5 +1,6 @@
 """What all groupings share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ Summary = list[dict[str, Any]]
 """Of each group its `size`, `mean_fisher` and `strength` λ_k."""
 
 
-class Grouping:
+class Grouping(ABC):
     """Divides the Fisher information of a task into groups and weighs each by its λ_k."""
 
+    @abstractmethod
     def check(self, variables: Variables) -> None:
         """Raise `ValueError` if these settings do not fit a model's variables, by path."""
 
+    @abstractmethod
     def apply(
         self, blocks: Mapping[str, Block], values: Arrays
     ) -> tuple[dict[str, Block], Summary]:
@@ -28,11 +31,10 @@ class Grouping:
         Returns:
             The weighted blocks, and a summary of the groups.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:

@@ -1,0 +1,287 @@
+"""The closed forms of the gradients of one example, layer type by layer type."""
+
+import string
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from keras_dwd.curvature.rules import Flow, MatrixForm, Rule, RuledLayer, register_rule
+
+
+class _MatrixRule(Rule):
+    """Layers that multiply a matrix with rows made from their input, and may add a bias."""
+
+    def matrix(self, layer: keras.Layer) -> MatrixForm | None:
+        shape = tuple(layer.kernel.shape)
+        bias = None if layer.bias is None else tuple(layer.bias.shape)
+        fan_out = shape[-1]
+        fan_in = int(np.prod(shape[:-1]))
+        return MatrixForm((fan_in, fan_out), shape, tuple(range(len(shape))), bias)
+
+    def squares(
+        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        form = self.matrix(layer)
+        assert form is not None
+        a, g = RuledLayer(layer, self, {}).all_rows(flows)
+        if a.shape[1] == 1:  # one position: the square of a product is the product of squares
+            squared = tf.matmul(a[:, 0] ** 2, g[:, 0] ** 2 * weights[:, None], transpose_a=True)
+        else:
+            per_example = tf.matmul(a, g, transpose_a=True)
+            squared = tf.tensordot(weights, per_example**2, axes=1)
+        if form.bias_shape is not None:
+            bias = tf.tensordot(weights, tf.reduce_sum(g, 1) ** 2, axes=1)
+            squared = tf.concat([squared, bias[None]], 0)
+        return dict(zip(("kernel", "bias"), form.split(squared), strict=False))
+
+
+@register_rule(layers.Dense)
+class _DenseRule(_MatrixRule):
+    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+        (x,), g = flow.inputs, flow.gradient
+        return _as_rows(x), _as_rows(g)
+
+
+@register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
+class _ConvRule(_MatrixRule):
+    def supports(self, layer: keras.Layer) -> bool:
+        return bool(layer.groups == 1)
+
+    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+        x, g = _channels_last(layer, flow)
+        patches = _patches(layer, x, g)
+        fan_in = int(np.prod(layer.kernel.shape[:-1]))
+        return tf.reshape(patches, (tf.shape(x)[0], -1, fan_in)), _as_rows(g)
+
+
+@register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+class _DepthwiseRule(Rule):
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        x, g = _channels_last(layer, flow)
+        found = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
+        if layer.bias is not None:
+            found["bias"] = tf.reduce_sum(_as_rows(g), 1)
+        return found
+
+
+@register_rule(layers.SeparableConv1D, layers.SeparableConv2D)
+class _SeparableRule(Rule):
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        x, g = _channels_last(layer, flow)
+        depthwise, pointwise = layer.depthwise_kernel, layer.pointwise_kernel
+        between = keras.ops.depthwise_conv(
+            x,
+            tf.cast(depthwise.value, "float32"),
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format="channels_last",
+        )
+        mixing = tf.reshape(tf.cast(pointwise.value, "float32"), pointwise.shape[-2:])
+        g_between = tf.tensordot(g, mixing, axes=[[-1], [1]])
+        mixed = tf.matmul(_as_rows(between), _as_rows(g), transpose_a=True)
+        found = {
+            "depthwise_kernel": _depthwise_gradient(layer, depthwise, x, g_between),
+            "pointwise_kernel": tf.reshape(mixed, (-1, *pointwise.shape)),
+        }
+        if layer.bias is not None:
+            found["bias"] = tf.reduce_sum(_as_rows(g), 1)
+        return found
+
+
+@register_rule(layers.EinsumDense)
+class _EinsumRule(_MatrixRule):
+    """Equations that sum over axes of the input: `ab…,kernel->ac…`, a the batch."""
+
+    def supports(self, layer: keras.Layer) -> bool:
+        if layer.input_spec is None or layer.input_spec.ndim is None:
+            return False
+        x, kernel, y = _einsum_axes(layer)
+        batch, distinct = x[0], all(len(set(s)) == len(s) for s in (x, kernel, y))
+        return distinct and y[0] == batch and batch not in kernel and set(kernel) <= set(x + y)
+
+    def matrix(self, layer: keras.Layer) -> MatrixForm | None:
+        x, kernel, y = _einsum_axes(layer)
+        if set(kernel) & set(x) & set(y):  # a matrix for each position of its own
+            return None
+        fan_in, fan_out = [a for a in kernel if a in x], [a for a in kernel if a in y]
+        size = dict(zip(kernel, layer.kernel.shape, strict=True))
+        bias = None
+        if (
+            layer.bias is not None
+            and int(np.prod(layer.bias.shape)) == np.prod([size[a] for a in fan_out])
+            and [a for a in y if a in fan_out] == fan_out
+        ):
+            bias = tuple(layer.bias.shape)
+        return MatrixForm(
+            (int(np.prod([size[a] for a in fan_in])), int(np.prod([size[a] for a in fan_out]))),
+            tuple(layer.kernel.shape),
+            tuple(kernel.index(a) for a in (*fan_in, *fan_out)),
+            bias,
+        )
+
+    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+        (inputs,), g = flow.inputs, flow.gradient
+        x, kernel, y = _einsum_axes(layer)
+        form = self.matrix(layer)
+        assert form is not None
+        shared = [a for a in x[1:] if a in y]
+        ordered = []
+        for tensor, axes, wanted, width in (
+            (inputs, x, [a for a in kernel if a in x], form.shape[0]),
+            (g, y, [a for a in kernel if a in y], form.shape[1]),
+        ):
+            lone = [a for a in axes[1:] if a not in shared and a not in wanted]
+            if lone:  # summed, or broadcast: the same for every position
+                tensor = tf.einsum(f"{axes}->{''.join(a for a in axes if a not in lone)}", tensor)
+                axes = "".join(a for a in axes if a not in lone)
+            order = [axes.index(a) for a in (axes[0], *shared, *wanted)]
+            moved = tf.transpose(tensor, order)
+            ordered.append(tf.reshape(moved, (tf.shape(tensor)[0], -1, width)))
+        return ordered[0], ordered[1]
+
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        (inputs,), g = flow.inputs, flow.gradient
+        x, kernel, y = _einsum_axes(layer)
+        found = {"kernel": tf.einsum(f"{x},{y}->{x[0]}{kernel}", inputs, g)}
+        if layer.bias is not None:
+            # The bias spans the last axes of the output, some of them of size one.
+            missing = len(y) - 1 - len(layer.bias.shape)
+            summed = [1 + i for i in range(missing)]
+            summed += [
+                1 + missing + i
+                for i, size in enumerate(layer.bias.shape)
+                if size == 1 and g.shape[1 + missing + i] != 1
+            ]
+            found["bias"] = tf.reshape(tf.reduce_sum(g, summed), (-1, *layer.bias.shape))
+        return found
+
+    squares = Rule.squares  # the bias may be shared in ways that a matrix does not show
+
+
+@register_rule(layers.Embedding)
+class _EmbeddingRule(Rule):
+    def squares(
+        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        ids = tf.concat([_flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
+        g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
+        # A token seen twice in an example has one gradient, the sum. Every occurrence gets that
+        # sum, and a share of its square.
+        same = tf.cast(ids[:, :, None] == ids[:, None, :], "float32")
+        summed = tf.matmul(same, g)
+        share = weights[:, None] / tf.reduce_sum(same, 2)
+        rows = tf.reshape(share[..., None] * summed**2, (-1, layer.output_dim))
+        squared = tf.math.unsorted_segment_sum(rows, tf.reshape(ids, (-1,)), layer.input_dim)
+        return {"embeddings": squared}
+
+
+@register_rule(layers.BatchNormalization)
+class _BatchNormalizationRule(Rule):
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        x, g = flow.inputs[0], flow.gradient
+        axis = layer.axis % len(x.shape)
+        others = [i for i in range(1, len(x.shape)) if i != axis]
+        shape = [1] * len(x.shape)
+        shape[axis] = x.shape[axis]
+        mean, variance = (
+            tf.reshape(tf.cast(v.value, "float32"), shape)
+            for v in (layer.moving_mean, layer.moving_variance)
+        )
+        normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
+        return _of_scale_and_shift(layer, normalized, g, others)
+
+
+@register_rule(layers.LayerNormalization)
+class _LayerNormalizationRule(Rule):
+    def supports(self, layer: keras.Layer) -> bool:
+        return not getattr(layer, "rms_scaling", False)
+
+    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+        x, g = flow.inputs[0], flow.gradient
+        axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        axes = [axis % len(x.shape) for axis in axes]
+        others = [i for i in range(1, len(x.shape)) if i not in axes]
+        mean, variance = tf.nn.moments(x, axes, keepdims=True)
+        normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
+        return _of_scale_and_shift(layer, normalized, g, others)
+
+
+def _of_scale_and_shift(
+    layer: keras.Layer, normalized: tf.Tensor, g: tf.Tensor, axes: list[int]
+) -> dict[str, tf.Tensor]:
+    found = {}
+    if layer.scale:
+        found["gamma"] = tf.reduce_sum(normalized * g, axes)
+    if layer.center:
+        found["beta"] = tf.reduce_sum(g, axes)
+    return found
+
+
+def _flat(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, (tf.shape(x)[0], -1))
+
+
+def _as_rows(x: tf.Tensor) -> tf.Tensor:
+    """`(batch, …, n)` as `(batch, positions, n)`, the number of positions static where known."""
+    between = x.shape[1:-1]
+    positions = int(np.prod(between)) if None not in between else -1
+    return tf.reshape(x, (tf.shape(x)[0], positions, x.shape[-1]))
+
+
+def _channels_last(layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+    x, g = flow.inputs[0], flow.gradient
+    if layer.data_format == "channels_first":
+        order = [0, *range(2, len(x.shape)), 1]
+        x, g = tf.transpose(x, order), tf.transpose(g, order)
+    return x, g
+
+
+def _patches(layer: keras.Layer, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
+    """What each output position sees: `(batch, *positions, kernel places, channels)`."""
+    spans = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation_rate, strict=True)]
+    sizes = tf.shape(g)[1:-1]
+    padding = [[0, 0]]
+    for axis, (span, stride) in enumerate(zip(spans, layer.strides, strict=True)):
+        needed = tf.maximum((sizes[axis] - 1) * stride + span - tf.shape(x)[axis + 1], 0)
+        before = {"same": needed // 2, "causal": span - 1, "valid": 0}[layer.padding]
+        padding.append([before, needed - before if layer.padding == "same" else 0])
+    x = tf.pad(x, [*padding, [0, 0]])
+    if len(spans) == 2 and max(layer.strides) > 1:  # several times as fast as strided slices
+        sizes_of_all = ([1, *t, 1] for t in (layer.kernel_size, layer.strides, layer.dilation_rate))
+        found = tf.image.extract_patches(x, *sizes_of_all, padding="VALID")
+        return tf.reshape(found, (*tf.unstack(tf.shape(found)[:-1]), -1, x.shape[-1]))
+    places = []
+    for offset in np.ndindex(*layer.kernel_size):
+        window: list[Any] = [slice(None)]
+        for axis, place in enumerate(offset):
+            start, stride = place * layer.dilation_rate[axis], layer.strides[axis]
+            window.append(slice(start, start + (sizes[axis] - 1) * stride + 1, stride))
+        places.append(x[tuple(window)])
+    return tf.stack(places, axis=-2)
+
+
+def _depthwise_gradient(
+    layer: keras.Layer, kernel: keras.Variable, x: tf.Tensor, g: tf.Tensor
+) -> tf.Tensor:
+    """`(batch, *kernel.shape)`, for a kernel of `(*places, channels, multiplier)`."""
+    channels, multiplier = kernel.shape[-2:]
+    places = int(np.prod(kernel.shape[:-2]))
+    batch = tf.shape(x)[0]
+    patches = tf.reshape(_patches(layer, x, g), (batch, -1, places, channels))
+    by_channel = tf.reshape(g, (batch, -1, channels, multiplier))
+    return tf.reshape(tf.einsum("bpkc,bpcm->bkcm", patches, by_channel), (-1, *kernel.shape))
+
+
+def _einsum_axes(layer: keras.Layer) -> tuple[str, str, str]:
+    """A letter for each axis of the input, the kernel and the output; the ellipsis spelt out."""
+    inputs, output = layer.equation.replace(" ", "").split("->")
+    x, kernel = inputs.split(",")
+    if "..." in x:
+        count = layer.input_spec.ndim - len(x.replace("...", ""))
+        unused = [c for c in string.ascii_letters if c not in layer.equation][:count]
+        x, output = (s.replace("...", "".join(unused)) for s in (x, output))
+    return x, kernel, output
