@@ -12,7 +12,7 @@ run: $(VENV)/.package
 	$(BIN)/keras-dwd run
 
 test: lint $(VENV)/.horovod
-	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest
+	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -8,15 +8,17 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd import optimizer, state
-from keras_dwd.checks import batches, check_batch, check_fit
-from keras_dwd.curvature.fisher import Fisher, Statistics
+from keras_dwd.checks import check_fit
+from keras_dwd.curvature.boundary_pass import BoundaryPass
+from keras_dwd.curvature.fisher import Block, Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.gradients import data_gradients
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
-from keras_dwd.grouping.grouping import Grouping, Summary
+from keras_dwd.grouping.grouping import Grouping, Learned, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
-from keras_dwd.regularizer import DWDRegularizer
-from keras_dwd.variables import Arrays, Variables, by_path, digest_of
+from keras_dwd.regularizer import DWDRegularizer, Folded
+from keras_dwd.tasks.task_graph import TaskGraph
+from keras_dwd.variables import Arrays, Variables, by_path, digest_of, kinds_of
 
 # Gradients of single examples underflow in float16; the loss is scaled by this before they are
 # taken. A power of two, so that dividing by it again is exact.
@@ -50,8 +52,9 @@ class DWDModel(keras.Model):
         regularizer: A `DWDRegularizer`, the penalty with its own settings.
         fisher: A `KroneckerFisher` (the default) or `DiagonalFisher`: how the importance of
             parameters is estimated.
-        grouping: A `GaussianMixtureGrouping`, `"gmm"` for the default one, a `FixedGrouping`, or
-            `None`: one strength for all parameters.
+        grouping: A `Grouping`, `"gmm"` for the default `GaussianMixtureGrouping`, or `None`: one
+            strength for all parameters.
+        task_graph: A `TaskGraph`, to pull towards tasks that resemble the current one.
         **kwargs: Of `keras.Model`.
 
     Example:
@@ -72,6 +75,7 @@ class DWDModel(keras.Model):
         regularizer: DWDRegularizer | None = None,
         fisher: Fisher | None = None,
         grouping: Grouping | Literal["gmm"] | None = "gmm",
+        task_graph: TaskGraph | None = None,
         **kwargs: Any,
     ):
         if not (args or "inputs" in kwargs):
@@ -87,21 +91,23 @@ class DWDModel(keras.Model):
         made_fisher = _setting("fisher", fisher, Fisher)
         default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
         made_grouping = _setting("grouping", default, Grouping)
+        made_graph = _setting("task_graph", task_graph, TaskGraph)
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
         self.fisher: Fisher = made_fisher or KroneckerFisher()
         self.grouping: Grouping | None = made_grouping
+        self.task_graph: TaskGraph | None = made_graph
         if self.regularizer.anchor == "folded" and isinstance(self.fisher, KroneckerFisher):
             raise ValueError(
                 "`anchor` 'folded' is the exact sum over tasks, which only a diagonal has. Use "
                 "`fisher=DiagonalFisher(...)` with it."
             )
         self.tasks_learned = 0
-        self.groups: Summary = []
+        self.groups: Summary = []  # of the last boundary
         # The weights at the last boundary, as a digest: nothing to fold before they change.
         self.weights_digest = b""
         self.head_gate = HeadGate()
-        self._traced_fisher: Any = None
+        self._pass = BoundaryPass()
         variables = by_path(self)  # fails on ambiguous names while it is still cheap to mend
         if isinstance(grouping, Grouping):
             grouping.check(variables)
@@ -158,12 +164,16 @@ class DWDModel(keras.Model):
         Of datasets only what they say of themselves is looked at: a pass over them may be
         expensive, or not repeatable.
         """
-        given = inspect.signature(super().fit).bind(x, y, *args, **kwargs).arguments
+        bound = inspect.signature(super().fit).bind(x, y, *args, **kwargs)
+        given = bound.arguments
         check_fit(self, given)
         held_out = given.get("validation_data")
         for data in (x, held_out[0] if isinstance(held_out, (tuple, list)) else None):
             check_task_ids(self, data)
-        return super().fit(x, y, *args, **kwargs)
+        if self.task_graph is not None:
+            self.task_graph.check(self)
+            given["callbacks"] = self.task_graph.with_update(given.get("callbacks"))
+        return super().fit(*bound.args, **bound.kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots the training step updates, then trace as Keras does."""
@@ -251,8 +261,11 @@ class DWDModel(keras.Model):
                 "The weights are those of the last boundary: train the model on the next task "
                 "before consolidating again."
             )
+        if self.task_graph is not None:
+            self.task_graph.check(self)
         variables = self._pulled_variables()
         summary: Summary = []
+        folded: list[Folded] = []
         if variables:
             if data is None:
                 statistics = self.fisher.value(optimizer.find(self.optimizer), variables)
@@ -261,17 +274,30 @@ class DWDModel(keras.Model):
             self.fisher.check(statistics)
             blocks = self.fisher.blocks(self, variables, statistics)
             if self.grouping is not None:
-                everything = {path: np.asarray(v) for path, v in by_path(self).items()}
-                blocks, summary = self.grouping.apply(blocks, everything)
-            shapes = self.regularizer.shapes()
-            self.regularizer.fold(by_path(self), blocks)
-            self.fisher.reset()
-            if self.regularizer.shapes() != shapes:
-                self.retrace()
+                blocks, summary = self.grouping.apply(self._learned(blocks))
+            folded = self.regularizer.folded(by_path(self), blocks)
+        if self.task_graph is not None:
+            self.task_graph.add(self)
+        # From here on nothing can fail.
+        layout = self.regularizer.layout()
+        for part in folded:
+            self.regularizer.hold(*part)
+        if self.grouping is not None and self.grouping.budget is not None:
+            self.regularizer.follow({key: g["group"] for g in summary for key in g["layers"]})
+        self.fisher.reset()
         self.head_gate.reset()
         self.tasks_learned += 1
         self.groups = summary
         self.weights_digest = digest
+        self.weigh_tasks()
+        if self.regularizer.layout() != layout:
+            self.retrace()
+
+    def weigh_tasks(self) -> None:
+        """Weigh the edges of the task graph to the current task, and move its anchor by them."""
+        if self.task_graph is not None and self.regularizer.strength > 0:
+            weights = self.task_graph.weights_to(self)
+            self.regularizer.tie_to(*self.task_graph.center(weights, by_path(self)))
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ Σ Λ (θ − c)², a float32 scalar.
@@ -288,6 +314,7 @@ class DWDModel(keras.Model):
             "regularizer": serialize(self.regularizer),
             "fisher": serialize(self.fisher),
             "grouping": None if self.grouping is None else serialize(self.grouping),
+            "task_graph": None if self.task_graph is None else serialize(self.task_graph),
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -352,12 +379,12 @@ class DWDModel(keras.Model):
             }
         else:
             variables = self._pulled_variables()
-            statistics = self._statistics(variables, batch)
+            statistics = self.statistics(variables, batch)
         known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
         self.fisher.update(known, _all_finite(known) if scale is not None else None)
         return _nothing()
 
-    def _statistics(self, variables: Variables, batch: Any) -> Statistics:
+    def statistics(self, variables: Variables, batch: Any) -> Statistics:
         """F̂ of one batch; graph code. The loss that it computes is in no report."""
         reported = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(v.value) for v in reported]
@@ -368,9 +395,11 @@ class DWDModel(keras.Model):
 
     def _apply(self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None) -> None:
         """Let the optimizer update the variables, with the pull in it if there is one."""
-        decoupled = optimizer.find(self.optimizer) if self.regularizer.precisions else None
+        named = dict(zip(variables, gradients, strict=True))
+        budget = self.grouping.budget if self.grouping is not None else None
+        decoupled = optimizer.find(self.optimizer) if self.regularizer.pulls else None
         if decoupled is None:
-            pulled = self._with_pull(variables, gradients, scale)
+            pulled = self.regularizer.with_pull(by_path(self), named, scale, budget)
             self.optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
             return
 
@@ -378,50 +407,20 @@ class DWDModel(keras.Model):
             known = {path: stiffness[id(v)] for path, v in variables.items() if id(v) in stiffness}
             self.regularizer.pull(by_path(self), known)
 
+        if budget is not None:
+            self.regularizer.balance(
+                self.regularizer.gradients(by_path(self)), named, scale, budget
+            )
         with decoupled.pulling(pull):
             self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
 
-    def _with_pull(
-        self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None
-    ) -> list[Any]:
-        pulls = self.regularizer.gradients(by_path(self)) if self.regularizer.precisions else {}
-        total = []
-        for (path, variable), gradient in zip(variables.items(), gradients, strict=True):
-            if path in pulls and gradient is not None:
-                pull = tf.cast(pulls[path], variable.dtype)
-                pull = pull if scale is None else pull * tf.cast(scale, pull.dtype)
-                gradient = tf.convert_to_tensor(gradient) + pull
-            total.append(gradient)
-        return total
-
     def _estimate(self, data: Any, batch_size: int) -> Arrays:
-        """The Fisher information over `data`, one pass in inference mode."""
-        variables = self._pulled_variables()
-        sums: dict[str, tf.Tensor] = {}
-        examples = 0
-        for x, y, sample_weight in batches(data, self.fisher.chunk(variables, batch_size)):
-            check_batch(self, x, y, sample_weight)
-            check_task_ids(self, x)
-            count = len(tf.nest.flatten(y)[0])
-            estimate = self._fisher_of_batch(variables, (x, y, sample_weight))
-            sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
-            examples += count
-        if not examples:
-            raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
-        return {name: np.asarray(total) / examples for name, total in sums.items()}
+        return self._pass(self, self._pulled_variables(), data, batch_size)
 
-    def _fisher_of_batch(self, variables: Variables, batch: Any) -> Statistics:
-        """F̂ of one batch, by a graph that is kept from task to task."""
-        # The loss is made anew by `compile`.
-        key = (self.fisher, self._compile_loss, tuple(variables), len(self.metrics))
-        if self._traced_fisher is None or self._traced_fisher[0] != key:
-
-            @tf.function(reduce_retracing=True)
-            def of_batch(batch: Any) -> Statistics:
-                return self._statistics(variables, batch)
-
-            self._traced_fisher = (key, of_batch)
-        return self._traced_fisher[1](batch)
+    def _learned(self, blocks: dict[str, Block]) -> Learned:
+        values = {path: np.asarray(v) for path, v in by_path(self).items()}
+        anchors = {path: np.asarray(v) for path, v in self.regularizer.anchors.items()}
+        return Learned(blocks, values, anchors, kinds_of(self), self.groups)
 
 
 def _setting(name: str, given: Any, kind: Any) -> Any:

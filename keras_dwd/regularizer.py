@@ -9,9 +9,15 @@ import tensorflow as tf
 
 from keras_dwd.checks import number
 from keras_dwd.curvature.fisher import Block
+from keras_dwd.grouping.strength import Budget
 from keras_dwd.variables import Arrays, Variables, untracked
 
 Anchor = Literal["folded", "latest"]
+Folded = tuple[str, Block, Arrays]
+"""The key of a block, the block and its anchors by path."""
+
+# Strengths that follow a budget stay between a thousandth of the model's and a thousand times it.
+_LEVELS = 1000.0
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -64,6 +70,17 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         self.anchor = anchor
         self.precisions: dict[str, Block] = {}
         self.anchors: dict[str, keras.Variable] = {}
+        # λ_k by group and the group of each block, where they are adjusted while training.
+        self.levels: dict[int, keras.Variable] = {}
+        self.group_of: dict[str, int] = {}
+        # Of the task graph: one weight for all variables, and where each is pulled by it.
+        self.tie = untracked(np.zeros(()), "tie")
+        self.centers: dict[str, keras.Variable] = {}
+
+    @property
+    def pulls(self) -> bool:
+        """Whether there is anything that variables are pulled to."""
+        return bool(self.precisions or self.centers)
 
     def __call__(self, x: Any) -> Any:
         """Zero: the pull enters the training step as a gradient, never through the loss."""
@@ -74,8 +91,8 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         own = getattr(variable, "regularizer", None)
         return own.strength if isinstance(own, DWDRegularizer) else self.strength
 
-    def fold(self, variables: Variables, blocks: Mapping[str, Block]) -> None:
-        """Fold one more task, learned just now, into precision and anchor.
+    def folded(self, variables: Variables, blocks: Mapping[str, Block]) -> list[Folded]:
+        """Precision and anchor with one more task in them, learned just now; `hold` keeps them.
 
         Args:
             variables: Of the model, by path; their values are the task's θ*.
@@ -84,7 +101,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         Raises:
             ValueError: If it is of another kind than what earlier tasks left.
         """
-        folded: list[tuple[str, Block, Arrays]] = []
+        folded: list[Folded] = []
         for key, block in blocks.items():
             strengths = {path: self.strength_of(variables[path]) for path in block.paths}
             if not any(strengths.values()):
@@ -107,8 +124,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
                 share = np.divide(new.spectrum(), whole, out=np.ones_like(whole), where=whole > 0)
                 anchors[path] = center + share * (anchors[path] - center)
             folded.append((key, total, anchors))
-        for key, total, anchors in folded:  # only now, with nothing left that can fail
-            self.hold(key, total, anchors)
+        return folded
 
     def hold(self, key: str, block: Block, anchors: Arrays) -> None:
         """Keep a precision and its anchors in slots, new ones where the shapes are new."""
@@ -124,18 +140,101 @@ class DWDRegularizer(keras.regularizers.Regularizer):
                 self.anchors[path] = untracked(anchor, "anchor")
             self.anchors[path].assign(anchor)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all slots: where they change, the training step must be traced anew."""
-        return {name: tuple(array.shape) for name, array in self._slots().items()}
+    def layout(self) -> Any:
+        """Of all slots: where it changes, the training step must be traced anew."""
+        return {n: tuple(array.shape) for n, array in self._slots().items()}, dict(self.group_of)
 
     def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
         """Λ (θ − c) by path, of the variables' shapes, where something pulls. Graph code."""
         found: dict[str, tf.Tensor] = {}
-        for block in self.precisions.values():
+        for key, block in self.precisions.items():
             differences = self._differences(block, variables)
             pulls = zip(block.paths, block.multiply(differences), strict=True)
-            found |= {path: pull for path, pull in pulls if self.strength_of(variables[path])}
+            level = self._level(key)
+            for path, pull in pulls:
+                if self.strength_of(variables[path]):
+                    found[path] = pull if level is None else level * pull
+        for path, distance in self._from_centers(variables).items():
+            pull = self.tie.value * distance
+            found[path] = found[path] + pull if path in found else pull
         return found
+
+    def tie_to(self, weight: float, centers: Arrays) -> None:
+        """Pull variables alike, whatever their precision: ½ weight ‖θ − center‖².
+
+        Args:
+            weight: ≥ 0.
+            centers: By path.
+        """
+        for path, center in centers.items():
+            if path not in self.centers:
+                self.centers[path] = untracked(center, "center")
+            self.centers[path].assign(center)
+        self.tie.assign(weight)
+
+    def with_pull(
+        self,
+        variables: Variables,
+        gradients: Mapping[str, Any],
+        scale: tf.Tensor | None,
+        budget: Budget | None = None,
+    ) -> list[Any]:
+        """Gradients of the loss with the pull added. Graph code.
+
+        Args:
+            variables: Of the model, by path.
+            gradients: By path, each a tensor or `None`.
+            scale: What the loss was scaled by before it was differentiated, if it was.
+            budget: The rule to adjust λ_k by, if there is one.
+        """
+        pulls = self.gradients(variables) if self.pulls else {}
+        if budget is not None:
+            self.balance(pulls, gradients, scale, budget)
+        total = []
+        for path, gradient in gradients.items():
+            if path in pulls and gradient is not None:
+                pull = tf.cast(pulls[path], variables[path].dtype)
+                pull = pull if scale is None else pull * tf.cast(scale, pull.dtype)
+                gradient = tf.convert_to_tensor(gradient) + pull
+            total.append(gradient)
+        return total
+
+    def follow(self, group_of: Mapping[str, int]) -> None:
+        """Have a λ_k for each group of blocks that is adjusted while training, 1 at first."""
+        self.group_of |= group_of
+        for group in self.group_of.values():
+            if group not in self.levels:
+                self.levels[group] = untracked(np.ones(()), "level")
+
+    def balance(
+        self,
+        pulls: Mapping[str, tf.Tensor],
+        gradients: Mapping[str, Any],
+        scale: tf.Tensor | None,
+        budget: Budget,
+    ) -> None:
+        """Adjust λ_k to the share that the pull has in the gradient of each group. Graph code.
+
+        Args:
+            pulls: What `gradients` gives.
+            gradients: Of the loss by path, each a tensor or `None`.
+            scale: What the loss was scaled by before it was differentiated, if it was.
+            budget: The rule.
+        """
+        for group, level in self.levels.items():
+            squares = [tf.zeros(()), tf.zeros(())]
+            for key, block in self.precisions.items():
+                for path in block.paths if self.group_of.get(key) == group else ():
+                    if path in pulls and gradients.get(path) is not None:
+                        both = pulls[path], tf.convert_to_tensor(gradients[path])
+                        for i, part in enumerate(both):
+                            squares[i] += tf.reduce_sum(tf.cast(part, "float32") ** 2)
+            pull, gradient = tf.sqrt(squares[0]), tf.sqrt(squares[1])
+            gradient = gradient if scale is None else gradient / tf.cast(scale, "float32")
+            share = tf.math.divide_no_nan(pull, pull + gradient)
+            moved = level.value * tf.exp(budget.rate * (budget.share - share))
+            moved = tf.clip_by_value(moved, 1 / _LEVELS, _LEVELS)
+            level.assign(tf.where(tf.math.is_finite(share), moved, level.value))
 
     def pull(self, variables: Variables, stiffness: Mapping[str, tf.Tensor]) -> None:
         """The proximal step θ ← θ − (stiffness + Λ)⁻¹ Λ (θ − c). Graph code.
@@ -144,25 +243,48 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             variables: Of the model, by path.
             stiffness: d/η of the variables to move, each of its shape or a scalar.
         """
-        for block in self.precisions.values():
+        for key, block in self.precisions.items():
+            level = self._level(key)
             free = [p for p in block.paths if not self.strength_of(variables[p])]
             moving = {p: stiffness[p] for p in block.paths if p in stiffness and p not in free}
             if moving:
+                if level is not None:  # (d + mΛ)⁻¹ mΛ = (d/m + Λ)⁻¹ Λ
+                    moving = {path: each / level for path, each in moving.items()}
                 moves = block.shrink(self._differences(block, variables), list(moving.values()))
                 for path, move in zip(block.paths, moves, strict=True):
                     if path in moving:
                         variables[path].assign_sub(tf.cast(move, variables[path].dtype))
+        for path, distance in self._from_centers(variables).items():
+            if path in stiffness:
+                move = self.tie.value / (stiffness[path] + self.tie.value) * distance
+                variables[path].assign_sub(tf.cast(move, variables[path].dtype))
 
     def value(self, variables: Variables) -> tf.Tensor:
         """The penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar, for reporting."""
         total = tf.zeros(())
-        for block in self.precisions.values():
+        for key, block in self.precisions.items():
+            level = self._level(key)
             differences = self._differences(block, variables)
             pulls = zip(block.paths, differences, block.multiply(differences), strict=True)
             for path, difference, pull in pulls:
                 if self.strength_of(variables[path]):
-                    total += 0.5 * tf.reduce_sum(difference * pull)
+                    part = 0.5 * tf.reduce_sum(difference * pull)
+                    total += part if level is None else level * part
+        for distance in self._from_centers(variables).values():
+            total += 0.5 * self.tie.value * tf.reduce_sum(distance**2)
         return total
+
+    def _from_centers(self, variables: Variables) -> dict[str, tf.Tensor]:
+        """θ − center by path, of what is pulled to one."""
+        return {
+            path: tf.cast(variables[path].value, "float32") - center.value
+            for path, center in self.centers.items()
+            if variables[path].trainable and self.strength_of(variables[path])
+        }
+
+    def _level(self, key: str) -> tf.Tensor | None:
+        """λ_k of the group of a block, where it is adjusted while training."""
+        return self.levels[self.group_of[key]].value if key in self.group_of else None
 
     def _differences(self, block: Block, variables: Variables) -> list[tf.Tensor]:
         return [
@@ -171,8 +293,13 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         ]
 
     def state(self) -> Arrays:
-        """All slots as arrays, by `kind/PATH`."""
-        return {name: np.asarray(v) for name, v in self._slots().items()}
+        """All slots as arrays, by `kind/PATH`; `level` is a group's number and its λ_k."""
+        levels = {
+            f"level/{key}": np.array([group, float(self.levels[group])])
+            for key, group in self.group_of.items()
+        }
+        slots = {name: np.asarray(v) for name, v in self._slots().items()}
+        return slots | levels | {"tie": np.asarray(self.tie)}
 
     def _slots(self) -> Variables:
         slots = {
@@ -180,6 +307,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             for key, block in self.precisions.items()
             for name, leaf in block.leaves().items()
         }
+        slots |= {f"center/{path}": v for path, v in self.centers.items()}
         return slots | {f"anchor/{path}": v for path, v in self.anchors.items()}
 
     def get_config(self) -> dict[str, Any]:

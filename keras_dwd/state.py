@@ -1,5 +1,6 @@
 """Saving and restoring what a model consolidated, next to its weights."""
 
+import json
 from typing import Any, NoReturn
 
 import numpy as np
@@ -10,9 +11,10 @@ from keras_dwd.curvature.fisher import Block
 from keras_dwd.curvature.kronecker import Kronecker, KroneckerFisher
 from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import RuledLayer, ruled_layers
+from keras_dwd.grouping.grouping import Summary
 from keras_dwd.variables import Arrays, by_path
 
-_SCALARS = {"tasks_learned", "weights_digest", "fisher_weight"}
+_SCALARS = {"tasks_learned", "weights_digest", "fisher_weight", "groups", "tie"}
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
 _LEAVES = {"precision", "correction", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)}
@@ -29,6 +31,7 @@ def state_of(model: Any) -> Arrays:
         **model.head_gate.state(),
         "tasks_learned": np.asarray(model.tasks_learned, "int64"),
         "weights_digest": np.frombuffer(model.weights_digest, "uint8"),
+        "groups": np.frombuffer(json.dumps(model.groups).encode(), "uint8"),
     }
 
 
@@ -62,8 +65,12 @@ def restore(model: Any, saved: Arrays) -> None:
             f"The file holds an incomplete or unknown consolidation state: {sorted(scalars)}. "
             "That of the model was left as it was."
         )
+    names = {saved.replace("|", "/"): p for ((_, _, saved), _), p in zip(found, paths, strict=True)}
+    groups = _groups(scalars["groups"], names)
     statistics = model.fisher.shapes(model, variables)
     anchors: Arrays = {}
+    levels: Arrays = {}
+    centers: Arrays = {}
     online: Arrays = {}
     in_use: Arrays = {}
     leaves: dict[str, Arrays] = {}
@@ -74,8 +81,12 @@ def restore(model: Any, saved: Arrays) -> None:
         if shape is not None and kind in _LEAVES:
             leaves.setdefault(path, {})[kind] = array
             continue
-        if kind == "anchor":
+        if kind == "level" and shape is not None:
+            expected, held, key = (2,), levels, path
+        elif kind == "anchor" and shape is not None:
             expected, held, key = shape, anchors, path
+        elif kind == "center" and shape is not None:
+            expected, held, key = shape, centers, path
         elif kind == "in_use" and shape:
             expected, held, key = shape[:1], in_use, path
         elif kind in _STATISTICS and shape is not None:
@@ -104,12 +115,16 @@ def restore(model: Any, saved: Arrays) -> None:
                 "state was left as it was."
             )
     # All of it fits: from here on nothing can fail.
-    for slots in (
+    emptied: tuple[dict[Any, Any], ...] = (
         model.regularizer.precisions,
         model.regularizer.anchors,
+        model.regularizer.levels,
+        model.regularizer.group_of,
+        model.regularizer.centers,
         model.fisher.slots,
         model.head_gate.in_use,
-    ):
+    )
+    for slots in emptied:
         slots.clear()
     for path, block in blocks.items():
         model.regularizer.hold(path, block, {p: anchors[p] for p in block.paths})
@@ -124,7 +139,29 @@ def restore(model: Any, saved: Arrays) -> None:
             model.head_gate.in_use[path].assign(array)
     model.tasks_learned = int(scalars["tasks_learned"])
     model.weights_digest = scalars["weights_digest"].tobytes()
+    model.groups = groups
+    model.regularizer.tie_to(float(scalars["tie"]), centers)
+    for key, (group, level) in levels.items():
+        model.regularizer.follow({key: int(group)})
+        model.regularizer.levels[int(group)].assign(level)
     model.retrace()
+
+
+def _groups(saved: np.ndarray, names: dict[str, str]) -> Summary:
+    """The summary of groups, from JSON, with the paths of this model for those of the file."""
+    try:
+        groups = json.loads(saved.tobytes())
+        for group in groups:
+            for name in ("group", "size", "mean_fisher", "magnitude", "strength"):
+                float(group[name])
+            members = group["layers"].items()
+            group["layers"] = {names.get(path, path): int(count) for path, count in members}
+        return list(groups)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            "The saved summary of groups cannot be read. The model's consolidation state was left "
+            "as it was."
+        ) from None
 
 
 def _block(

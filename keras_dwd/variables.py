@@ -43,6 +43,15 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
             yield prefix + (rest if inside else variable.path), variable
 
 
+def kinds_of(model: keras.Model) -> dict[str, str]:
+    """The class of each variable's layer, by path, in the order of `by_path`."""
+    kinds: dict[int, str] = {}
+    for layer in model._flatten_layers(include_self=False):
+        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+        kinds |= {id(v): type(layer).__name__ for v in own}
+    return {path: kinds[id(v)] for path, v in by_path(model).items() if id(v) in kinds}
+
+
 def untracked(values: np.ndarray, name: str, dtype: str = "float32") -> keras.Variable:
     """A variable that no model tracks, holding `values`."""
     return keras.Variable(np.asarray(values, dtype), trainable=False, dtype=dtype, name=name)

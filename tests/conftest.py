@@ -7,10 +7,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 from keras_dwd import DWDModel
 
 tf.config.threading.set_inter_op_parallelism_threads(2)
+if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several: a core each
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    threadpool_limits(1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,26 @@ from conftest import blobs, compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
+from sklearn.mixture import GaussianMixture
 
-from keras_dwd import DiagonalFisher, FixedGrouping, GaussianMixtureGrouping, KroneckerFisher
+from keras_dwd import (
+    Budget,
+    DiagonalFisher,
+    DWDOptimizer,
+    FixedGrouping,
+    GaussianMixtureGrouping,
+    KroneckerFisher,
+    LayerGrouping,
+    SingleGroup,
+    SpectralGrouping,
+)
+from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.grouping.grouping import Learned
+from keras_dwd.grouping.strength import Evidence, GroupStatistics, Importance
 
 
 def planted(sizes=(300, 500, 200), seed=0):
-    """Parameters of three kinds, mixed over two variables."""
+    """Parameters of three kinds, mixed over two variables: F, θ, and the kinds."""
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat([0, 1, 2], sizes))
     fisher = 10.0 ** (np.array([-8, -3, 1])[group] + 0.3 * rng.normal(size=group.size))
@@ -24,23 +38,124 @@ def planted(sizes=(300, 500, 200), seed=0):
     return parts(fisher), parts(values), group
 
 
+def planted_units(units=60, seed=0):
+    """A kernel whose units are of three kinds, and those kinds."""
+    rng = np.random.default_rng(seed)
+    group = rng.permutation(np.arange(units) % 3)
+    fisher = np.array([1e-4, 1e-2, 1.0])[group] * 10 ** (0.2 * rng.normal(size=(40, units)))
+    return {"a": fisher}, {"a": rng.normal(size=fisher.shape)}, group
+
+
 def flat(arrays):
     return np.concatenate([a.ravel() for a in arrays.values()])
 
 
-def test_planted_groups_are_found():
+def divided(grouping, fisher, values, **learned):
+    """λ_k of each parameter, and the summary."""
+    blocks = {path: Diagonal(path, f) for path, f in fisher.items()}
+    weighted, summary = grouping.apply(Learned(blocks, values, **learned))
+    shares = {
+        p: np.divide(weighted[p].values, f, where=f > 0, out=0 * f) for p, f in fisher.items()
+    }
+    return shares, summary
+
+
+def codes(strengths):
+    return np.unique(np.round(flat(strengths), 5), return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("groups", [3, "bic"])
+def test_planted_groups_are_found(groups):
     fisher, values, group = planted()
-    strengths, summary = GaussianMixtureGrouping(3, alpha=0.5, samples=400).strengths(
-        fisher, values
-    )
-    assert adjusted_rand_score(group, np.unique(flat(strengths), return_inverse=True)[1]) > 0.99
+    strengths, summary = divided(GaussianMixtureGrouping(groups, samples=400), fisher, values)
+    assert adjusted_rand_score(group, codes(strengths)) > 0.99
     assert [g["size"] for g in summary] == pytest.approx([300, 500, 200], abs=3)
+    assert [g["group"] for g in summary] == [0, 1, 2]
     assert strengths["a"].shape == (5, 50)
+    for g, members in zip(summary, ((group == k) for k in range(3)), strict=True):
+        assert g["mean_fisher"] == pytest.approx(flat(fisher)[members].mean(), rel=0.05)
+        rms = np.sqrt((flat(values)[members] ** 2).mean())
+        assert g["magnitude"] == pytest.approx(rms, rel=0.05)
+        assert sum(g["layers"].values()) == g["size"]
+        assert g["layers"]["a"] == pytest.approx(members[:250].sum(), abs=3)
 
 
-def test_strengths_equal_their_formula():
+def test_a_sample_finds_what_a_fit_of_everything_finds():
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, 30_000)
+    log_fisher = np.array([-6.0, -2.0, 3.0])[kind] + 1.0 * rng.normal(size=kind.size)
+    log_values = np.array([0.0, -3.0, -1.0])[kind] + 0.5 * rng.normal(size=kind.size)
+    fisher, values = {"a": np.exp(log_fisher)}, {"a": np.exp(log_values)}
+    strengths, _ = divided(GaussianMixtureGrouping(3, samples=2000), fisher, values)
+    features = np.stack([log_fisher, log_values], 1)
+    features = (features - features.mean(0)) / features.std(0)
+    whole = GaussianMixture(3, n_init=3, random_state=1).fit_predict(features)
+    assert adjusted_rand_score(whole, codes(strengths)) >= 0.95
+
+
+@pytest.mark.parametrize("make", [GaussianMixtureGrouping, SpectralGrouping])
+def test_planted_units_are_found(make):
+    fisher, values, group = planted_units()
+    strengths, summary = divided(make(3, granularity="unit"), fisher, values)
+    np.testing.assert_allclose(strengths["a"] / strengths["a"][:1], 1, rtol=1e-6)
+    assert adjusted_rand_score(group, codes({"a": np.array(strengths["a"][0])})) == 1
+    assert [g["size"] for g in summary] == [800, 800, 800]
+
+
+def test_spectral_groups_of_more_units_than_are_compared():
+    fisher, values, group = planted_units(300)
+    strengths, _ = divided(SpectralGrouping(3, samples=30), fisher, values)
+    assert adjusted_rand_score(group, codes({"a": np.array(strengths["a"][0])})) == 1
+
+
+@pytest.mark.parametrize("make", [GaussianMixtureGrouping, SpectralGrouping])
+def test_variables_are_grouped_as_a_whole(make):
+    rng = np.random.default_rng(0)
+    scale = {"a": 1.0, "b": 1e-3, "c": 1.2, "d": 0.8e-3}
+    fisher = {p: s * rng.uniform(0.9, 1.1, (3 + i, 4)) for i, (p, s) in enumerate(scale.items())}
+    values = {path: rng.choice([-1.0, 1.0], f.shape) for path, f in fisher.items()}
+    _, summary = divided(make(2, granularity="variable"), fisher, values)
+    assert [g["layers"] for g in summary] == [{"b": 16, "d": 24}, {"a": 12, "c": 20}]
+    # More groups than variables: one each.
+    _, alone = divided(GaussianMixtureGrouping(5, granularity="variable"), fisher, values)
+    assert sorted(g["size"] for g in alone) == sorted(a.size for a in fisher.values())
+
+
+def test_layers_and_all_as_groups():
+    fisher, values, _ = planted()
+    strengths, summary = divided(LayerGrouping(), fisher, values)
+    assert {tuple(g["layers"]) for g in summary} == {("a",), ("b",)}
+    means = {path: f.mean() for path, f in fisher.items()}
+    assert strengths["a"].flat[0] / strengths["b"].flat[0] == pytest.approx(
+        (means["a"] / means["b"]) ** 0.5, rel=1e-4
+    )
+    strengths, (everything,) = divided(SingleGroup(), fisher, values)
+    np.testing.assert_allclose(flat(strengths), 1, rtol=1e-6)
+    assert everything["size"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("feature", "expected"),
+    [("movement", [0, 0, 1, 1]), ("depth", [0, 0, 1, 1]), ("kind", [0, 1, 0, 1])],
+)
+def test_features_decide(feature, expected):
+    rng = np.random.default_rng(0)
+    paths = ["a", "b", "c", "d"]
+    fisher = {path: rng.uniform(0.9, 1.1, 50) for path in paths}
+    values = {path: rng.normal(size=50) for path in paths}
+    far = {"a": 1e-3, "b": 1e-3, "c": 1.0, "d": 1.0}
+    anchors = {path: values[path] + far[path] for path in paths}
+    kinds = {"a": "Dense", "b": "Conv2D", "c": "Dense", "d": "Conv2D"}
+    grouping = GaussianMixtureGrouping(2, "evidence", "variable", features=(feature,))
+    _, summary = divided(grouping, fisher, values, anchors=anchors, kinds=kinds)
+    found = {path: g["group"] for g in summary for path in g["layers"]}
+    assert adjusted_rand_score(expected, [found[path] for path in paths]) == 1
+
+
+def test_importance_equals_its_formula():
     fisher, values, group = planted()
-    strengths, summary = GaussianMixtureGrouping(3, alpha=0.7).strengths(fisher, values)
+    grouping = GaussianMixtureGrouping(3, Importance(0.7))
+    strengths, summary = divided(grouping, fisher, values)
     f = flat(fisher)
     ratio = np.array([f[group == k].mean() / f.mean() for k in range(3)]) ** 0.7
     ratio *= f.sum() / sum(ratio[k] * f[group == k].sum() for k in range(3))
@@ -49,111 +164,166 @@ def test_strengths_equal_their_formula():
     np.testing.assert_allclose([g["strength"] for g in summary], ratio, rtol=1e-3)
 
 
+def test_evidence_equals_its_formula():
+    fisher, values, group = planted()
+    rng = np.random.default_rng(1)
+    distance = np.array([1e3, 0.1, 0.01])[group] * rng.normal(size=group.size)
+    anchors = {"a": values["a"] - distance[:250].reshape(5, 50), "b": values["b"] - distance[250:]}
+    strengths, summary = divided(
+        GaussianMixtureGrouping(3, "evidence"), fisher, values, anchors=anchors
+    )
+    f = flat(fisher)
+    alone = [(group == k).sum() / (f * distance**2)[group == k].sum() for k in range(3)]
+    overall = 1000 / (f * distance**2).sum()
+    relative = np.clip(np.array(alone) / overall, 0.01, 100)
+    relative *= f.sum() / sum(relative[k] * f[group == k].sum() for k in range(3))
+    np.testing.assert_allclose([g["strength"] for g in summary], relative, rtol=1e-4)
+    # Before a first boundary nothing has moved.
+    strengths, _ = divided(GaussianMixtureGrouping(3, "evidence"), fisher, values)
+    np.testing.assert_allclose(flat(strengths), 1, rtol=1e-5)
+
+
+def test_evidence_of_a_group_that_did_not_move_is_limited():
+    groups = GroupStatistics(
+        np.arange(2), np.array([10.0, 10.0]), np.array([1.0, 1.0]), np.array([0.0, 5.0])
+    )
+    relative = np.array([100.0, 0.5])
+    np.testing.assert_allclose(Evidence().of(groups), relative * 2 / relative.sum())
+
+
+def test_strengths_as_given():
+    fisher, values, _ = planted()
+    grouping = GaussianMixtureGrouping(3, strengths=(0.5, 1, 2))
+    assert [g["strength"] for g in divided(grouping, fisher, values)[1]] == [0.5, 1, 2]
+    with pytest.raises(ValueError, match="a value for each of 3 groups"):
+        divided(GaussianMixtureGrouping(3, strengths=(0.5, 1)), fisher, values)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), alpha=st.floats(-1, 1), groups=st.integers(1, 5))
 def test_the_total_precision_is_unchanged(seed, alpha, groups):
     fisher, values, _ = planted(seed=seed)
-    strengths, summary = GaussianMixtureGrouping(groups, alpha).strengths(fisher, values)
+    strengths, summary = divided(GaussianMixtureGrouping(groups, Importance(alpha)), fisher, values)
     assert (flat(strengths) * flat(fisher)).sum() == pytest.approx(flat(fisher).sum(), rel=1e-4)
     assert sum(g["size"] for g in summary) == flat(fisher).size
     if groups == 1 or alpha == 0:
         np.testing.assert_allclose(flat(strengths), 1, rtol=1e-5)
 
 
+def test_groups_keep_their_numbers():
+    # The groups trade places in the order of their Fisher information, by a little.
+    fisher, values, group = planted_units()
+    more = {"a": fisher["a"] * np.array([1.0, 12.0, 0.08])[group]}
+    sizes = {"a": 1.0 + values["a"] * 0 + np.array([0, 50, 500])[group]}
+    grouping = GaussianMixtureGrouping(3, granularity="unit")
+    _, before = divided(grouping, fisher, sizes)
+    _, after = divided(grouping, more, sizes, groups=before)
+    assert [g["group"] for g in before] == [g["group"] for g in after] == [0, 1, 2]
+    assert [np.argsort([g["mean_fisher"] for g in s]).tolist() for s in (before, after)] == [
+        [0, 1, 2],
+        [0, 2, 1],
+    ]
+    np.testing.assert_allclose(
+        [g["magnitude"] for g in before], [g["magnitude"] for g in after], rtol=1e-6
+    )
+
+
+def test_a_new_group_gets_a_new_number():
+    fisher, values, _ = planted()
+    _, before = divided(GaussianMixtureGrouping(2), fisher, values)
+    _, after = divided(GaussianMixtureGrouping(3), fisher, values, groups=before)
+    assert sorted(g["group"] for g in after) == [0, 1, 2]
+    kept = {g["group"]: g for g in after}
+    # The group that is not split is the same one as before.
+    same = [n for n in (0, 1) if kept[n]["size"] == pytest.approx(before[n]["size"], abs=5)]
+    assert len(same) == 1
+
+
 def test_parameters_without_fisher_belong_to_no_group():
     fisher, values, _ = planted()
     fisher["a"][0] = 0
-    strengths, summary = GaussianMixtureGrouping(3).strengths(fisher, values)
-    assert np.all(strengths["a"][0] == 0)
-    assert np.all(strengths["a"][1:] > 0)
-    assert sum(g["size"] for g in summary) == 950
+    for grouping in (GaussianMixtureGrouping(3), LayerGrouping()):
+        strengths, summary = divided(grouping, fisher, values)
+        assert np.all(strengths["a"][1:] > 0)
+        assert sum(g["size"] for g in summary) == 950
 
 
 def test_the_same_seed_gives_the_same_groups():
     fisher, values, _ = planted()
     a, b = (
-        GaussianMixtureGrouping(3, samples=200, seed=4).strengths(fisher, values)[0] for _ in "ab"
+        divided(GaussianMixtureGrouping(3, samples=200, seed=4), fisher, values)[0] for _ in "ab"
     )
     np.testing.assert_array_equal(flat(a), flat(b))
 
 
-def test_all_zero_fisher():
-    strengths, summary = GaussianMixtureGrouping(2).strengths({"a": np.zeros(5)}, {"a": np.ones(5)})
+@pytest.mark.parametrize(
+    "grouping", [GaussianMixtureGrouping(2), SpectralGrouping(2), LayerGrouping(), SingleGroup()]
+)
+def test_all_zero_fisher(grouping):
+    strengths, summary = divided(grouping, {"a": np.zeros(5)}, {"a": np.ones(5)})
     np.testing.assert_array_equal(strengths["a"], np.zeros(5))
     assert summary == []
 
 
-def test_layers_are_grouped_as_a_whole():
-    rng = np.random.default_rng(0)
-    scale = {"a": 1.0, "b": 1e-3, "c": 1.2, "d": 0.8e-3}
-    fisher = {p: s * rng.uniform(0.9, 1.1, (3 + i, 4)) for i, (p, s) in enumerate(scale.items())}
-    values = {path: rng.choice([-1.0, 1.0], f.shape) for path, f in fisher.items()}
-    grouping = GaussianMixtureGrouping(2, alpha=0.5, granularity="layer")
-    strengths, summary = grouping.strengths(fisher, values)
-    means = []
-    for pair in (("b", "d"), ("a", "c")):
-        (strength,) = {float(s) for path in pair for s in strengths[path].ravel()}
-        mean = np.concatenate([fisher[path].ravel() for path in pair]).mean()
-        means.append((strength, mean))
-    overall = flat(fisher).mean()
-    ratio = np.array([(mean / overall) ** 0.5 for _, mean in means])
-    sizes = [4 * (4 + 6), 4 * (3 + 5)]
-    ratio *= flat(fisher).sum() / sum(
-        r * n * mean for r, n, (_, mean) in zip(ratio, sizes, means, strict=True)
-    )
-    np.testing.assert_allclose([strength for strength, _ in means], ratio, rtol=1e-5)
-    assert [g["size"] for g in summary] == sizes
-    # More groups than layers: one each.
-    _, alone = GaussianMixtureGrouping(5, granularity="layer").strengths(fisher, values)
-    assert sorted(g["size"] for g in alone) == sorted(a.size for a in fisher.values())
-
-
-def test_the_model_folds_strength_times_fisher():
-    x, y = blobs()
-    model = compiled(
-        strength=2.0,
-        fisher=DiagonalFisher("exact"),
-        grouping=GaussianMixtureGrouping(2, alpha=1.0),
-    )
-    values = {
-        f"{layer.name}/{v.name}": np.array(v) for layer in model.layers for v in layer.weights
-    }
-    statistics = model._estimate((x, y), 32)
-    fisher = {path: statistics[f"fisher/{path}"] for path in values}
-    strengths, summary = model.grouping.strengths(fisher, values)
-    model.consolidate((x, y))
-    for path, precision in model.regularizer.precisions.items():
-        expected = 2 * strengths[path] * fisher[path]
-        np.testing.assert_allclose(precision.values, expected, rtol=1e-4)
-    assert [g["size"] for g in model.groups] == [g["size"] for g in summary]
+@pytest.mark.parametrize(
+    "grouping",
+    [
+        GaussianMixtureGrouping(2, Importance(1.0)),
+        GaussianMixtureGrouping("bic", "evidence", features=("fisher", "movement", "kind")),
+        SpectralGrouping(2),
+        SpectralGrouping(2, granularity="variable"),
+        LayerGrouping("evidence"),
+        SingleGroup(),
+    ],
+    ids=lambda g: type(g).__name__,
+)
+@pytest.mark.parametrize("fisher", [DiagonalFisher("exact"), KroneckerFisher("exact")])
+def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
+    model = compiled(strength=2.0, fisher=fisher, grouping=grouping)
+    total = 0.0
+    for seed in (0, 1):
+        x, y = blobs(seed=seed)
+        model.fit(x, y, verbose=0)
+        statistics = model._estimate((x, y), 32)
+        blocks = model.fisher.blocks(model, model._pulled_variables(), statistics)
+        weighted, summary = model.grouping.apply(model._learned(blocks))
+        model.consolidate((x, y))
+        total += sum(2 * b.spectrum().sum() for b in weighted.values())
+        assert model.groups == summary
+    assert [g["group"] for g in summary] == list(range(len(summary)))
+    if isinstance(fisher, DiagonalFisher):
+        held = sum(np.sum(b.spectrum()) for b in model.regularizer.precisions.values())
+        assert held == pytest.approx(total, rel=1e-4)
+        assert sum(g["size"] for g in summary) == model.count_params()
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.groups == model.groups
+    assert again.grouping.get_config() == model.grouping.get_config()
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("make", "arguments"),
     [
-        {"granularity": "unit"},
-        {"groups": 0},
-        {"groups": 1.5},
-        {"samples": 2},
-        {"alpha": float("inf")},
-        {"seed": -1},
+        (GaussianMixtureGrouping, {"granularity": "layer"}),
+        (GaussianMixtureGrouping, {"groups": 0}),
+        (GaussianMixtureGrouping, {"groups": 1.5}),
+        (GaussianMixtureGrouping, {"samples": 2}),
+        (GaussianMixtureGrouping, {"features": ("size",)}),
+        (GaussianMixtureGrouping, {"features": ()}),
+        (GaussianMixtureGrouping, {"strengths": "loud"}),
+        (GaussianMixtureGrouping, {"strengths": ()}),
+        (GaussianMixtureGrouping, {"seed": -1}),
+        (SpectralGrouping, {"granularity": "element"}),
+        (SpectralGrouping, {"groups": 0}),
+        (SpectralGrouping, {"samples": 1}),
+        (LayerGrouping, {"strengths": 3.0}),
+        (Importance, {"alpha": float("inf")}),
     ],
 )
-def test_bad_arguments_are_named(arguments):
+def test_bad_arguments_are_named(make, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=f"`{name}`"):
-        GaussianMixtureGrouping(**arguments)
-
-
-def test_config_round_trip():
-    grouping = GaussianMixtureGrouping(5, 0.25, 1000, 3)
-    assert GaussianMixtureGrouping.from_config(grouping.get_config()).get_config() == {
-        "groups": 5,
-        "alpha": 0.25,
-        "samples": 1000,
-        "seed": 3,
-        "granularity": "element",
-    }
+        make(**arguments)
 
 
 @pytest.mark.parametrize("fisher", [DiagonalFisher("exact", None), KroneckerFisher("exact", None)])
@@ -189,3 +359,81 @@ def test_fixed_groups_are_checked_and_saved():
     grouping = FixedGrouping({"hidden/*": 2.0})
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(grouping))
     assert again.get_config() == grouping.get_config()
+
+
+def budgeted(optimizer="sgd", strengths=None, **settings):
+    strengths = Budget(share=0.3, rate=0.05) if strengths is None else strengths
+    model = compiled(
+        optimizer=optimizer,
+        strength=0.01,
+        fisher=DiagonalFisher("exact", gamma=None),
+        grouping=LayerGrouping(strengths),
+        **settings,
+    )
+    model.fit(*blobs(), epochs=5, verbose=0)
+    model.consolidate(blobs())
+    return model
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_pull_gets_its_share_of_the_gradient(decoupled):
+    sgd = keras.optimizers.SGD(0.05)
+    model = budgeted(DWDOptimizer(sgd) if decoupled else sgd)
+    assert {float(level) for level in model.regularizer.levels.values()} == {1.0}
+    x, y = blobs(seed=3)
+    model.fit(x, y, epochs=300, batch_size=64, verbose=0)
+    variables = {"hidden/kernel": model.get_layer("hidden").kernel}
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    (gradient,) = tape.gradient(loss, list(variables.values()))
+    block = model.regularizer.precisions["hidden/kernel"]
+    level = float(model.regularizer.levels[model.regularizer.group_of["hidden/kernel"]])
+    distance = np.array(variables["hidden/kernel"]) - np.array(
+        model.regularizer.anchors["hidden/kernel"]
+    )
+    pull = np.linalg.norm(level * np.array(block.values) * distance)
+    assert level != 1.0
+    share = pull / (pull + np.linalg.norm(gradient))
+    assert share == pytest.approx(0.3, abs=0.04)  # what it follows still moves
+
+
+def test_one_step_of_a_budget_equals_its_formula():
+    model = budgeted(keras.optimizers.SGD(0.0))
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * tf.ones(variable.shape))
+    x, y = blobs(seed=3)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    names = [f"{layer}/{kind}" for layer in ("hidden", "head") for kind in ("kernel", "bias")]
+    gradients = dict(zip(names, tape.gradient(loss, model.trainable_variables), strict=True))
+    model.fit(x, y, epochs=1, batch_size=64, verbose=0)
+    for name in names:
+        pull = np.linalg.norm(0.1 * np.array(model.regularizer.precisions[name].values))
+        share = pull / (pull + np.linalg.norm(gradients[name]))
+        level = float(model.regularizer.levels[model.regularizer.group_of[name]])
+        assert level == pytest.approx(np.exp(0.05 * (0.3 - share)), rel=1e-4)
+
+
+def test_a_budget_is_saved_and_goes_on(tmp_path):
+    model = budgeted()
+    model.fit(*blobs(seed=3), epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert float(again.penalty()) == pytest.approx(float(model.penalty()))
+    assert float(model.penalty()) > 0
+    levels = [float(v) for v in model.regularizer.levels.values()]
+    assert [float(v) for v in again.regularizer.levels.values()] == levels
+    assert len(set(levels)) > 1
+    for each in (model, again):
+        each.fit(*blobs(seed=4), epochs=2, verbose=0, shuffle=False)
+    levels = [float(v) for v in model.regularizer.levels.values()]
+    np.testing.assert_allclose([float(v) for v in again.regularizer.levels.values()], levels)
+
+
+def test_a_budget_needs_whole_variables():
+    with pytest.raises(ValueError, match="`granularity` must be 'variable'"):
+        GaussianMixtureGrouping(strengths="budget")
+    with pytest.raises(ValueError, match="`share`"):
+        Budget(1.0)
+    model = budgeted(strengths="budget")
+    assert model.grouping.get_config()["strengths"]["config"] == {"share": 0.2, "rate": 0.1}

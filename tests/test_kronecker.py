@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dwd import DiagonalFisher, DWDRegularizer, KroneckerFisher
+from keras_dwd.curvature.boundary_pass import BoundaryPass
 from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.kronecker import Kronecker
 from keras_dwd.curvature.rules import MatrixForm
@@ -193,7 +194,7 @@ def test_a_block_is_the_exact_fisher_where_it_is_a_kronecker_product():
     statistics = kronecker._estimate((x, y), 1)
     blocks = kronecker.fisher.blocks(kronecker, kronecker._trainable_by_path(), statistics)
     kronecker.fisher = DiagonalFisher("exact", None)
-    kronecker._traced_fisher = None
+    kronecker._pass = BoundaryPass()
     diagonal = kronecker._estimate((x, y), 1)
     for layer in ("hidden", "head"):
         found = blocks[f"{layer}/kernel"]

@@ -14,11 +14,16 @@ def _variable(values):
     return keras.Variable(np.asarray(values, "float32"), dtype="float32", name="w")
 
 
+def fold(regularizer, variables, blocks):
+    for part in regularizer.folded(variables, blocks):
+        regularizer.hold(*part)
+
+
 def _fold_tasks(regularizer, fishers, optima):
     variable = _variable(optima[0])
     for fisher, theta in zip(fishers, optima, strict=True):
         variable.assign(theta)
-        regularizer.fold({"w": variable}, {"w": Diagonal("w", np.asarray(fisher))})
+        fold(regularizer, {"w": variable}, {"w": Diagonal("w", np.asarray(fisher))})
     return variable
 
 
@@ -71,7 +76,8 @@ def test_zero_fisher_pulls_nothing():
 def test_a_failing_fold_changes_nothing():
     regularizer = DWDRegularizer(1.0)
     with pytest.raises(KeyError):
-        regularizer.fold(
+        fold(
+            regularizer,
             {"a": _variable([1.0])},
             {path: Diagonal(path, np.ones(1)) for path in ("a", "b")},
         )

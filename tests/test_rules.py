@@ -8,6 +8,7 @@ from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
 from keras_dwd.curvature import kronecker, rules
+from keras_dwd.curvature.boundary_pass import BoundaryPass
 from keras_dwd.curvature.kronecker import _groups, _probe, _signs
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import by_path
@@ -233,7 +234,7 @@ def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
     assert bool(generic) == (case in WITHOUT_RULE)
     fast = model._estimate((x, y), 4)
     monkeypatch.setattr(rules, "_RULES", {})
-    model._traced_fisher = None
+    model._pass = BoundaryPass()
     generic = model._estimate((x, y), 4)
     assert fast.keys() == generic.keys()
     for path, gradients in float64_gradients(model, case, x, y).items():
@@ -325,7 +326,7 @@ def test_a_sketched_factor_is_the_factor_times_its_probe(case, monkeypatch):
     monkeypatch.setattr(kronecker, "_first_group", lambda groups: 0)
     model, x, y = made(case, KroneckerFisher("exact", gamma=None))
     whole = model._estimate((x, y), 4)
-    model.fisher, model._traced_fisher = KroneckerFisher("exact", gamma=None, rank=1), None
+    model.fisher = KroneckerFisher("exact", gamma=None, rank=1)
     sketch = model._estimate((x, y), 4)
     (path,) = [n for n in sketch if n.startswith("input/") and not n.startswith("input/head")]
     probe = _probe(len(sketch[path]), 1)

@@ -1,4 +1,4 @@
-"""Groups that the user names, each with its own strength λ_k."""
+"""Groups that follow from the architecture alone."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -9,8 +9,50 @@ import numpy as np
 
 from keras_dwd.checks import number
 from keras_dwd.curvature.fisher import Block
-from keras_dwd.grouping.grouping import Grouping, Summary
-from keras_dwd.variables import Arrays, Variables
+from keras_dwd.grouping.grouping import Grouping, Learned, Parameters, Partition, Summary
+from keras_dwd.variables import Variables
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class SingleGroup(Partition):
+    """All parameters are one group, with one strength, as in EWC.
+
+    With `"budget"` that one strength is found while training.
+
+    Args:
+        strengths: The rule for λ, see `Partition`; only a number or a `Budget` makes a difference.
+    """
+
+    def __init__(self, strengths: Any = "importance"):
+        super().__init__(strengths, "variable")
+
+    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+        """One group for all."""
+        return {key: np.zeros((), "int8") for key in parameters}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"strengths": super().get_config()["strengths"]}
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class LayerGrouping(Partition):
+    """Each variable, or matrix of a kernel and its bias, is a group of its own.
+
+    Args:
+        strengths: The rule for λ_k, see `Partition`.
+    """
+
+    def __init__(self, strengths: Any = "importance"):
+        super().__init__(strengths, "variable")
+
+    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+        """One group for each block."""
+        return {key: np.array(i, "int32") for i, key in enumerate(parameters)}
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"strengths": super().get_config()["strengths"]}
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -34,53 +76,59 @@ class FixedGrouping(Grouping):
     def __init__(self, strengths: Mapping[str, float]):
         if not isinstance(strengths, Mapping):
             raise ValueError(f"`strengths` must map patterns to numbers. Received: {strengths!r}")
-        self.strengths = {
+        self.patterns = {
             pattern: number(f"strengths[{pattern!r}]", strength, 0)
             for pattern, strength in strengths.items()
         }
 
     def check(self, variables: Variables) -> None:
         """Raise `ValueError` if a pattern fits none of the variables."""
-        for pattern in self.strengths:
+        for pattern in self.patterns:
             if not any(fnmatchcase(path, pattern) for path in variables):
                 raise ValueError(
                     f"`strengths` names {pattern!r}, which fits none of the model's variables: "
                     f"{', '.join(variables)}."
                 )
 
-    def apply(
-        self, blocks: Mapping[str, Block], values: Arrays
-    ) -> tuple[dict[str, Block], Summary]:
+    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
         """Weigh the Fisher information by the λ_k of its groups."""
         weighted: dict[str, Block] = {}
-        found: dict[str, list[float]] = {}  # size, number and sum of eigenvalues of each group
-        for key, block in blocks.items():
+        found: dict[str, dict[str, Any]] = {}
+        for key, block in learned.blocks.items():
             groups = {path: self._group_of(path) for path in block.paths}
             weighted[key] = block.weighted({p: self._strength(g) for p, g in groups.items()})
-            spectrum = block.spectrum()
-            for path, group in groups.items():
-                found.setdefault(group, [0, 0, 0.0])[0] += int(np.size(values[path]))
-            for group in set(groups.values()):
-                found[group][1] += spectrum.size
-                found[group][2] += float(spectrum.sum())
-        summary = [
-            {
-                "size": size,
-                "mean_fisher": total / count,
-                "strength": self._strength(group),
-                "pattern": group,
-            }
-            for group, (size, count, total) in found.items()
-        ]
-        return weighted, sorted(summary, key=lambda group: group["mean_fisher"])
+            mean = float(block.spectrum().mean())
+            for path, pattern in groups.items():
+                group = found.setdefault(pattern, {"layers": {}, "fisher": 0.0, "squares": 0.0})
+                values = learned.values[path]
+                group["layers"][path] = values.size
+                group["fisher"] += values.size * mean
+                group["squares"] += float(np.square(values, dtype="float64").sum())
+        summary: Summary = []
+        for pattern in dict.fromkeys([*self.patterns, "*"]):
+            if pattern not in found:
+                continue
+            size = sum(found[pattern]["layers"].values())
+            summary.append(
+                {
+                    "group": len(summary),
+                    "pattern": pattern,
+                    "size": size,
+                    "mean_fisher": found[pattern]["fisher"] / size,
+                    "magnitude": float(np.sqrt(found[pattern]["squares"] / size)),
+                    "strength": self._strength(pattern),
+                    "layers": found[pattern]["layers"],
+                }
+            )
+        return weighted, summary
 
     def _group_of(self, path: str) -> str:
         """The pattern of a variable's group, `"*"` where it is in none."""
-        return next((p for p in self.strengths if fnmatchcase(path, p)), "*")
+        return next((p for p in self.patterns if fnmatchcase(path, p)), "*")
 
     def _strength(self, group: str) -> float:
-        return self.strengths.get(group, 1.0)
+        return self.patterns.get(group, 1.0)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"strengths": dict(self.strengths)}
+        return {"strengths": dict(self.patterns)}

@@ -1,163 +1,194 @@
-"""Groups of parameters found by a Gaussian mixture, each with its own strength λ_k."""
+"""Groups of parameters found by a Gaussian mixture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from keras_dwd.checks import integer, number
-from keras_dwd.curvature.fisher import Block
-from keras_dwd.grouping.grouping import Grouping, Summary
-from keras_dwd.variables import Arrays, Variables
+from keras_dwd.checks import integer
+from keras_dwd.grouping.grouping import Granularity, Parameters, Partition, pieces, reduced
+from keras_dwd.variables import Variables
 
-_CHUNK = 2**18
-
-Granularity = Literal["element", "layer"]
+Feature = Literal["fisher", "magnitude", "movement", "depth", "kind"]
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class GaussianMixtureGrouping(Grouping):
-    """Clusters parameters or layers by log Fisher and log magnitude, and weighs each cluster.
+class GaussianMixtureGrouping(Partition):
+    """Clusters parameters, units or layers, by log Fisher and log magnitude.
 
     Layers are heterogeneous, so groups are found in the data instead of being read off the
-    architecture. The strength of group k follows the importance of what is in it,
-
-        λ_k ∝ (mean F in G_k / mean F)^alpha,   Σ_k λ_k Σ_{G_k} F = Σ F
-
-    so that the total precision is unchanged: `alpha` moves it between groups, `strength` alone
-    sets how much there is. Parameters with zero Fisher information belong to no group.
+    architecture.
 
     Args:
-        groups: K ≥ 1, number of groups. 1 is plain EWC: one strength for all.
-        alpha: 0 gives every group the same strength; above 0 important groups are held tighter
-            than their Fisher alone would, below 0 the differences are levelled.
-        samples: The mixture is fitted to this many parameters drawn at random, then applied to all.
+        groups: K ≥ 1, number of groups, or `"bic"` for that of 1 to 8 with the lowest Bayesian
+            information criterion. 1 is plain EWC: one strength for all.
+        strengths: The rule for λ_k, see `Partition`.
+        granularity: What is clustered, see `Partition`.
+        features: What they are clustered by: `"fisher"`, log F; `"magnitude"`, log |θ|;
+            `"movement"`, log |θ − c| since the last boundary; `"depth"` of the layer in the model;
+            `"kind"`, its class.
+        samples: The mixture is fitted to about this many of them drawn at random, then applied
+            to all.
         seed: Of that draw and of the fit.
-        granularity: What is clustered: `"element"`, single parameters or, where the Fisher
-            information has Kronecker factors, eigen-directions; or `"layer"`, all of a variable or
-            of a layer's matrix together, by their mean.
 
     Reference:
         McLachlan & Peel, "Finite Mixture Models", 2000.
     """
 
+    MOST = 8
+
     def __init__(
         self,
-        groups: int = 4,
-        alpha: float = 0.5,
+        groups: int | Literal["bic"] = 4,
+        strengths: Any = "importance",
+        granularity: Granularity = "element",
+        features: Sequence[Feature] = ("fisher", "magnitude"),
         samples: int = 10_000,
         seed: int = 0,
-        granularity: Granularity = "element",
     ):
-        if granularity not in get_args(Granularity):
-            known = " or ".join(map(repr, get_args(Granularity)))
-            raise ValueError(f"`granularity` must be {known}. Received: {granularity!r}")
-        self.granularity = granularity
-        self.groups = integer("groups", groups, 1)
-        self.alpha = number("alpha", alpha, -np.inf)
-        self.samples = integer("samples", samples, self.groups)
+        super().__init__(strengths, granularity)
+        self.groups = groups if groups == "bic" else integer("groups", groups, 1)
+        unknown = set(features) - set(get_args(Feature))
+        if unknown or not features or isinstance(features, str):
+            known = ", ".join(map(repr, get_args(Feature)))
+            raise ValueError(f"`features` must be some of {known}. Received: {features!r}")
+        self.features = tuple(features)
+        self.samples = integer("samples", samples, self._most)
         self.seed = integer("seed", seed, 0)
 
-    def apply(
-        self, blocks: Mapping[str, Block], values: Arrays
-    ) -> tuple[dict[str, Block], Summary]:
-        """Weigh each direction of the Fisher information by the λ_k of its group.
-
-        What is grouped are the eigenvalues: the parameters themselves where the Fisher is diagonal,
-        eigen-directions of a layer where it has Kronecker factors.
-
-        Of Kronecker factors the result is the nearest pair of factors: its total differs a little.
-        """
-        spectra = {key: block.spectrum() for key, block in blocks.items()}
-        coordinates = {key: block.coordinates(values) for key, block in blocks.items()}
-        strengths, summary = self.strengths(spectra, coordinates)
-        return {key: block.scaled(strengths[key]) for key, block in blocks.items()}, summary
-
-    def strengths(self, fisher: Arrays, values: Arrays) -> tuple[Arrays, Summary]:
-        """Group all parameters and give each the λ_k of its group.
-
-        Args:
-            fisher: Fisher information per variable path.
-            values: The variables' values, same keys and shapes.
-
-        Returns:
-            λ_k per parameter, shaped as `fisher` (0 where the Fisher is 0), and a summary per
-            group: `size`, `mean_fisher`, `strength`. Groups are ordered by mean Fisher, rising.
-
-            Where there is less to group than groups, each is a group of its own.
-        """
-        paths = list(fisher)
-        flat = np.concatenate([fisher[p].ravel() for p in paths]).astype("float64")
-        theta = np.concatenate([values[p].ravel() for p in paths]).astype("float64")
-        used = np.flatnonzero(flat > 0)
-        mean, magnitude = flat, np.abs(theta)
-        owner: Any = slice(None)
-        if self.granularity == "layer":
-            owner = np.repeat(np.arange(len(paths)), [fisher[p].size for p in paths])
-            sizes = np.bincount(owner)
-            mean = np.bincount(owner, flat) / sizes
-            magnitude = np.sqrt(np.bincount(owner, theta**2) / sizes)
-        labels = np.zeros(mean.size, int)
-        clustered = np.flatnonzero(mean > 0)
-        count = max(1, min(self.groups, clustered.size))
-        if count > 1:
-            labels[clustered] = self._cluster(mean[clustered], magnitude[clustered], count)
-        assigned = labels[owner][used]
-
-        sizes = np.bincount(assigned, minlength=count)
-        sums = np.bincount(assigned, weights=flat[used], minlength=count)
-        means = sums / np.maximum(sizes, 1)
-        overall = sums.sum() / max(used.size, 1)
-        ratio = np.divide(means, overall, out=np.ones_like(means), where=means > 0)
-        relative = np.where(sizes > 0, ratio**self.alpha, 0.0)
-        weighted = (relative * sums).sum()
-        strengths = relative * (sums.sum() / weighted) if weighted > 0 else relative
-
-        per_parameter = np.zeros(flat.size, "float32")
-        per_parameter[used] = strengths[assigned]
-        split = np.split(per_parameter, np.cumsum([fisher[p].size for p in paths])[:-1])
-        summary = [
-            {
-                "size": int(sizes[k]),
-                "mean_fisher": float(means[k]),
-                "strength": float(strengths[k]),
-            }
-            for k in np.argsort(means)
-            if sizes[k]
-        ]
-        shaped = {p: s.reshape(fisher[p].shape) for p, s in zip(paths, split, strict=True)}
-        return shaped, summary
+    @property
+    def _most(self) -> int:
+        return self.MOST if self.groups == "bic" else self.groups
 
     def check(self, variables: Variables) -> None:
         """Raise `ValueError` if a model has fewer parameters than groups."""
         parameters = sum(int(np.prod(v.shape)) for v in variables.values())
-        if self.groups > parameters:
+        if self.groups != "bic" and self.groups > parameters:
             raise ValueError(
                 f"`groups` must not exceed the number of parameters of the model ({parameters}). "
                 f"Received: {self.groups}"
             )
 
-    def _cluster(self, fisher: np.ndarray, theta: np.ndarray, groups: int) -> np.ndarray:
-        """The group of each parameter."""
-        tiny = np.finfo("float64").tiny
-        features = np.stack([np.log(fisher), np.log(np.abs(theta) + 1e-8)], axis=1)
-        features = np.nan_to_num(features, neginf=np.log(tiny))
-        features = (features - features.mean(0)) / np.maximum(features.std(0), 1e-12)
-        draw = np.random.default_rng(self.seed).permutation(len(features))[: self.samples]
-        mixture = GaussianMixture(
-            groups, random_state=self.seed, reg_covar=1e-3, init_params="k-means++"
-        ).fit(features[draw])
-        chunks = range(0, len(features), _CHUNK)
-        return np.concatenate([mixture.predict(features[i : i + _CHUNK]) for i in chunks])
+    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+        """Fit the mixture to a sample and give everything its most probable group.
+
+        Where there is less to group than groups, each is a group of its own.
+        """
+        kinds = sorted({part.kind for part in parameters.values()})
+        items = {key: self._items(part) for key, part in parameters.items()}
+        positive = {key: np.count_nonzero(arrays[0] > 0) for key, arrays in items.items()}
+        total = sum(positive.values())
+        rng = np.random.default_rng(self.seed)
+        share = min(1.0, self.samples / max(total, 1))
+        sample = np.concatenate(
+            [
+                self._features(chosen, parameters[key], kinds)
+                for key, arrays in items.items()
+                for chosen in _drawn(arrays, share, rng)
+            ]
+            or [np.zeros((0, 1), "float32")]
+        )
+        mean, std = (f(sample, 0) if len(sample) else 0.0 for f in (np.mean, np.std))
+        std = np.where(std > 1e-6, std, np.inf)  # what is the same everywhere tells nothing
+        mixture = self._fitted((sample - mean) / std)
+        return {
+            key: self._labels(arrays, parameters[key], kinds, mixture, mean, std)
+            for key, arrays in items.items()
+        }
+
+    def _items(self, part: Parameters) -> list[Any]:
+        """Mean F, root mean square θ and, where it is a feature, θ − c of each item."""
+        moved = part.moved if "movement" in self.features else None
+        if self.granularity == "element":
+            return [part.fisher, part.values, moved]
+        distances = [None if a is None else _rms(a, self.granularity) for a in (part.values, moved)]
+        return [reduced(part.fisher, self.granularity), *distances]
+
+    def _features(self, arrays: list[Any], part: Parameters, kinds: list[str]) -> np.ndarray:
+        """`(items, columns)` of flat arrays of F > 0, |θ| and |θ − c|."""
+        fisher, values, moved = arrays
+        columns: list[Any] = []
+        for feature in self.features:
+            if feature == "fisher":
+                columns.append(np.log(fisher))
+            elif feature == "magnitude":
+                columns.append(_log(values))
+            elif feature == "movement":
+                columns.append(np.zeros(len(fisher)) if moved is None else _log(moved))
+            elif feature == "depth":
+                columns.append(np.full(len(fisher), part.depth))
+            else:
+                columns += [np.full(len(fisher), float(kind == part.kind)) for kind in kinds]
+        return np.stack(columns, 1).astype("float32")
+
+    def _fitted(self, sample: np.ndarray) -> GaussianMixture | None:
+        """The mixture, or `None` for a single group."""
+        most = min(self._most, len(np.unique(sample, axis=0)))
+        if most <= 1:
+            return None
+        counts = range(1, most + 1) if self.groups == "bic" else (most,)
+        # Few points have more local optima, and are fitted in less time.
+        starts = min(10, max(1, 2000 // len(sample) // len(counts)))
+        mixtures = [
+            GaussianMixture(
+                count,
+                n_init=starts,
+                random_state=self.seed,
+                reg_covar=1e-3,
+                init_params="k-means++",
+            ).fit(sample)
+            for count in counts
+        ]
+        return min(mixtures, key=lambda m: m.bic(sample)) if len(mixtures) > 1 else mixtures[0]
+
+    def _labels(
+        self,
+        arrays: list[Any],
+        part: Parameters,
+        kinds: list[str],
+        mixture: GaussianMixture | None,
+        mean: Any,
+        std: Any,
+    ) -> np.ndarray:
+        found = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
+        start = 0
+        for piece in pieces(*arrays):
+            used = piece[0] > 0
+            target = found[start : start + len(used)]
+            start += len(used)
+            if mixture is None:
+                target[used] = 0
+            elif used.any():
+                chosen = [None if a is None else a[used] for a in piece]
+                features = (self._features(chosen, part, kinds) - mean) / std
+                target[used] = mixture.predict(features)
+        return found.reshape(arrays[0].shape)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {
+        return super().get_config() | {
             "groups": self.groups,
-            "alpha": self.alpha,
+            "features": list(self.features),
             "samples": self.samples,
             "seed": self.seed,
-            "granularity": self.granularity,
         }
+
+
+def _drawn(arrays: list[Any], share: float, rng: np.random.Generator) -> Iterator[list[Any]]:
+    """About a share of all with F > 0, piece by piece."""
+    for piece in pieces(*arrays):
+        used = np.flatnonzero(piece[0] > 0)
+        if share < 1:
+            used = rng.choice(used, rng.binomial(used.size, share), replace=False)
+        if used.size:
+            yield [None if a is None else a[used] for a in piece]
+
+
+def _log(distance: np.ndarray) -> np.ndarray:
+    return np.log(np.abs(distance) + 1e-8)
+
+
+def _rms(distance: np.ndarray, granularity: Granularity) -> np.ndarray:
+    return np.sqrt(reduced(distance**2, granularity))

@@ -1,32 +1,111 @@
-"""What all groupings share."""
+"""What all groupings share: what is grouped, what each group weighs, and which group is which."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import keras
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from keras_dwd.curvature.fisher import Block
+from keras_dwd.grouping.strength import Budget, GroupStatistics, Strength, strength_from
 from keras_dwd.variables import Arrays, Variables
 
+Granularity = Literal["element", "unit", "variable"]
 Summary = list[dict[str, Any]]
-"""Of each group its `size`, `mean_fisher` and `strength` λ_k."""
+"""Of each group its number `group`, `size`, `mean_fisher`, `magnitude` (root mean square of θ),
+`strength` λ_k, and `layers`: how many of its parameters are in which."""
+
+# As many parameters at a time: what is computed of them stays in the processor's cache.
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a model knows at the end of a task.
+
+    Attributes:
+        blocks: The Fisher information of the task.
+        values: The variables θ, by path.
+        anchors: Where they were at the last boundary, of those that were held there.
+        kinds: The class of each variable's layer, by path, from inputs to outputs.
+        groups: The summary of the last boundary.
+    """
+
+    blocks: Mapping[str, Block]
+    values: Arrays
+    anchors: Arrays = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    groups: Summary = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is grouped of one block: its eigenvalues, and where the parameters are along them.
+
+    For a diagonal these are the parameters themselves; for Kronecker factors the eigen-directions
+    of a layer, of `(inputs, outputs)`.
+
+    Attributes:
+        fisher: The eigenvalues F.
+        block: The block.
+        learned: What it is from.
+    """
+
+    fisher: np.ndarray
+    block: Block
+    learned: Learned
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """θ along the eigenvectors, of the shape of F."""
+        return self.block.coordinates(self.learned.values)
+
+    @cached_property
+    def moved(self) -> np.ndarray | None:
+        """θ − c along the eigenvectors, of the shape of F; `None` where there is no c yet."""
+        if not all(path in self.learned.anchors for path in self.block.paths):
+            return None
+        differences = {
+            p: np.asarray(self.learned.values[p], "float32") - self.learned.anchors[p]
+            for p in self.block.paths
+        }
+        return self.block.coordinates(differences)
+
+    @property
+    def depth(self) -> float:
+        """From 0, the first of the model's variables, to 1, the last."""
+        order = list(self.learned.kinds)
+        path = self.block.paths[0]
+        return order.index(path) / max(len(order) - 1, 1) if path in order else 0.0
+
+    @property
+    def kind(self) -> str:
+        """The class of the layer."""
+        return self.learned.kinds.get(self.block.paths[0], "")
 
 
 class Grouping(ABC):
-    """Divides the Fisher information of a task into groups and weighs each by its λ_k."""
+    """Divides the Fisher information of a task into groups and weighs each by its λ_k.
 
-    @abstractmethod
-    def check(self, variables: Variables) -> None:
+    Done anew at each boundary, where the result is folded into the precision: a training step
+    costs the same as without groups.
+    """
+
+    def check(self, variables: Variables) -> None:  # noqa: B027 (most have nothing to check)
         """Raise `ValueError` if these settings do not fit a model's variables, by path."""
 
-    @abstractmethod
-    def apply(
-        self, blocks: Mapping[str, Block], values: Arrays
-    ) -> tuple[dict[str, Block], Summary]:
-        """Weigh the Fisher information by the λ_k of its groups.
+    @property
+    def budget(self) -> Budget | None:
+        """What the training step is to adjust the λ_k by, if it is."""
+        return None
 
-        Args:
-            blocks: The Fisher information.
-            values: The variables' values by path.
+    @abstractmethod
+    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+        """Weigh the Fisher information by the λ_k of its groups.
 
         Returns:
             The weighted blocks, and a summary of the groups.
@@ -40,3 +119,171 @@ class Grouping(ABC):
     def from_config(cls, config: dict[str, Any]) -> Any:
         """The inverse of `get_config`."""
         return cls(**config)
+
+
+class Partition(Grouping):
+    """A grouping that says in `divide` which parameters belong together.
+
+    Parameters with zero Fisher information belong to no group.
+
+    Args:
+        strengths: The rule for λ_k: `"importance"`, `"evidence"`, a `Strength`, or a number for
+            each group.
+        granularity: What is grouped: `"element"`, single parameters or, where the Fisher
+            information has Kronecker factors, eigen-directions; `"unit"`, all of them with the
+            same last index, the output they lead to; or `"variable"`, all of a variable or of a
+                layer's matrix.
+    """
+
+    def __init__(self, strengths: Any = "importance", granularity: Granularity = "element"):
+        if granularity not in get_args(Granularity):
+            known = ", ".join(map(repr, get_args(Granularity)))
+            raise ValueError(f"`granularity` must be one of {known}. Received: {granularity!r}")
+        self.granularity = granularity
+        self.strengths: Strength = strength_from(strengths)
+        if granularity != "variable" and isinstance(self.strengths, Budget):
+            raise ValueError(
+                "`granularity` must be 'variable' with strengths that follow a budget. Received: "
+                f"{granularity!r}"
+            )
+
+    @abstractmethod
+    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+        """Say which parameters belong together.
+
+        Args:
+            parameters: By block.
+
+        Returns:
+            By block, the numbers of groups from 0 on, −1 for none, as small integers of a shape
+            that broadcasts to that of `fisher`. What has no Fisher information may have any.
+        """
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the training step is to adjust the λ_k by, if it is."""
+        return self.strengths if isinstance(self.strengths, Budget) else None
+
+    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+        """Weigh the Fisher information by the λ_k of its groups.
+
+        Of Kronecker factors the result is the nearest pair of factors: its total differs a little.
+
+        Returns:
+            The weighted blocks, and a summary of the groups.
+        """
+        parameters = {
+            key: Parameters(block.spectrum(), block, learned)
+            for key, block in learned.blocks.items()
+        }
+        labels = self.divide(parameters)
+        count = max((int(part.max(initial=-1)) for part in labels.values()), default=-1) + 1
+        members = np.zeros((len(parameters), 4, count))
+        for i, (key, part) in enumerate(parameters.items()):
+            members[i] = _sums(part, labels[key], count)
+        sizes, fisher, squares, moved = members.sum(0)
+        has_moved = all(part.moved is not None for part in parameters.values())
+        summary: Summary = [
+            {
+                "size": int(sizes[k]),
+                "mean_fisher": float(fisher[k] / sizes[k]),
+                "magnitude": float(np.sqrt(squares[k] / sizes[k])),
+                "layers": {
+                    key: int(n) for key, n in zip(parameters, members[:, 0, k], strict=True) if n
+                },
+            }
+            for k in range(count)
+            if sizes[k]
+        ]
+        used = np.flatnonzero(sizes)
+        numbers = _numbers(summary, learned.groups)
+        order = used[np.argsort(numbers)]
+        strengths = np.zeros(count + 1)  # the last is that of no group, −1
+        strengths[order] = self.strengths.of(
+            GroupStatistics(
+                np.sort(numbers), sizes[order], fisher[order], moved[order] if has_moved else None
+            )
+        )
+        for group, k, number in zip(summary, used, numbers, strict=True):
+            group |= {"group": int(number), "strength": float(strengths[k])}
+        table = strengths.astype("float32")
+        weighted = {
+            key: part.block.scaled(np.broadcast_to(table[labels[key]], part.fisher.shape))
+            for key, part in parameters.items()
+        }
+        return weighted, sorted(summary, key=lambda group: group["group"])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "strengths": keras.saving.serialize_keras_object(self.strengths),
+            "granularity": self.granularity,
+        }
+
+
+def pieces(*arrays: np.ndarray | None) -> Iterator[list[Any]]:
+    """Arrays of the same shape, flat, a piece of each at a time."""
+    flat = [None if a is None else a.reshape(-1) for a in arrays]
+    size = next(a.size for a in flat if a is not None)
+    for start in range(0, size, _CHUNK):
+        yield [None if a is None else a[start : start + _CHUNK] for a in flat]
+
+
+def reduced(array: np.ndarray, granularity: Granularity) -> np.ndarray:
+    """The means over what belongs together, of a shape that broadcasts to that of `array`."""
+    if granularity == "element" or not array.ndim:
+        return array
+    axes = tuple(range(array.ndim - (granularity == "unit")))
+    return array.mean(axes, dtype="float64", keepdims=True) if axes else array
+
+
+def _sums(part: Parameters, labels: np.ndarray, count: int) -> np.ndarray:
+    """The number of members of each group, and their sums of F, of θ² and of F (θ − c)²."""
+    sums = np.zeros((4, count))
+    everywhere = np.broadcast_to(labels, part.fisher.shape)
+    for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, part.moved):
+        groups = np.where(fisher > 0, groups.astype(np.intp) + 1, 0)
+        for row, weights in enumerate(
+            (None, fisher, values**2, None if moved is None else fisher * moved**2)
+        ):
+            if row == 0 or weights is not None:
+                sums[row] += np.bincount(groups, weights, count + 1)[1:]
+    return sums
+
+
+def _numbers(summary: Summary, previous: Summary) -> np.ndarray:
+    """The number of each group: that of the most similar one before, free ones for the rest.
+
+    Groups are similar that have the same share of their parameters in the same layers, and the
+    same mean Fisher information and magnitude relative to all groups. Without any before they are
+    numbered by rising mean Fisher information.
+    """
+    numbers = np.full(len(summary), -1)
+    if previous and summary:
+        new, old = _positions(summary), _positions(previous)
+        distance = np.abs(new[:, None] - old[None]).sum(2)
+        for i, a in enumerate(summary):
+            for j, b in enumerate(previous):
+                distance[i, j] += 10 * _apart(a["layers"], b["layers"])
+        for i, j in zip(*linear_sum_assignment(distance), strict=True):
+            numbers[i] = previous[j]["group"]
+    free = iter(sorted(set(range(len(summary) + len(previous))) - set(numbers)))
+    for i in np.argsort([group["mean_fisher"] for group in summary]):
+        if numbers[i] < 0:
+            numbers[i] = next(free)
+    return numbers
+
+
+def _positions(summary: Summary) -> np.ndarray:
+    """Log mean Fisher information and log magnitude of groups, against those of all, `(K, 2)`."""
+    sizes = np.array([group["size"] for group in summary], float)
+    found = np.array([[group["mean_fisher"], group["magnitude"]] for group in summary])
+    overall = (sizes[:, None] * found).sum(0) / sizes.sum()
+    tiny = np.finfo("float64").tiny
+    return np.log(np.maximum(found, tiny) / np.maximum(overall, tiny))
+
+
+def _apart(a: dict[str, int], b: dict[str, int]) -> float:
+    """From 0, the same shares in the same layers, to 1, none in common."""
+    total_a, total_b = sum(a.values()), sum(b.values())
+    return 1 - sum(min(n / total_a, b.get(key, 0) / total_b) for key, n in a.items())

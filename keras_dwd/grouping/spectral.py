@@ -1,0 +1,109 @@
+"""Groups of units or variables found by spectral clustering of their Fisher profiles."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from sklearn.cluster import SpectralClustering
+from sklearn.metrics import pairwise_distances
+from sklearn.neighbors import KNeighborsClassifier
+
+from keras_dwd.checks import integer
+from keras_dwd.grouping.grouping import Granularity, Parameters, Partition
+
+# A profile: the logarithm of the Fisher information at these quantiles of a unit's parameters.
+_QUANTILES = np.linspace(0, 1, 9)
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class SpectralGrouping(Partition):
+    """Clusters units, or variables, whose Fisher information is distributed alike.
+
+    The affinity of two is exp(−‖p − q‖² / m), with p and q their profiles (log F at nine quantiles
+    of their parameters) and m the median of these squared distances. An affinity has an entry for
+    each pair, so it is never of millions of elements: with more than `samples` units the
+    rest joins the group of the most similar one among these.
+
+    Args:
+        groups: K ≥ 1, number of groups.
+        strengths: The rule for λ_k, see `Partition`.
+        granularity: `"unit"` or `"variable"`, see `Partition`.
+        samples: The most units, drawn at random, that are compared with each other.
+        seed: Of that draw.
+
+    Reference:
+        [von Luxburg, 2007](https://arxiv.org/abs/0711.0189).
+    """
+
+    def __init__(
+        self,
+        groups: int = 4,
+        strengths: Any = "importance",
+        granularity: Granularity = "unit",
+        samples: int = 1000,
+        seed: int = 0,
+    ):
+        if granularity == "element":
+            raise ValueError(
+                "`granularity` must be 'unit' or 'variable': an affinity of single elements would "
+                f"have an entry for each pair. Received: {granularity!r}"
+            )
+        super().__init__(strengths, granularity)
+        self.groups = integer("groups", groups, 1)
+        self.samples = integer("samples", samples, self.groups)
+        self.seed = integer("seed", seed, 0)
+
+    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+        """Cluster the profiles of all units with Fisher information."""
+        labels, profiles = {}, []
+        for key, part in parameters.items():
+            whole = self.granularity == "variable" or not part.fisher.ndim
+            units = part.fisher[..., None] if whole else part.fisher
+            flat = units.reshape(-1, units.shape[-1]).T
+            used = flat.max(1) > 0
+            labels[key] = np.where(used, 0, -1).astype("int16")
+            profiles.append(_profiles(flat[used]))
+        every = np.concatenate(profiles) if profiles else np.zeros((0, len(_QUANTILES)))
+        found = self._clusters(every)
+        start = 0
+        for part_labels in labels.values():
+            used = part_labels >= 0
+            part_labels[used] = found[start : start + used.sum()]
+            start += used.sum()
+        return labels
+
+    def _clusters(self, profiles: np.ndarray) -> np.ndarray:
+        """The group of each profile."""
+        draw = np.random.default_rng(self.seed).permutation(len(profiles))[: self.samples]
+        sample = profiles[draw]
+        distinct, clusters = np.unique(sample, axis=0, return_inverse=True)
+        if not len(distinct) or self.groups == 1:
+            return np.zeros(len(profiles), "int16")
+        if len(distinct) > self.groups:
+            squares = pairwise_distances(sample, metric="sqeuclidean")
+            median = np.median(squares[squares > 0])
+            spectral = SpectralClustering(
+                self.groups,
+                affinity="precomputed",
+                assign_labels="cluster_qr",
+                random_state=self.seed,
+            )
+            clusters = spectral.fit_predict(np.exp(-squares / median))
+        nearest = KNeighborsClassifier(1).fit(sample, clusters)
+        return nearest.predict(profiles).astype("int16")
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return super().get_config() | {
+            "groups": self.groups,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+
+def _profiles(fisher: np.ndarray) -> np.ndarray:
+    """Log Fisher information at the quantiles, `(units, quantiles)`, of `(units, parameters)`."""
+    # A unit's zeros count as a millionth of its mean: far below, at a distance that stays finite.
+    floor = 1e-6 * fisher.mean(1, dtype="float64", keepdims=True)
+    return np.log(np.quantile(np.maximum(fisher, floor), _QUANTILES, axis=1).T)

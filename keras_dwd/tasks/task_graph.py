@@ -1,0 +1,335 @@
+"""The task graph: which earlier tasks the current one has much in common with."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.checks import check_inputs, integer, number
+from keras_dwd.curvature.taps import Taps
+from keras_dwd.evaluation.files import write_json
+from keras_dwd.tasks.similarity import linear_cka
+from keras_dwd.variables import Arrays, Variables, by_path
+
+_INDEX = "graph.json"
+_PROBE = "probe"
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class TaskGraph:
+    """Pulls a model towards what it was after those earlier tasks that resemble the current one.
+
+    Tasks are the nodes of a graph. The weight w_ij of an edge says how much tasks i and j have in
+    common: the linear CKA of what the model makes of one set of probe inputs after task i,
+    and now, while it learns task j. It adds to the penalty
+
+        R = μ/2 · Σ_{i<j} w_ij ‖θ − θ*_i‖²
+
+    which is folded into one further anchor, Σ_i w_ij θ*_i / Σ_i w_ij, and one number, μ Σ_i w_ij:
+    a training step costs the same for any number of tasks. The weights are computed at a boundary
+    and anew at the end of each epoch. What that needs of earlier tasks, θ*_i and the representation
+    of the probe inputs, is in files in `folder`, read piece by piece. Heads of `TaskHeads` have no
+    part in it.
+
+    Args:
+        folder: Where these files are; made if it is not there. It belongs to one model, and is
+            needed again with a model that is loaded.
+        probe: Inputs of the model, unlabelled: an array, or a tuple or dictionary of them as the
+            model takes them. A few hundred are enough. `None` where `folder` has them already, or
+            with `weights`.
+        strength: μ ≥ 0.
+        layer: Name of the layer whose input is the representation; by default the last layer that
+            has weights.
+        weights: w_ij ≥ 0 given by you, of shape `(tasks, tasks)`, instead of CKA.
+        batch_size: Of CKA and of the pass over `probe`.
+        unbiased: Of `linear_cka`.
+
+    Example:
+
+    ```python
+    graph = TaskGraph("graph", probe=x[:500], strength=0.1)
+    model = DWDModel.from_model(network, task_graph=graph)
+    ```
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        probe: Any = None,
+        strength: float = 0.1,
+        layer: str | None = None,
+        weights: Any = None,
+        batch_size: int = 256,
+        unbiased: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.strength = number("strength", strength, 0)
+        self.layer = layer
+        self.batch_size = integer("batch_size", batch_size, 4)
+        self.unbiased = bool(unbiased)
+        self.given = None if weights is None else np.asarray(weights, "float64")
+        if self.given is not None:
+            square = self.given.ndim == 2 and self.given.shape[0] == self.given.shape[1]
+            if not (square and np.isfinite(self.given).all() and (self.given >= 0).all()):
+                raise ValueError(
+                    "`weights` must be a square matrix of numbers >= 0, a row and a column for "
+                    f"each task. Received: {weights!r}"
+                )
+        self._weights: list[list[float]] = []
+        if (self.folder / _INDEX).exists():
+            self._weights = self._read_index()
+        if probe is not None:
+            self._keep_probe(probe)
+        elif self.given is None and not (self.folder / _PROBE).is_dir():
+            raise ValueError(
+                f"`probe` is needed: {str(self.folder)!r} holds no probe inputs, and no `weights` "
+                "are given."
+            )
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """w_ij of all tasks learned so far, symmetric with ones on the diagonal."""
+        found = np.eye(len(self._weights))
+        for j, row in enumerate(self._weights):
+            found[j, :j] = found[:j, j] = row
+        return found
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks learned so far."""
+        return len(self._weights)
+
+    def check(self, model: Any) -> None:
+        """Raise `ValueError` if these settings, or what is in `folder`, do not fit a model."""
+        if self.tasks != model.tasks_learned:
+            raise ValueError(
+                f"`folder` {str(self.folder)!r} holds {self.tasks} tasks, but the model has "
+                f"learned {model.tasks_learned}: it belongs to another model."
+            )
+        if self.layer is not None and self.layer not in {x.name for x in _layers(model)}:
+            known = ", ".join(layer.name for layer in _layers(model))
+            raise ValueError(f"`layer` must be one of {known}. Received: {self.layer!r}")
+        if self.given is not None and self.tasks >= len(self.given):
+            raise ValueError(
+                f"`weights` must have a row for each task. Received {len(self.given)} rows, and "
+                f"task {self.tasks + 1}."
+            )
+        if self.given is None:
+            batch = next(self._pieces())
+            check_inputs(model, batch)
+            self._represented(model, batch)
+
+    def add(self, model: keras.Model) -> None:
+        """Keep what a task has left: it is an earlier one from now on."""
+        row = self.weights_to(model).tolist()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(self.folder / f"task_{self.tasks}") as made:
+            for path, variable in _shared(by_path(model)).items():
+                np.save(made / _file(path), np.asarray(variable))
+            if self.given is None:
+                np.save(made / "representation.npy", self.representation(model))
+        self._weights.append(row)
+        write_json(self.folder / _INDEX, {"version": 1, "weights": self._weights})
+
+    def weights_to(self, model: keras.Model) -> np.ndarray:
+        """w_ij between each earlier task and what the model is now, of shape `(tasks,)`."""
+        if self.given is not None:
+            last = self.tasks >= len(self.given)  # nothing comes after it
+            return np.zeros(self.tasks) if last else self.given[: self.tasks, self.tasks]
+        if not self.tasks:
+            return np.zeros(0)
+        now = self.representation(model)
+        found = []
+        for i in range(self.tasks):
+            then = np.load(self.folder / f"task_{i}" / "representation.npy", mmap_mode="r")
+            cka = linear_cka(then, now, batch_size=self.batch_size, unbiased=self.unbiased)
+            found.append(max(cka, 0.0))
+        return np.array(found)
+
+    def with_update(self, callbacks: Any) -> Any:
+        """The callbacks of a `fit`, and one that weighs the edges anew at the end of each epoch."""
+
+        def weigh(epoch: int, logs: dict[str, Any] | None) -> None:
+            update.model.weigh_tasks()
+
+        update = keras.callbacks.LambdaCallback(on_epoch_end=weigh)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(update)
+            return callbacks
+        if callbacks is None:
+            return [update]
+        return [update, *(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
+
+    def center(self, weights: np.ndarray, variables: Variables) -> tuple[float, Arrays]:
+        """μ Σ w and Σ w θ* / Σ w by path, of the variables that are shared by the tasks."""
+        if not self.strength or not self.tasks:
+            return 0.0, {}
+        total = float(weights.sum())
+        shares = weights / total if total else weights
+        centers: Arrays = {}
+        trainable = {path: v for path, v in _shared(variables).items() if v.trainable}
+        for path, variable in trainable.items():
+            center = np.zeros(variable.shape)
+            for i, share in enumerate(shares):
+                file = self.folder / f"task_{i}" / _file(path)
+                if not file.exists():
+                    raise ValueError(f"`folder` {str(self.folder)!r} has no {path!r} of task {i}.")
+                center += share * np.load(file, mmap_mode="r")
+            centers[path] = center
+        return self.strength * total, centers
+
+    def representation(self, model: keras.Model) -> np.ndarray:
+        """What the model makes of the probe inputs, `(n, d)`, in inference mode."""
+        return np.concatenate([self._represented(model, batch) for batch in self._pieces()])
+
+    def graph(self) -> Any:
+        """The graph as a `networkx.Graph`, tasks as nodes, `weight` of edges; needs networkx."""
+        import networkx
+
+        made = networkx.Graph()
+        made.add_nodes_from(range(self.tasks))
+        for j, row in enumerate(self._weights):
+            made.add_weighted_edges_from((i, j, weight) for i, weight in enumerate(row))
+        return made
+
+    def write_graphml(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph as GraphML; needs networkx."""
+        import networkx
+
+        networkx.write_graphml(self.graph(), path)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the matrix to an image file; needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        axes = figure.subplots()
+        image = axes.imshow(self.matrix, vmin=0, vmax=1)
+        axes.set(xlabel="task", ylabel="task", title="w, what tasks have in common")
+        figure.colorbar(image)
+        figure.savefig(path)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments; the probe inputs are in `folder`."""
+        return {
+            "folder": str(self.folder),
+            "strength": self.strength,
+            "layer": self.layer,
+            "weights": None if self.given is None else self.given.tolist(),
+            "batch_size": self.batch_size,
+            "unbiased": self.unbiased,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TaskGraph":
+        """The inverse of `get_config`."""
+        return cls(**config)
+
+    def _represented(self, model: keras.Model, batch: Any) -> np.ndarray:
+        named = [layer for layer in _layers(model) if layer.name == self.layer]
+        layer = (named or _layers(model))[-1]
+        with Taps([layer]) as taps:
+            model(batch, training=False)
+        calls = taps.calls(layer)
+        if not calls or not calls[0].inputs:
+            raise ValueError(
+                f"What goes into the layer {layer.name!r} cannot be followed: name another `layer`."
+            )
+        inputs = np.asarray(calls[0].inputs[0], "float32")
+        return inputs.reshape(len(inputs), -1)
+
+    def _keep_probe(self, probe: Any) -> None:
+        parts = probe if isinstance(probe, Mapping) else dict(enumerate(_as_tuple(probe)))
+        sizes = {len(part) for part in parts.values()}
+        if len(sizes) != 1 or min(sizes) < 4:
+            raise ValueError(
+                f"`probe` must have at least 4 examples, of each input as many. Received: {sizes}"
+            )
+        for part in parts.values():
+            if not np.isfinite(np.asarray(part)).all():
+                raise ValueError("`probe` must be finite. It has values that are NaN or Inf.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(self.folder / _PROBE) as made:
+            for name, part in parts.items():
+                np.save(made / _file(str(name)), np.asarray(part))
+
+    def _probe(self) -> Any:
+        """The probe inputs, in the structure that the model takes."""
+        files = sorted((self.folder / _PROBE).iterdir())
+        parts = {_path(file): np.load(file, mmap_mode="r") for file in files}
+        if all(name.isdigit() for name in parts):
+            ordered = tuple(parts[str(i)] for i in range(len(parts)))
+            return ordered[0] if len(ordered) == 1 else ordered
+        return parts
+
+    def _pieces(self) -> Iterator[Any]:
+        """The probe inputs, batch by batch."""
+        probe = self._probe()
+        for start in range(0, len(tf.nest.flatten(probe)[0]), self.batch_size):
+            yield tf.nest.map_structure(
+                lambda a, start=start: tf.constant(a[start : start + self.batch_size]), probe
+            )
+
+    def _read_index(self) -> list[list[float]]:
+        try:
+            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+            weights = [[number("w", w, 0) for w in row] for row in index["weights"]]
+            if index["version"] != 1 or [len(row) for row in weights] != list(range(len(weights))):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"`folder`: {str(self.folder / _INDEX)!r} is no index of a task graph."
+            ) from None
+        return weights
+
+
+def _layers(model: keras.Model) -> list[keras.Layer]:
+    """The layers that have weights of their own, in order."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if layer._trainable_variables or layer._non_trainable_variables
+    ]
+
+
+def _shared(variables: Variables) -> Variables:
+    """Variables of numbers that all tasks share."""
+    return {
+        path: v
+        for path, v in variables.items()
+        if "float" in v.dtype and not getattr(v, "per_task", False)
+    }
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def _file(path: str) -> str:
+    return path.replace("%", "%25").replace("/", "%2F") + ".npy"
+
+
+def _path(file: Path) -> str:
+    return file.name.removesuffix(".npy").replace("%2F", "/").replace("%25", "%")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when all of it is written."""
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield made
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
