@@ -24,6 +24,7 @@ bench: $(VENV)/.dev
 	$(BIN)/keras-dwd run --out benchmarks/results/run_default.json
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/fisher_cost.py
+	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py
 	$(BIN)/python benchmarks/tables.py
 

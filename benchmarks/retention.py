@@ -5,29 +5,18 @@ with the highest validation accuracy is run on the test data with three seeds; w
 end of the grid, the output says so. What an earlier run under the same protocol and versions has
 found, methods left out this time included, is taken from its file: `--fresh` ignores it.
 
-Runs go on side by side, one process per core with one thread for each operation: steps/s are of
-one core.
-
 Usage: python benchmarks/retention.py [--scenario NAME ...] [--methods NAME ...] [--data-dir DIR]
     [--processes N]
 """
 
 import argparse
-import dataclasses
-import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
-import tensorflow as tf
 from rich.console import Console
 
 from keras_dwd.cli import table
-from keras_dwd.evaluation.experiment import Experiment, summarize, versions
-from keras_dwd.evaluation.files import write_json
-from keras_dwd.evaluation.methods import method_named
+from keras_dwd.evaluation.tuning import UNTOUCHED, tune
 
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
@@ -86,10 +75,8 @@ METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
 )
-REFERENCES = ("finetune", "joint")
-# What a user has who sets nothing: no λ is chosen for it.
-UNTOUCHED = "dwd-online, λ untouched"
-VALIDATION = 0.2
+# What a user has who sets nothing, and the references: no λ is chosen for them.
+DEFAULT = f"dwd-online{UNTOUCHED}"
 
 
 def grid_of(method):
@@ -98,60 +85,6 @@ def grid_of(method):
     if base not in DIAGONAL:
         return "kronecker"
     return estimator if estimator in ("influence", "negated") else "diagonal"
-
-
-def one_thread():
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-
-
-def one_run(settings, method, seed, strength):
-    """In a process of its own: what it gave, without the model."""
-    result = Experiment(**settings).run(method, seed, strength)
-    print(
-        f"{settings['scenario']}{' validation' if settings.get('validation') else ''}: {method} "
-        f"λ={strength} seed {seed}: {result.matrix.average_accuracy:.4f}",
-        flush=True,
-    )
-    return dataclasses.replace(result, model=None)
-
-
-def tune(pool, name, settings, method, known):
-    """The validation accuracy of each λ."""
-    grid = GRIDS[name][grid_of(method)]
-    tried = {strength: known[strength] for strength in grid if strength in known}
-    pending = {
-        strength: [
-            pool.submit(one_run, settings | {"validation": VALIDATION}, method, seed, strength)
-            for seed in TUNING_SEEDS[name]
-        ]
-        for strength in grid
-        if strength not in tried
-    }
-    for strength, runs in pending.items():
-        tried[strength] = float(np.mean([run.result().matrix.average_accuracy for run in runs]))
-    return tried
-
-
-def measure(pool, name, settings, method, seeds, earlier):
-    """What the file says of a method: its results at its best λ, and how that was found."""
-    label, method = method, method.partition(",")[0]
-    tried, strength = {}, method_named(method).strength
-    result = earlier.get("methods", {}).get(label, {})
-    if label not in (*REFERENCES, UNTOUCHED):
-        known = earlier.get("tuning", {}).get("validation_accuracy", {}).get(method, {})
-        then = result.get("settings")
-        if then and then != method_named(method).configuration(then["regularizer"]["strength"]):
-            known = {}  # of the method as it was
-        tried = tune(pool, name, settings, method, {float(s): a for s, a in known.items()})
-        strength = max(tried, key=tried.get)
-        end = strength in (min(tried), max(tried))
-        print(f"{name}: best λ of {method}: {strength}{', an end of its grid' if end else ''}")
-    chosen = method_named(method).configuration(strength)
-    if result.get("settings") != chosen:
-        runs = [pool.submit(one_run, settings, method, seed, strength) for seed in range(seeds)]
-        result = {"settings": chosen, **summarize([run.result() for run in runs])}
-    return label, result, tried
 
 
 def main():
@@ -165,49 +98,21 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    # Two methods at a time: while one waits for its last run the other keeps the processes busy.
-    with (
-        ProcessPoolExecutor(options.processes, context, initializer=one_thread) as pool,
-        ThreadPoolExecutor(2) as threads,
-    ):
-        for name in options.scenario:
-            settings = SCENARIOS[name] | {"data_dir": options.data_dir}
-            path = options.out / f"retention_{name}.json"
-            results = {
-                "protocol": Experiment(**settings).describe(options.seeds),
-                "versions": versions(),
-                "methods": {},
-                "tuning": {
-                    "validation_fraction": VALIDATION,
-                    "seeds": list(TUNING_SEEDS[name]),
-                    "validation_accuracy": {},
-                },
-            }
-            earlier = {} if options.fresh or not path.exists() else json.loads(path.read_text())
-            if any(earlier.get(key) != results[key] for key in ("protocol", "versions")):
-                earlier = {}
-            known = [*earlier.get("methods", {}), *METHODS, *options.methods]
-            order = [m for m in dict.fromkeys(known) if m not in (*REFERENCES, UNTOUCHED)]
-            order = [REFERENCES[0], *order, UNTOUCHED, REFERENCES[1]]
-            wanted = {*options.methods, *earlier.get("methods", {}), UNTOUCHED, *REFERENCES}
-            jobs = [
-                threads.submit(measure, pool, name, settings, method, options.seeds, earlier)
-                for method in order
-                if method in wanted
-            ]
-            rows = earlier.get("methods", {})
-            tuned = earlier.get("tuning", {}).get("validation_accuracy", {})
-            found = {method: (rows[method], tuned.get(method, {})) for method in rows}
-            for job in as_completed(jobs):  # written as soon as it is there: this takes hours
-                method, result, tried = job.result()
-                found[method] = (result, tried)
-                results["methods"] = {m: found[m][0] for m in order if m in found}
-                results["tuning"]["validation_accuracy"] = {
-                    m: found[m][1] for m in order if m in found and found[m][1]
-                }
-                write_json(path, results)
-            Console().print(table(results))
+    for name in options.scenario:
+        methods = [m for m in METHODS if m in options.methods]
+        methods += [m for m in options.methods if m not in METHODS]
+        results = tune(
+            SCENARIOS[name] | {"data_dir": options.data_dir},
+            ["finetune", *methods, DEFAULT, "joint"],
+            grid=lambda method, name=name: GRIDS[name][grid_of(method)],
+            seeds=options.seeds,
+            tuning_seeds=TUNING_SEEDS[name],
+            out=options.out / f"retention_{name}.json",
+            processes=options.processes,
+            fresh=options.fresh,
+            say=lambda line, name=name: print(f"{name}: {line}", flush=True),
+        )
+        Console().print(table(results))
 
 
 if __name__ == "__main__":

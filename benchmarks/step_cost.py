@@ -1,13 +1,16 @@
 """What DWD costs: step time relative to fine-tuning, and its growth with the number of tasks.
 
-All models that are compared live in one process and are timed in turn; the median over many short
-rounds of the ratio within a round is reported, so that a machine whose speed drifts does not decide
-it.
+The models that are compared live in one process and are timed in turn, over many short rounds: a
+machine whose speed drifts does not decide it. They are built anew several times, since one and the
+same model is faster or slower by some percent from one build to the next; reported is the median
+over builds of the median over rounds of the ratio within a round.
 
-Usage: python benchmarks/step_cost.py [--rounds N] [--data-dir DIR] [--out FILE]
+Usage: python benchmarks/step_cost.py [--rounds N] [--builds N] [--networks NAME ...]
+    [--data-dir DIR] [--out FILE]
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -25,14 +28,15 @@ BATCH = 32
 # Steps per round: several updates of the online factors, of which there is one in 20 steps.
 NETWORKS = {"conv": (conv_net, 60), "resnet18_like": (resnet18_like, 20)}
 # A step of the larger network takes forty times as long, and its times scatter less.
-FEWER_ROUNDS = {"conv": 1, "resnet18_like": 3}
+FEWER = {"conv": 1, "resnet18_like": 3}
 # Steps that a task is learned for before its importance is taken.
 LEARNING = {"conv": 32, "resnet18_like": 3}
 PROTOCOL = (
     f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
     "from 128 images of each, DWDModel with pull and online Fisher (diagonal: each fifth step, "
-    "Kronecker: each 20th) against strength=0, in turn in one process, median ratio over rounds; "
-    "state in bytes per parameter in task 2"
+    "Kronecker: each 20th) against strength=0, in turn in one process, median over builds of the "
+    "models (and their range) of the median ratio over rounds; state in bytes per parameter in "
+    "task 2"
 )
 FISHERS = {DiagonalFisher: "diagonal", KroneckerFisher: "Kronecker"}
 
@@ -87,51 +91,70 @@ def timed(trainers, steps, rounds):
     return times
 
 
-def ratio(above, below):
-    """Median over rounds of the ratio within a round, its quartiles, and the median times."""
-    low, median, high = np.quantile(above / below, (0.25, 0.5, 0.75))
+def ratio(pairs):
+    """Median over builds of the median ratio within a round, their range, and the median times."""
+    medians = [float(np.median(above / below)) for above, below in pairs]
     return {
-        "ratio": median,
-        "ratio_quartiles": [low, high],
-        "milliseconds": [float(np.median(above)), float(np.median(below))],
+        "ratio": float(np.median(medians)),
+        "range": [min(medians), max(medians)],
+        "milliseconds": [
+            float(np.median(np.concatenate(side))) for side in zip(*pairs, strict=True)
+        ],
+    }
+
+
+def measured(build, scenario, fisher, learning, steps, rounds, builds):
+    """The row of a network and a Fisher estimate."""
+    times, size, state = [], 0, 0
+    for _ in range(builds):
+        # Grouping is boundary work: the step sees a precision, whatever it was made from.
+        settings = {"fisher": fisher, "grouping": None}
+        finetune = Trainer(build, scenario, strength=0.0)
+        early, late = (Trainer(build, scenario, **settings) for _ in range(2))
+        early.learn_tasks(1, learning)
+        late.learn_tasks(19, learning)
+        times.append(timed([finetune, early, late], steps, rounds))
+        size = early.model.count_params()
+        state = sum(a.nbytes for a in state_of(early.model).values())
+        keras.utils.clear_session()
+    return {
+        "parameters": size,
+        "state_bytes_per_parameter": state / size,
+        "dwd_to_finetune": ratio([(t[:, 1], t[:, 0]) for t in times]),
+        "task_20_to_task_2": ratio([(t[:, 2], t[:, 1]) for t in times]),
+        "rounds": rounds,
+        "builds": builds,
+        "steps_per_round": steps,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--builds", type=int, default=9)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "step_cost.json"
     )
     options = parser.parse_args()
     scenario = Experiment("split:cifar100", tasks=20, data_dir=options.data_dir).built
-    results = {}
-    for name, (build, steps) in NETWORKS.items():
-        rounds = max(3, options.rounds // FEWER_ROUNDS[name])
-        finetune = Trainer(build, scenario, strength=0.0)
+    content = {"protocol": PROTOCOL, "versions": versions(), "networks": {}}
+    earlier = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if all(earlier.get(key) == content[key] for key in ("protocol", "versions")):
+        content["networks"] = earlier["networks"]  # of networks left out this time
+    for name in options.networks:
+        build, steps = NETWORKS[name]
+        fewer = FEWER[name]
+        rounds, builds = max(3, options.rounds // fewer), max(1, options.builds // fewer)
         for fisher in (DiagonalFisher(), KroneckerFisher()):
-            # Grouping is boundary work: the step sees a precision, whatever it was made from.
-            settings = {"fisher": fisher, "grouping": None}
-            early, late = (Trainer(build, scenario, **settings) for _ in range(2))
-            early.learn_tasks(1, LEARNING[name])
-            late.learn_tasks(19, LEARNING[name])
-            parameters = early.model.count_params()
-            state = sum(a.nbytes for a in state_of(early.model).values())
-            times = timed([finetune, early, late], steps, rounds)
-            row = results[f"{name}, {FISHERS[type(fisher)]}"] = {
-                "parameters": parameters,
-                "state_bytes_per_parameter": state / parameters,
-                "dwd_to_finetune": ratio(times[:, 1], times[:, 0]),
-                "task_20_to_task_2": ratio(times[:, 2], times[:, 1]),
-                "rounds": rounds,
-                "steps_per_round": steps,
-            }
+            label = f"{name}, {FISHERS[type(fisher)]}"
+            row = measured(build, scenario, fisher, LEARNING[name], steps, rounds, builds)
+            content["networks"][label] = row
             for key in ("dwd_to_finetune", "task_20_to_task_2"):
-                print(f"{name}, {FISHERS[type(fisher)]}: {key} {row[key]['ratio']:.3f}", flush=True)
-            write_json(
-                options.out, {"protocol": PROTOCOL, "versions": versions(), "networks": results}
-            )
+                low, high = row[key]["range"]
+                print(f"{label}: {key} {row[key]['ratio']:.3f} ({low:.3f}–{high:.3f})", flush=True)
+            write_json(options.out, content)
 
 
 if __name__ == "__main__":

@@ -63,11 +63,16 @@ def cost_table(results):
             [
                 name,
                 f"{network['parameters']:,}",
-                *(f"{network[k]['ratio']:.3f}" for k in ("dwd_to_finetune", "task_20_to_task_2")),
+                *(_range(network[key]) for key in ("dwd_to_finetune", "task_20_to_task_2")),
                 f"{network['state_bytes_per_parameter']:.1f} a parameter",
             ]
         )
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
+def _range(found):
+    low, high = found["range"]
+    return f"{found['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def passes_table(results):
@@ -79,8 +84,20 @@ def passes_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
+def groupings_table(results):
+    lines = [["parameters", "seconds", "extra memory"]]
+    for size, row in results["groupings"].items():
+        lines.append([size, f"{row['seconds']:.1f}", f"{row['extra_gigabytes']:.2f} GB"])
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
 # By what a file of results has.
-TABLES = {"methods": methods_table, "networks": cost_table, "passes": passes_table}
+TABLES = {
+    "methods": methods_table,
+    "networks": cost_table,
+    "passes": passes_table,
+    "groupings": groupings_table,
+}
 
 
 def fill(text):

@@ -18,11 +18,13 @@ from keras_dwd.grouping.fixed import SingleGroup as SingleGroup
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping as GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping as Grouping
 from keras_dwd.grouping.grouping import Partition as Partition
+from keras_dwd.grouping.policy import GroupingPolicy as GroupingPolicy
 from keras_dwd.grouping.spectral import SpectralGrouping as SpectralGrouping
 from keras_dwd.grouping.strength import Budget as Budget
 from keras_dwd.grouping.strength import Evidence as Evidence
 from keras_dwd.grouping.strength import Importance as Importance
 from keras_dwd.grouping.strength import Strength as Strength
+from keras_dwd.layers.k_winners import KWinners as KWinners
 from keras_dwd.layers.task_heads import TaskHeads as TaskHeads
 from keras_dwd.model import DWDModel as DWDModel
 from keras_dwd.optimizer import DWDOptimizer as DWDOptimizer

@@ -1,4 +1,4 @@
-"""The command line: `keras-dwd run`."""
+"""The command line: `keras-dwd run`, `tune` and `ablate`."""
 
 import json
 import sys
@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.files import write_json
-from keras_dwd.evaluation.methods import METHODS
+from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(
@@ -31,6 +32,56 @@ _COLUMNS = {
 }
 
 
+_Scenario = Annotated[
+    str,
+    typer.Option(
+        help="split:NAME or permuted:NAME, NAME being digits or any classification "
+        "data set that is prepared for tensorflow-datasets."
+    ),
+]
+_Methods = Annotated[
+    str,
+    typer.Option(
+        help=f"Comma-separated, of {', '.join(METHODS)}; NAME:ESTIMATOR for another estimator "
+        f"of the Fisher information, NAME+VARIANT for one of {', '.join(VARIANTS)}."
+    ),
+]
+_Tasks = Annotated[int, typer.Option(help="Number of tasks.")]
+_Setting = Annotated[
+    str | None,
+    typer.Option(
+        help="task (one head per task), domain (shared outputs) or class (an output per "
+        "class of each task). By default task for split, domain for permuted."
+    ),
+]
+_ClassOrderSeed = Annotated[
+    int | None,
+    typer.Option(help="Seed of the order of classes in split, of the permutations in permuted."),
+]
+_Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
+_TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
+_Points = Annotated[
+    int, typer.Option(help="How many values of λ each method gets, over four decades.")
+]
+_Processes = Annotated[
+    int | None, typer.Option(help="Runs at a time, of one thread each; one per core.")
+]
+_Epochs = Annotated[int | None, typer.Option(help="Per task; that of the profile.")]
+_Profile = Annotated[
+    str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
+]
+_DataDir = Annotated[Path | None, typer.Option(help="Folder of tfds data sets; TFDS_DATA_DIR.")]
+_Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
+_Resumed = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the results to this JSON file, as they come; what it has already is not run "
+        "again."
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, not as a table.")]
+
+
 @app.callback()
 def _commands() -> None:
     """Continual learning for Keras 3."""
@@ -38,52 +89,23 @@ def _commands() -> None:
 
 @app.command()
 def run(
-    scenario: Annotated[
-        str,
-        typer.Option(
-            help="split:NAME or permuted:NAME, NAME being digits or any classification "
-            "data set that is prepared for tensorflow-datasets."
-        ),
-    ] = "permuted:digits",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help=f"Comma-separated, of {', '.join(METHODS)}; NAME:ESTIMATOR for another estimator "
-            "of the Fisher information."
-        ),
-    ] = "finetune,ewc,dwd,joint",
-    tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 5,
-    setting: Annotated[
-        str | None,
-        typer.Option(
-            help="task (one head per task), domain (shared outputs) or class (an output per "
-            "class of each task). By default task for split, domain for permuted."
-        ),
-    ] = None,
-    class_order_seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of the order of classes in split, of the permutations in permuted."
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")] = 3,
-    epochs: Annotated[int | None, typer.Option(help="Per task; that of the profile.")] = None,
+    scenario: _Scenario = "permuted:digits",
+    methods: _Methods = "finetune,ewc,dwd,joint",
+    tasks: _Tasks = 5,
+    setting: _Setting = None,
+    class_order_seed: _ClassOrderSeed = None,
+    seeds: _Seeds = 3,
+    epochs: _Epochs = None,
     strength: Annotated[
         str | None,
         typer.Option(
             help="λ of all methods that have one, or of some (ewc=1000,dwd=30); their defaults."
         ),
     ] = None,
-    profile: Annotated[
-        str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
-    ] = "cpu",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of tfds data sets; TFDS_DATA_DIR.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON instead of a table.")
-    ] = False,
+    profile: _Profile = "cpu",
+    data_dir: _DataDir = None,
+    out: _Out = None,
+    as_json: _Json = False,
 ) -> None:
     """Learn a sequence of tasks by several methods and compare what they retain."""
     console = Console(stderr=as_json)
@@ -96,16 +118,133 @@ def run(
         epochs=epochs,
         data_dir=data_dir,
     )
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = _names(methods)
     strengths = _strengths(strength, names)
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ValueError(f"`--out`: the folder {str(out.parent)!r} does not exist.")
-    if out is not None and out.is_dir():
-        raise ValueError(f"`--out` must be a file. Received the folder {str(out)!r}.")
+    _check_out(out)
     with _progress(console) as observer:
         results = experiment.compare(names, seeds, strengths=strengths, observer=observer)
     if out is not None:
         write_json(out, results)
+    _show(results, as_json, console)
+
+
+@app.command()
+def tune(
+    scenario: _Scenario = "permuted:digits",
+    methods: _Methods = "finetune,ewc,dwd,joint",
+    tasks: _Tasks = 5,
+    setting: _Setting = None,
+    class_order_seed: _ClassOrderSeed = None,
+    seeds: _Seeds = 3,
+    tuning_seeds: _TuningSeeds = 1,
+    points: _Points = 5,
+    epochs: _Epochs = None,
+    profile: _Profile = "cpu",
+    data_dir: _DataDir = None,
+    processes: _Processes = None,
+    out: _Resumed = None,
+    as_json: _Json = False,
+) -> None:
+    """Choose λ for each method on held-back training data, then compare on the test data.
+
+    Each method that has a λ gets as many values of it, around its default, the same seeds and
+    the same epochs.
+    """
+    settings = {
+        "scenario": scenario,
+        "tasks": tasks,
+        "setting": setting,
+        "class_order_seed": class_order_seed,
+        "profile": profile,
+        "epochs": epochs,
+        "data_dir": data_dir,
+    }
+    _tuned(settings, _names(methods), seeds, tuning_seeds, points, processes, out, as_json)
+
+
+@app.command()
+def ablate(
+    scenario: _Scenario = "permuted:digits",
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated words: only what has one of them in its name, such as groups, "
+            "budget, γ, estimator. All by default."
+        ),
+    ] = "",
+    tasks: _Tasks = 5,
+    setting: _Setting = None,
+    class_order_seed: _ClassOrderSeed = None,
+    seeds: _Seeds = 3,
+    tuning_seeds: _TuningSeeds = 1,
+    points: _Points = 5,
+    epochs: _Epochs = None,
+    profile: _Profile = "cpu",
+    data_dir: _DataDir = None,
+    processes: _Processes = None,
+    out: _Resumed = None,
+    as_json: _Json = False,
+) -> None:
+    """Change one part of DWD at a time and test the result against a tuned EWC, seed by seed.
+
+    λ is the default, as of one who tunes nothing, but where a part changes the scale of the
+    Fisher information: there, and for EWC, it is tuned as by `tune`.
+    """
+    words = [word.strip() for word in parts.split(",") if word.strip()]
+    chosen = ablation.parts(words)
+    settings = {
+        "scenario": scenario,
+        "tasks": tasks,
+        "setting": setting,
+        "class_order_seed": class_order_seed,
+        "profile": profile,
+        "epochs": epochs,
+        "data_dir": data_dir,
+    }
+    names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
+    _tuned(settings, names, seeds, tuning_seeds, points, processes, out, as_json)
+
+
+def _tuned(
+    settings: dict[str, Any],
+    methods: list[str],
+    seeds: int,
+    tuning_seeds: int,
+    points: int,
+    processes: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    for name, value in (("seeds", seeds), ("tuning-seeds", tuning_seeds), ("points", points)):
+        if value < 1:
+            raise ValueError(f"`--{name}` must be at least 1. Received: {value}")
+    _check_out(out)
+    console = Console(stderr=True)
+    results = tuning.tune(
+        settings,
+        methods,
+        grid=lambda name: tuning.grid_around(method_named(name).strength, points),
+        seeds=seeds,
+        tuning_seeds=range(tuning_seeds),
+        out=out,
+        processes=processes,
+        say=lambda line: console.print(line, style="dim", highlight=False, markup=False),
+    )
+    _show(results, as_json, Console(stderr=as_json))
+
+
+def _names(methods: str) -> list[str]:
+    return [name.strip() for name in methods.split(",") if name.strip()]
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ValueError(f"`--out`: the folder {str(out.parent)!r} does not exist.")
+    if out is not None and out.is_dir():
+        raise ValueError(f"`--out` must be a file. Received the folder {str(out)!r}.")
+
+
+def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -131,13 +270,32 @@ def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Methods × metrics, mean ± standard deviation over the seeds."""
+    """Methods × metrics, mean ± standard deviation over the seeds.
+
+    Of results with a tuned EWC also the difference in accuracy to it, with the p of a paired test.
+    """
     made = Table(title=results["protocol"]["title"])
     made.add_column("method")
+    tuned = "tuning" in results
+    if tuned:
+        made.add_column("λ", justify="right")
     for heading in _COLUMNS.values():
         made.add_column(heading, justify="right")
+    against = {}
+    if tuned and ablation.BASELINE in results["methods"]:
+        against = ablation.compare(results)
+        made.add_column(f"− {ablation.BASELINE}", justify="right")
+        made.add_column("p", justify="right")
     for name, method in results["methods"].items():
-        made.add_row(name, *(_cell(key, method["metrics"][key]) for key in _COLUMNS))
+        cells = [name]
+        if tuned:
+            strength = method["settings"]["regularizer"]["strength"]
+            cells.append(f"{strength:g}" if strength else "")
+        cells += [_cell(key, method["metrics"][key]) for key in _COLUMNS]
+        if name in against:
+            found = against[name]
+            cells += [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
+        made.add_row(*cells)
     return made
 
 

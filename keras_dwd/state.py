@@ -17,7 +17,12 @@ from keras_dwd.variables import Arrays, by_path
 _SCALARS = {"tasks_learned", "weights_digest", "fisher_weight", "groups", "tie"}
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
-_LEAVES = {"precision", "correction", *(f"{side}_{part}" for side in _SIDES for part in _PARTS)}
+_LEAVES = {
+    "precision",
+    "correction",
+    "input_rows",
+    *(f"{side}_{part}" for side in _SIDES for part in _PARTS),
+}
 _STATISTICS = {"fisher", "sketch", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
 
 
@@ -180,6 +185,11 @@ def _block(
         return LowRank(path, np.zeros(shape), np.zeros((1, 1)), correction).with_leaves(parts)
     if matrix is None or matrix.form is None:
         raise ValueError
+    if "input_rows" in parts:
+        rows = np.asarray(parts["input_rows"])
+        within = rows.ndim == 1 and rows.size and rows[0] >= 0 and rows[-1] < matrix.form.rows
+        if not within or np.any(np.diff(rows) < 1) or np.any(rows != np.floor(rows)):
+            raise ValueError
     nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))
     empty = Kronecker(matrix.matrix_paths, matrix.form, nothing, nothing, rank)
     return empty.with_leaves(parts)

@@ -27,6 +27,8 @@ class Factor:
 
     # Directions are kept until they hold this share of the trace above the rest.
     ENERGY = 0.999
+    # In steps of this many: where their number changes, the training step is traced anew.
+    STEP = 32
 
     @property
     def size(self) -> int:
@@ -96,6 +98,7 @@ class Factor:
         values, vectors = np.maximum(values[order], 0), vectors[:, order]
         held, outside = np.cumsum(np.maximum(values - rest, 0)), len(vectors) - len(values)
         enough = int(np.searchsorted(held, Factor.ENERGY * held[-1])) + 1
+        enough = -(-enough // Factor.STEP) * Factor.STEP
         kept = max(1, min(rank, enough, len(values)))
         left = values[kept:].sum() + outside * rest
         # With no direction left out the rest says what is the same in all of them.

@@ -27,6 +27,8 @@ class Kronecker:
         a: A, of fan_in × fan_in.
         g: G, of fan_out × fan_out.
         rank: The most directions that a factor keeps when tasks are merged.
+        rows: Indices of those rows of the matrix that A is about, where all others are zero: inputs
+            that were never active. `None` if it is about all.
 
     Reference:
         [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671), for dense layers;
@@ -38,11 +40,13 @@ class Kronecker:
     a: Factor
     g: Factor
     rank: int
+    rows: Any = None
 
     def leaves(self) -> dict[str, Any]:
         """Its arrays by name."""
         a = {f"input_{name}": leaf for name, leaf in self.a.leaves().items()}
-        return a | {f"output_{name}": leaf for name, leaf in self.g.leaves().items()}
+        rows = {} if self.rows is None else {"input_rows": self.rows}
+        return a | rows | {f"output_{name}": leaf for name, leaf in self.g.leaves().items()}
 
     def with_leaves(self, leaves: dict[str, Any]) -> "Kronecker":
         """The same with other arrays, or with the variables that hold them.
@@ -50,22 +54,50 @@ class Kronecker:
         Raises:
             ValueError: If they do not fit the layer.
         """
+        leaves = dict(leaves)
+        rows = leaves.pop("input_rows", None)
         parts = [
             Factor.from_leaves({n.removeprefix(p): v for n, v in leaves.items() if n.startswith(p)})
             for p in ("input_", "output_")
         ]
         sizes = (parts[0].size, parts[1].size)
-        if sizes != (self.form.rows, self.form.shape[1]):
+        height = self.form.rows if rows is None else rows.shape[0]
+        if sizes != (height, self.form.shape[1]) or height > self.form.rows:
             raise ValueError(
-                f"Factors of {sizes} rows do not fit a matrix of {self.form.rows} x "
-                f"{self.form.shape[1]}."
+                f"Factors of {sizes} rows do not fit a matrix of {height} x {self.form.shape[1]}."
             )
-        return replace(self, a=parts[0], g=parts[1])
+        return replace(self, a=parts[0], g=parts[1], rows=rows)
 
     def multiply(self, differences: list[Any]) -> list[Any]:
         """Λ δ in the training step, by variable."""
-        x = self.a.product(self.form.join(*differences))
-        return self.form.split(self.g.product(x, from_right=True))
+        x = self.a.product(self._held(self.form.join(*differences)))
+        return self.form.split(self._spread(self.g.product(x, from_right=True)))
+
+    def _held(self, matrix: Any) -> Any:
+        """The rows that A is about."""
+        if self.rows is None:
+            return matrix
+        if tf.is_tensor(matrix):
+            return tf.gather(matrix, tf.cast(self.rows, "int32"))
+        return matrix[np.asarray(self.rows, int)]
+
+    def _spread(self, held: Any) -> Any:
+        """The inverse of `_held`, zero in all other rows."""
+        if self.rows is None:
+            return held
+        shape = (self.form.rows, self.form.shape[1])
+        return tf.scatter_nd(tf.cast(self.rows, "int32")[:, None], held, shape)
+
+    def _over(self, rows: np.ndarray | None) -> "Kronecker":
+        """The same about more rows."""
+        if self.rows is None or (rows is not None and len(rows) == len(self.rows)):
+            return self
+        height = self.form.rows if rows is None else len(rows)
+        held = np.asarray(self.rows, int)
+        at = held if rows is None else np.searchsorted(rows, held)
+        vectors = np.zeros((height, self.a.vectors.shape[1]))
+        vectors[at] = self.a.vectors
+        return replace(self, a=replace(self.a, vectors=vectors), rows=rows)
 
     def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]:
         """(d + Λ)⁻¹ Λ δ in the training step, by variable, with d the mean stiffness."""
@@ -81,20 +113,20 @@ class Kronecker:
         # Four parts of the space: within and outside of U, within and outside of V.
         both, rows = function(s[:, None] * t), function(s * q)[:, None]
         columns, neither = function(p * t), function(p * q)
-        x = self.form.join(*differences)
+        x = self._held(self.form.join(*differences))
         left, right = tf.matmul(u, x, transpose_a=True), tf.matmul(x, v)
         middle = (both - rows - columns + neither) * tf.matmul(left, v)
         y = neither * x
         y += tf.matmul((columns - neither) * right, v, transpose_b=True)
         inside = (rows - neither) * left + tf.matmul(middle, v, transpose_b=True)
-        return self.form.split(y + tf.matmul(u, inside))
+        return self.form.split(self._spread(y + tf.matmul(u, inside)))
 
     def weighted(self, strengths: dict[str, float]) -> "Kronecker":
         """Times the strength of each of its variables."""
         rows = np.full(self.form.rows, np.sqrt(strengths[self.paths[0]]))
         if len(self.paths) == 2:
             rows[-1] = np.sqrt(strengths[self.paths[1]])
-        return replace(self, a=self.a.scaled(rows))
+        return replace(self, a=self.a.scaled(self._held(rows)))
 
     def merged(self, new: "Kronecker", decay: float) -> "Kronecker":
         """One Kronecker product for decay · this + new.
@@ -111,12 +143,15 @@ class Kronecker:
             return new
         if added == 0:
             return replace(old, a=old.a.times(decay))
+        either = old.rows is None or new.rows is None
+        rows = None if either else np.union1d(old.rows, new.rows)
+        old, new = old._over(rows), new._over(rows)
         total = before + added
         a = old.a.combine(before / traces[0], new.a, added / traces[2], self.rank)
         g = old.g.combine(
             before / (total * traces[1]), new.g, added / (total * traces[3]), self.rank
         )
-        return replace(self, a=a, g=g)._balanced()
+        return replace(self, a=a, g=g, rows=rows)._balanced()
 
     def _balanced(self) -> "Kronecker":
         """The same product with factors of equal trace, far from the ends of float32."""
@@ -129,7 +164,7 @@ class Kronecker:
 
     def coordinates(self, values: Arrays) -> np.ndarray:
         """The parameters along the eigenvectors."""
-        matrix = self.form.join(*(values[path] for path in self.paths))
+        matrix = self._held(self.form.join(*(values[path] for path in self.paths)))
         return self.a.vectors.T @ matrix @ self.g.vectors
 
     def scaled(self, strengths: np.ndarray) -> "Kronecker":
@@ -173,6 +208,22 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
     overlaps = tf.matmul(other * weights[:, None, None], other, transpose_b=True)
     left, right = tf.matmul(overlaps, rows), rows
     return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
+
+
+def _product_of_active(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """L Rᵀ, `(n, n)`, of those rows only in which one of the two is not zero."""
+    n = left.shape[0]
+    rows = tf.where(tf.reduce_any((left != 0) | (right != 0), 1))
+
+    def of_few() -> tf.Tensor:
+        parts = (tf.gather(x, rows[:, 0]) for x in (left, right))
+        small = tf.matmul(*parts, transpose_b=True)
+        # Columns first, then rows: a scatter along one axis each.
+        tall = tf.scatter_nd(rows, tf.transpose(small), (n, tf.shape(rows)[0]))
+        return tf.scatter_nd(rows, tf.transpose(tall), (n, n))
+
+    few = tf.shape(rows)[0] <= int(KroneckerFisher.FEW * n)
+    return tf.cond(few, of_few, lambda: tf.matmul(left, right, transpose_b=True))
 
 
 def _probe(size: int, columns: int) -> np.ndarray:
@@ -233,12 +284,19 @@ class KroneckerFisher(Fisher):
             gradients of a few classes span few directions; what is learned later turns the others.
         correction: Variables that are no part of a matrix (normalisation, heads per task, layers
             without a rule) have a diagonal; with this above 0, and a correction to it of this rank.
+        sparsity: Whether to look for inputs of a layer that are zero: those that are in a whole
+            batch are left out of the estimate, and where at most half of a layer's inputs were
+            ever active on a task, only their weights are pulled, with less work and memory. For
+            activations such as `KWinners`; not with `jit_compile`, whose shapes are fixed.
 
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
         [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671);
         [Ritter et al., 2018](https://arxiv.org/abs/1805.07810), for continual learning.
     """
+
+    # The share of active inputs up to which it pays to leave the others out.
+    FEW = 0.5
 
     def __init__(
         self,
@@ -248,6 +306,7 @@ class KroneckerFisher(Fisher):
         rank: int = 256,
         damping: float = 0.3,
         correction: int = 0,
+        sparsity: bool = False,
     ):
         if estimator in ("batch", "adam"):
             raise ValueError(
@@ -258,6 +317,7 @@ class KroneckerFisher(Fisher):
         self.rank = integer("rank", rank, 1)
         self.damping = number("damping", damping, 0, 1)
         self.correction = integer("correction", correction, 0)
+        self.sparsity = bool(sparsity)
 
     def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""
@@ -294,7 +354,11 @@ class KroneckerFisher(Fisher):
             if size > 4 * self.rank:
                 found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)
                 right = tf.matmul(_probe(size, self.rank), right, transpose_a=True)
-            found[name] = tf.matmul(left, right, transpose_b=True)
+                found[name] = tf.matmul(left, right, transpose_b=True)
+            elif self.sparsity:
+                found[name] = _product_of_active(left, right)
+            else:
+                found[name] = tf.matmul(left, right, transpose_b=True)
         return found
 
     def blocks(
@@ -307,11 +371,13 @@ class KroneckerFisher(Fisher):
                 continue
             if not ruled.trains(variables):  # frozen since
                 continue
-            a, g = (self._factor(side, ruled.kernel, statistics) for side in ("input", "output"))
+            rows = self._active(np.asarray(statistics[f"input/{ruled.kernel}"]))
+            a = self._factor("input", ruled.kernel, statistics, rows)
+            g = self._factor("output", ruled.kernel, statistics)
             trace = a.trace
             g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
             form = ruled.form
-            found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank)
+            found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank, rows)
         for name, sketch in statistics.items():
             kind, _, path = name.partition("/")
             if kind == "sketch" and path in found and np.any(sketch):
@@ -339,13 +405,22 @@ class KroneckerFisher(Fisher):
                 found[f"sketch/{path}"] = tf.matmul(g, along, transpose_a=True)
         return found
 
-    def _factor(self, side: str, kernel: str, statistics: Arrays) -> Factor:
+    def _active(self, statistic: np.ndarray) -> np.ndarray | None:
+        """The rows of A that are not zero, where these are few and it is asked for."""
+        rows = np.flatnonzero(statistic.any(1))
+        few = 0 < len(rows) <= self.FEW * len(statistic)
+        return rows if self.sparsity and few else None
+
+    def _factor(
+        self, side: str, kernel: str, statistics: Arrays, rows: np.ndarray | None = None
+    ) -> Factor:
         matrix = np.asarray(statistics[f"{side}/{kernel}"], "float64")
         trace = statistics.get(f"{side}_trace/{kernel}")
+        held = slice(None) if rows is None else rows
         if trace is None:
-            return Factor.from_matrix(matrix, self.rank)
+            return Factor.from_matrix(matrix[held][:, held], self.rank)
         probe = _probe(len(matrix), self.rank).astype("float64")
-        return Factor.from_sketch(matrix, probe, float(trace))
+        return Factor.from_sketch(matrix[held], probe[held], float(trace))
 
     def _columns(self, size: int) -> int:
         return size if size <= 4 * self.rank else self.rank
@@ -356,4 +431,5 @@ class KroneckerFisher(Fisher):
             "rank": self.rank,
             "damping": self.damping,
             "correction": self.correction,
+            "sparsity": self.sparsity,
         }

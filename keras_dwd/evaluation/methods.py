@@ -7,8 +7,14 @@ from typing import Any
 
 import keras
 
-from keras_dwd.curvature.fisher import DiagonalFisher, Estimator
+from keras_dwd.curvature.fisher import DiagonalFisher, Estimator, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.grouping.fixed import LayerGrouping, SingleGroup
+from keras_dwd.grouping.gmm import GaussianMixtureGrouping
+from keras_dwd.grouping.grouping import Grouping
+from keras_dwd.grouping.policy import GroupingPolicy
+from keras_dwd.grouping.spectral import SpectralGrouping
+from keras_dwd.grouping.strength import Importance
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
 
@@ -25,6 +31,7 @@ class Method:
         boundary_pass: Whether the Fisher is estimated in a pass over the task's data at its end,
             rather than during training.
         decoupled: Whether the pull is a step of its own, by a `DWDOptimizer`.
+        graph: μ of a `TaskGraph` with inputs of the first task as probe, or 0 for none.
         joint: Train on all tasks at once instead: the upper reference.
     """
 
@@ -33,18 +40,21 @@ class Method:
     strength: float = 0.0
     boundary_pass: bool = False
     decoupled: bool = False
+    graph: float = 0.0
     joint: bool = False
 
     def configuration(self, strength: float) -> dict[str, Any]:
         """All settings of the model, defaults included, as they are written to result files."""
         inputs = keras.Input((8,))
         model = DWDModel(inputs, keras.layers.Dense(8)(inputs), **self.settings(strength))
+        grouping = model.grouping
         return {
             "regularizer": model.regularizer.get_config(),
             "fisher": model.fisher.get_config(),
-            "grouping": model.grouping.get_config() if model.grouping else None,
+            "grouping": grouping and {"class": type(grouping).__name__, **grouping.get_config()},
             "boundary_pass": self.boundary_pass,
             **({"decoupled": True} if self.decoupled else {}),
+            **({"task_graph": self.graph} if self.graph else {}),
         }
 
 
@@ -95,20 +105,89 @@ METHODS: dict[str, Method] = {
 """Every method by name."""
 
 
+def _with(**settings: Any) -> Callable[[Method], Method]:
+    """A method with other arguments of `DWDModel`, made from what it has."""
+
+    def change(method: Method) -> Method:
+        def changed(strength: float, **others: Any) -> dict[str, Any]:
+            before = method.settings(strength, **others)
+            return before | {name: make(before) for name, make in settings.items()}
+
+        return replace(method, settings=changed)
+
+    return change
+
+
+def _grouped(make: Callable[[], Grouping | None]) -> Callable[[Method], Method]:
+    return _with(grouping=lambda before: make())
+
+
+def _estimated(**arguments: Any) -> Callable[[Method], Method]:
+    """With other arguments of its Fisher estimate."""
+
+    def fisher(before: dict[str, Any]) -> Fisher:
+        found = before["fisher"]
+        return type(found)(**found.get_config() | arguments)
+
+    return _with(fisher=fisher)
+
+
+VARIANTS: dict[str, Callable[[Method], Method]] = {
+    "no-groups": _grouped(lambda: None),
+    "layers": _grouped(LayerGrouping),
+    "spectral": _grouped(SpectralGrouping),
+    "bic": _grouped(lambda: GaussianMixtureGrouping("bic")),
+    "units": _grouped(lambda: GaussianMixtureGrouping(granularity="unit")),
+    "variables": _grouped(lambda: GaussianMixtureGrouping(granularity="variable")),
+    "movement": _grouped(
+        lambda: GaussianMixtureGrouping(features=("fisher", "magnitude", "movement"))
+    ),
+    "levelled": _grouped(lambda: GaussianMixtureGrouping(strengths=Importance(-0.5))),
+    "evidence": _grouped(lambda: GaussianMixtureGrouping(strengths="evidence")),
+    "budget": _grouped(lambda: LayerGrouping("budget")),
+    "one-budget": _grouped(lambda: SingleGroup("budget")),
+    "policy": _grouped(
+        lambda: GroupingPolicy(
+            [
+                SingleGroup(),
+                LayerGrouping(),
+                *(GaussianMixtureGrouping(k, Importance(a)) for k in (2, 4) for a in (-0.5, 0.5)),
+            ]
+        )
+    ),
+    "gamma-0.9": _estimated(gamma=0.9),
+    "gamma-0.99": _estimated(gamma=0.99),
+    "every-step": _estimated(every=1),
+    "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
+    "decoupled": lambda method: replace(method, decoupled=True),
+    "graph": lambda method: replace(method, graph=0.1),
+}
+"""Changes of one setting of a method, by name."""
+
+
 def method_named(name: str) -> Method:
-    """A method by its name, `NAME` of `METHODS` or `NAME:ESTIMATOR` for another estimator.
+    """A method by its name.
+
+    Args:
+        name: `NAME[:ESTIMATOR][+VARIANT]…`: one of `METHODS`, with another estimator of the Fisher
+            information and with changes of `VARIANTS`.
 
     Raises:
         ValueError: If there is none of that name, with those there are.
     """
-    base, colon, estimator = name.partition(":")
-    known = METHODS.get(base)
-    if known is None or (colon and known.settings is _plain):
+    plain, *variants = name.split("+")
+    base, colon, estimator = plain.partition(":")
+    method = METHODS.get(base)
+    fixed = method is not None and method.settings is _plain
+    if method is None or (fixed and (colon or variants)):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
-    if not colon:
-        return known
-    method = replace(known, name=name, settings=partial(known.settings, estimator=estimator))
-    if estimator == "adam":  # which only training can estimate
-        method = replace(method, boundary_pass=False, decoupled=True)
+    if colon:
+        method = replace(method, settings=partial(method.settings, estimator=estimator))
+        if estimator == "adam":  # which only training can estimate
+            method = replace(method, boundary_pass=False, decoupled=True)
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"Unknown variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+        method = VARIANTS[variant](method)
     method.settings(1.0)  # raises with the estimators there are
-    return method
+    return replace(method, name=name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +15,19 @@ import tensorflow as tf
 
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.grouping.policy import GroupingPolicy
 from keras_dwd.model import DWDModel
 from keras_dwd.optimizer import DWDOptimizer
 from keras_dwd.tasks.scenario import Scenario, Task
+from keras_dwd.tasks.task_graph import TaskGraph
 
 FISHER_EXAMPLES = 500
 """Of each task, for a boundary pass: more give nearly the same estimate (van de Ven, 2025)."""
+
+# The share of a task's training data that a `GroupingPolicy` is rewarded by.
+_HELD_BACK = 0.1
+# Inputs of the first task that a task graph compares representations of.
+_PROBES = 500
 
 METRICS = (
     "average_accuracy",
@@ -81,7 +89,7 @@ def run_sequence(
     Args:
         build: Makes the plain Keras model for a scenario; called after the seed is set.
         scenario: The tasks.
-        method: A `Method`, the name of one in `METHODS`, or `NAME:ESTIMATOR`.
+        method: A `Method`, or the name of one, see `method_named`.
         strength: λ, the method's default if `None`.
         epochs: Per task. A joint run takes as many over the union: the same number of steps.
         batch_size: For arrays; `tf.data` comes in its own.
@@ -99,7 +107,14 @@ def run_sequence(
         method = method_named(method)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
-    model = DWDModel.from_model(build(scenario), **method.settings(strength))
+    chosen = method.settings(strength)
+    if method.graph and strength > 0:
+        folder = tempfile.TemporaryDirectory(prefix="task_graph_")
+        probe, _ = _sample(scenario.tasks[0].train, _PROBES)
+        chosen["task_graph"] = TaskGraph(Path(folder.name) / "graph", probe, method.graph)
+    model = DWDModel.from_model(build(scenario), **chosen)
+    if method.graph and strength > 0:
+        model._graph_folder = folder  # there for as long as the model is
 
     adam = keras.optimizers.Adam(learning_rate)
     settings = {
@@ -117,6 +132,10 @@ def run_sequence(
     after = np.full((count, count), np.nan)
     before = _accuracies(model, tests)
     result = SequenceResult(AccuracyMatrix(after, before), 0, [], [], 0, model)
+    policy = model.grouping if isinstance(model.grouping, GroupingPolicy) else None
+    if policy is not None:  # what it learns from is not trained on
+        scenario = scenario.holdout(_HELD_BACK)
+        held_back = [_as_batches(task.test) for task in scenario.tasks]
     memory = _PeakMemory()
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
         # The moments of the last task are not this one's; a new optimizer would trace anew.
@@ -131,6 +150,8 @@ def run_sequence(
         result.steps += int(model.optimizer.iterations)
 
         started = time.perf_counter()
+        if policy is not None:
+            policy.reward(float(_accuracies(model, held_back[: t + 1]).mean()))
         sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
         model.consolidate(sample, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)

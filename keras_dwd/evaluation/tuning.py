@@ -1,0 +1,186 @@
+"""λ chosen for each method on validation data, with the same budget; runs side by side."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.evaluation.experiment import Experiment, summarize, versions
+from keras_dwd.evaluation.files import write_json
+from keras_dwd.evaluation.methods import method_named
+
+VALIDATION = 0.2
+"""The share of the training data that is held back to tune on."""
+
+UNTOUCHED = ", λ untouched"
+"""At the end of a method's name: with its default λ, none is chosen for it."""
+
+_DECADES = 2.0
+
+
+def grid_around(strength: float, points: int) -> tuple[float, ...]:
+    """Values of λ, as many for each method, over two decades to either side of its default."""
+    exponents = np.linspace(-_DECADES, _DECADES, points) if points > 1 else np.zeros(1)
+    return tuple(float(f"{strength * 10**e:.3g}") for e in exponents)
+
+
+def tune(
+    settings: dict[str, Any],
+    methods: Sequence[str],
+    *,
+    grid: Callable[[str], Iterable[float]],
+    seeds: int = 3,
+    tuning_seeds: Sequence[int] = (0,),
+    out: Path | None = None,
+    processes: int | None = None,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Choose λ for each method by validation accuracy and measure it on the test data.
+
+    Each method that has a λ gets as many values of it as `grid` gives, the same seeds and the same
+    epochs; only training data, a part of it held back, decides. Runs go on side by side, one
+    process with one thread per core: steps/s are of one core.
+
+    Args:
+        settings: The arguments of `Experiment`.
+        methods: Names, see `method_named`; `NAME, λ untouched` is measured at its default.
+        grid: The values of λ for a method.
+        seeds: On the test data: 0 to `seeds − 1`.
+        tuning_seeds: On the validation data.
+        out: A JSON file, written each time a method is done. What it has already from a run under
+            the same protocol and versions is not run again: neither tuning nor results.
+        processes: How many runs at a time; one per core by default.
+        fresh: Ignore what the file has.
+        say: Told of each run.
+
+    Returns:
+        As of `Experiment.compare`, and in `tuning` the validation accuracy of each λ.
+    """
+    for method in methods:  # before anything runs
+        method_named(_base(method))
+    results: dict[str, Any] = {
+        "protocol": Experiment(**settings).describe(seeds),
+        "versions": versions(),
+        "methods": {},
+        "tuning": {
+            "validation_fraction": VALIDATION,
+            "seeds": list(tuning_seeds),
+            "validation_accuracy": {},
+        },
+    }
+    earlier: dict[str, Any] = {}
+    if out is not None and out.exists() and not fresh:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if any(earlier.get(key) != results[key] for key in ("protocol", "versions")):
+            earlier = {}
+    rows, tuned = earlier.get("methods", {}), earlier.get("tuning", {})
+    known = tuned.get("validation_accuracy", {}) if tuned.get("seeds") == list(tuning_seeds) else {}
+    found = {method: (rows[method], known.get(method, {})) for method in rows}
+    order = list(dict.fromkeys([*rows, *methods]))
+    order.sort(key=lambda name: method_named(_base(name)).joint)  # the upper reference comes last
+    context = multiprocessing.get_context("spawn")
+    # Two methods at a time: while one waits for its last run the other keeps the processes busy.
+    with (
+        ProcessPoolExecutor(processes or os.cpu_count(), context, initializer=_one_thread) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        bench = _Bench(pool, settings, seeds, tuning_seeds, say)
+        jobs = {
+            threads.submit(bench.measure, method, grid, *found.get(method, ({}, {}))): method
+            for method in order
+            if method in methods
+        }
+        for job in as_completed(jobs):  # written as soon as it is there: this may take hours
+            found[jobs[job]] = job.result()
+            results["methods"] = {m: found[m][0] for m in order if m in found}
+            results["tuning"]["validation_accuracy"] = {
+                m: found[m][1] for m in order if m in found and found[m][1]
+            }
+            if out is not None:
+                write_json(out, results)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """Where runs of one experiment are made."""
+
+    pool: ProcessPoolExecutor
+    settings: dict[str, Any]
+    seeds: int
+    tuning_seeds: Sequence[int]
+    say: Callable[[str], None]
+
+    def measure(
+        self,
+        name: str,
+        grid: Callable[[str], Iterable[float]],
+        result: dict[str, Any],
+        known: dict[str, float],
+    ) -> tuple[dict[str, Any], dict[float, float]]:
+        """What the file says of a method: its results at its best λ, and how that was found."""
+        method = method_named(_base(name))
+        tried: dict[float, float] = {}
+        strength = method.strength
+        if not name.endswith(UNTOUCHED) and method.strength > 0:
+            then = result.get("settings")
+            if then and then != method.configuration(then["regularizer"]["strength"]):
+                known = {}  # of the method as it was
+            tried = self._tune(name, tuple(grid(name)), {float(s): a for s, a in known.items()})
+            strength = max(tried, key=lambda s: tried[s])
+            end = strength in (min(tried), max(tried)) and len(tried) > 1
+            self.say(f"best λ of {name}: {strength}{', an end of its grid' if end else ''}")
+        chosen = method.configuration(strength)
+        if result.get("settings") != chosen:
+            runs = [
+                self.pool.submit(_run, self.settings, _base(name), seed, strength)
+                for seed in range(self.seeds)
+            ]
+            results = [run.result() for run in runs]
+            mean = np.mean([r.matrix.average_accuracy for r in results])
+            self.say(f"{name}, λ={strength}: {mean:.4f}")
+            result = {"settings": chosen, **summarize(results)}
+        return result, tried
+
+    def _tune(
+        self, name: str, grid: tuple[float, ...], known: dict[float, float]
+    ) -> dict[float, float]:
+        """The validation accuracy of each λ."""
+        held_back = self.settings | {"validation": VALIDATION}
+        tried = {strength: known[strength] for strength in grid if strength in known}
+        pending = {
+            strength: [
+                self.pool.submit(_run, held_back, name, seed, strength)
+                for seed in self.tuning_seeds
+            ]
+            for strength in grid
+            if strength not in tried
+        }
+        for strength, runs in pending.items():
+            results = [run.result().matrix.average_accuracy for run in runs]
+            tried[strength] = float(np.mean(results))
+            self.say(f"{name}, λ={strength}, validation: {tried[strength]:.4f}")
+        return tried
+
+
+def _base(name: str) -> str:
+    return name.removesuffix(UNTOUCHED)
+
+
+def _one_thread() -> None:
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _run(settings: dict[str, Any], method: str, seed: int, strength: float) -> Any:
+    """In a process of its own: what it gave, without the model."""
+    result = Experiment(**settings).run(method, seed, strength)
+    return dataclasses.replace(result, model=None)  # type: ignore[arg-type]

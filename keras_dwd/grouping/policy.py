@@ -1,0 +1,146 @@
+"""A grouping that learns which grouping retains best."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dwd.checks import integer, number
+from keras_dwd.curvature.fisher import Block
+from keras_dwd.grouping.grouping import Grouping, Learned, Summary
+from keras_dwd.variables import Variables
+
+
+@keras.saving.register_keras_serializable("keras_dwd")
+class GroupingPolicy(Grouping):
+    """Picks one of several groupings at each boundary, by what earlier picks were worth.
+
+    A contextual bandit: it expects of each grouping a reward that is linear in what is known at the
+    boundary (how many tasks there were, how far parameters moved during the last, how unequal their
+    Fisher information is) and picks the one with the highest upper confidence bound (LinUCB). The
+    reward is what you say it is, between 0 and 1: in the end the accuracy on validation data
+    of all tasks so far. Give it after the next task, before `consolidate`. What was learned is part
+    of the configuration: it is saved with the model, and `get_config` carries it to the next.
+
+    Args:
+        groupings: To pick from, two or more.
+        exploration: ≥ 0, the width of the bound: how much is tried out.
+        rewards: How often each was rewarded and what was learned from it, as of `get_config`.
+
+    Example:
+
+    ```python
+    policy = GroupingPolicy([SingleGroup(), GaussianMixtureGrouping(4), LayerGrouping()])
+    model = DWDModel.from_model(network, grouping=policy)
+    for x, y, validation in tasks:
+        model.fit(x, y)
+        model.grouping.reward(accuracy_on_all(validation))
+        model.consolidate()
+    ```
+
+    Reference:
+        [Li et al., 2010](https://arxiv.org/abs/1003.0146), algorithm 1.
+    """
+
+    FEATURES = 4
+
+    def __init__(self, groupings: Sequence[Any], exploration: float = 0.1, rewards: Any = None):
+        made = [
+            keras.saving.deserialize_keras_object(each) if isinstance(each, dict) else each
+            for each in groupings
+        ]
+        if len(made) < 2 or not all(isinstance(each, Grouping) for each in made):
+            raise ValueError(f"`groupings` must be two or more. Received: {groupings!r}")
+        if any(each.budget for each in made):
+            raise ValueError(
+                "`groupings` must fix their strengths at the boundary: a policy has none with a "
+                "budget."
+            )
+        self.groupings = made
+        self.exploration = number("exploration", exploration, 0)
+        d = self.FEATURES
+        rewards = rewards or {}
+        self.counts = [integer("rewards", n, 0) for n in rewards.get("counts", [0] * len(made))]
+        # Of each grouping the ridge regression of rewards: A = I + Σ x xᵀ and b = Σ r x.
+        self._a = np.array(rewards.get("a", [np.eye(d)] * len(made)), "float64")
+        self._b = np.array(rewards.get("b", [np.zeros(d)] * len(made)), "float64")
+        if (len(self.counts), self._a.shape, self._b.shape) != (
+            len(made),
+            (len(made), d, d),
+            (len(made), d),
+        ):
+            raise ValueError(f"`rewards` must be those of {len(made)} groupings.")
+        # The pick that waits for its reward, and the context it was made in.
+        self._open: tuple[int, np.ndarray] | None = None
+        if rewards.get("open"):
+            picked, context = rewards["open"]
+            self._open = int(picked), np.array(context, "float64")
+
+    @property
+    def picked(self) -> int | None:
+        """Which of `groupings` the last boundary took, if it was not rewarded yet."""
+        return None if self._open is None else self._open[0]
+
+    def reward(self, value: float) -> None:
+        """Say what the pick of the last boundary was worth; of none there is nothing to learn.
+
+        Args:
+            value: In [0, 1].
+        """
+        value = number("value", value, 0, 1)
+        if self._open is not None:
+            picked, context = self._open
+            self._a[picked] += np.outer(context, context)
+            self._b[picked] += value * context
+            self.counts[picked] += 1
+            self._open = None
+
+    def check(self, variables: Variables) -> None:
+        """Raise `ValueError` if one of the groupings does not fit a model's variables, by path."""
+        for each in self.groupings:
+            each.check(variables)
+
+    def expected(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The reward expected of each grouping, and the width of its confidence bound."""
+        means, widths = [], []
+        for a, b in zip(self._a, self._b, strict=True):
+            inverse = np.linalg.inv(a)
+            means.append(context @ inverse @ b)
+            widths.append(np.sqrt(context @ inverse @ context))
+        return np.array(means), self.exploration * np.array(widths)
+
+    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+        """Weigh the Fisher information by the grouping that is picked."""
+        context = self.context(learned)
+        means, widths = self.expected(context)
+        untried = [k for k, count in enumerate(self.counts) if not count]
+        picked = untried[0] if untried else int(np.argmax(means + widths))
+        result = self.groupings[picked].apply(learned)
+        self._open = picked, context
+        return result
+
+    def context(self, learned: Learned) -> np.ndarray:
+        """What is known at a boundary, `(FEATURES,)`, each of the order of one."""
+        spectra = [block.spectrum().ravel() for block in learned.blocks.values()]
+        positive = np.concatenate([s[s > 0] for s in spectra] or [np.zeros(0)])
+        spread = float(np.log(positive).std()) if positive.size else 0.0
+        moved, size = 0.0, 0.0
+        for path, anchor in learned.anchors.items():
+            moved += float(np.square(learned.values[path] - anchor, dtype="float64").sum())
+            size += float(np.square(anchor, dtype="float64").sum())
+        distance = np.sqrt(moved / size) if size else 0.0
+        return np.array([1.0, float(bool(learned.anchors)), distance, spread / 10])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, with what was learned."""
+        return {
+            "groupings": [keras.saving.serialize_keras_object(g) for g in self.groupings],
+            "exploration": self.exploration,
+            "rewards": {
+                "counts": list(self.counts),
+                "a": self._a.tolist(),
+                "b": self._b.tolist(),
+                "open": self._open and [self._open[0], self._open[1].tolist()],
+            },
+        }

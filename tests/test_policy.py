@@ -1,0 +1,132 @@
+import keras
+import numpy as np
+import pytest
+from conftest import blobs, compiled
+
+from keras_dwd import (
+    DiagonalFisher,
+    GaussianMixtureGrouping,
+    GroupingPolicy,
+    LayerGrouping,
+    Scenario,
+    SingleGroup,
+    run_sequence,
+)
+from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.evaluation.methods import Method
+from keras_dwd.grouping.grouping import Learned
+
+ARMS = [SingleGroup(), LayerGrouping(), GaussianMixtureGrouping(2)]
+
+
+def learned(seed=0, moved=0.1):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=20)
+    blocks = {"a": Diagonal("a", rng.uniform(0.1, 1, 20))}
+    return Learned(blocks, {"a": values}, {"a": values - moved})
+
+
+def test_it_tries_each_and_then_takes_the_best():
+    policy = GroupingPolicy(ARMS)
+    worth = [0.2, 0.9, 0.4]
+    picks = []
+    for seed in range(30):
+        policy.apply(learned(seed))
+        picks.append(policy.picked)
+        policy.reward(worth[policy.picked])
+    assert picks[:3] == [0, 1, 2]
+    assert picks.count(1) > 20
+    assert policy.picked is None
+
+
+def test_the_context_decides():
+    policy = GroupingPolicy(ARMS[:2], exploration=0.2)
+    for seed in range(60):
+        far = seed % 2
+        policy.apply(learned(seed, moved=2.0 if far else 0.01))
+        policy.reward(0.9 if policy.picked == far else 0.3)
+    chosen = []
+    for moved in (0.01, 2.0):
+        policy.apply(learned(100, moved))
+        chosen.append(policy.picked)
+    assert chosen == [0, 1]
+
+
+def test_the_expectation_is_ridge_regression():
+    policy = GroupingPolicy(ARMS[:2], exploration=0.5)
+    rng = np.random.default_rng(0)
+    contexts, rewards = [], []
+    for seed in range(6):
+        what = learned(seed, rng.uniform(0, 1))
+        policy.apply(what)
+        reward = rng.uniform()
+        if policy.picked == 0:
+            contexts.append(policy.context(what))
+            rewards.append(reward)
+        policy.reward(reward)
+    x = np.array(contexts)
+    now = policy.context(learned(9))
+    gram = x.T @ x + np.eye(4)
+    means, widths = policy.expected(now)
+    assert means[0] == pytest.approx(now @ np.linalg.solve(gram, x.T @ rewards))
+    assert widths[0] == pytest.approx(0.5 * np.sqrt(now @ np.linalg.solve(gram, now)))
+
+
+def test_what_is_picked_is_applied_and_a_reward_needs_a_pick():
+    policy = GroupingPolicy(ARMS)
+    policy.reward(1.0)
+    assert policy.counts == [0, 0, 0]
+    what = learned()
+    weighted, summary = policy.apply(what)
+    expected, alike = ARMS[0].apply(what)
+    np.testing.assert_array_equal(weighted["a"].values, expected["a"].values)
+    assert summary == alike
+
+
+def test_it_is_saved_with_what_it_learned(tmp_path):
+    model = compiled(fisher=DiagonalFisher("exact"), grouping=GroupingPolicy(ARMS))
+    for seed in range(2):
+        model.fit(*blobs(seed=seed), verbose=0)
+        model.grouping.reward(0.7)
+        model.consolidate()
+    assert model.grouping.counts == [1, 0, 0]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.grouping.get_config() == model.grouping.get_config()
+    assert again.grouping.picked == 1
+    again.grouping.reward(0.5)
+    assert again.grouping.counts == [1, 1, 0]
+
+
+def test_a_run_rewards_it_by_held_back_data():
+    policy = GroupingPolicy(ARMS)
+    method = Method("policy", lambda s: {"strength": s, "grouping": policy}, strength=1.0)
+    data = [blobs(seed=seed) for seed in range(4)]
+    tasks = Scenario.from_tasks([(f"task {i}", d, d) for i, d in enumerate(data)])
+
+    def build(scenario):
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+
+    result = run_sequence(build, tasks, method, epochs=20)
+    assert result.model.grouping.counts == [1, 1, 1]
+    assert policy.counts == [0, 0, 0]  # the model has its own
+    means, _ = result.model.grouping.expected(np.array([1.0, 1.0, 0.1, 0.1]))
+    assert (means > 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"groupings": [SingleGroup()]},
+        {"groupings": [SingleGroup(), "gmm"]},
+        {"groupings": [SingleGroup(), SingleGroup("budget")]},
+        {"groupings": ARMS, "exploration": -1},
+        {"groupings": ARMS, "rewards": {"counts": [1]}},
+    ],
+)
+def test_bad_arguments_are_named(arguments):
+    name = list(arguments)[-1]
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        GroupingPolicy(**arguments)
+    with pytest.raises(ValueError, match="`value`"):
+        GroupingPolicy(ARMS).reward(2.0)

@@ -1,0 +1,145 @@
+"""Inputs of a layer that were never active: no Fisher work, no pull."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled
+
+from keras_dwd import DWDOptimizer, KroneckerFisher, KWinners
+from keras_dwd.state import state_of
+
+
+def test_only_the_winners_pass():
+    x = np.random.default_rng(0).normal(size=(5, 3, 20)).astype("float32")
+    y = np.array(KWinners(4)(x))
+    assert ((y != 0).sum(-1) == 4).all()
+    np.testing.assert_array_equal(np.sort(y[y != 0]), np.sort(np.sort(x, -1)[..., -4:].ravel()))
+    np.testing.assert_array_equal(y, KWinners(0.2)(x))
+    np.testing.assert_array_equal(KWinners(50)(x), x)
+    layer = KWinners(0.1)
+    assert KWinners.from_config(layer.get_config()).winners == 0.1
+    with tf.GradientTape() as tape:
+        inputs = tf.constant(x)
+        tape.watch(inputs)
+        total = tf.reduce_sum(KWinners(4)(inputs))
+    np.testing.assert_array_equal(tape.gradient(total, inputs), (y != 0).astype("float32"))
+
+
+@pytest.mark.parametrize("winners", [0, -1, 0.0, 1.5, "few"])
+def test_bad_numbers_of_winners_are_named(winners):
+    with pytest.raises(ValueError, match="`winners`"):
+        KWinners(winners)
+
+
+def network(dead=14):
+    """Of 20 hidden units `dead` never are active, as if other tasks used them."""
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(20, "relu", name="hidden")
+    x = hidden(inputs)
+    outputs = keras.layers.Dense(3, name="head")(x)
+    model = keras.Model(inputs, outputs)
+    hidden.bias.assign(np.where(np.arange(20) < dead, -100.0, 0.5))
+    return model
+
+
+def learner(sparsity, optimizer="sgd", dead=14, **settings):
+    keras.utils.set_random_seed(1)
+    fisher = KroneckerFisher("exact", sparsity=sparsity, **settings)
+    return compiled(network(dead), optimizer, strength=1.0, fisher=fisher, grouping=None)
+
+
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("rank", [256, 3])
+def test_the_estimate_and_the_pull_are_the_same_with_less(online, rank):
+    found = {}
+    for sparsity in (False, True):
+        model = learner(sparsity, rank=rank)
+        model.fit(*blobs(), epochs=2, verbose=0)
+        model.consolidate(None if online else blobs())
+        block = model.regularizer.precisions["head/kernel"]
+        for variable in model.trainable_variables:
+            variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
+        found[sparsity] = (
+            model.regularizer.gradients(model._trainable_by_path()),
+            float(model.penalty()),
+            sum(a.nbytes for a in state_of(model).values()),
+            block,
+        )
+    rows = np.asarray(found[True][3].rows, int)
+    np.testing.assert_array_equal(rows, [*range(14, 20), 20])  # six units and the bias
+    assert found[False][3].rows is None
+    assert found[True][3].a.vectors.shape[0] == 7
+    if rank == 256:  # no rest, which is spread over all rows or over the active ones
+        for path, pull in found[False][0].items():
+            np.testing.assert_allclose(found[True][0][path], pull, atol=1e-5)
+        assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
+    assert np.all(np.array(found[True][0]["head/kernel"])[:14] == 0)
+    assert found[True][2] < found[False][2]
+
+
+def test_later_tasks_widen_it():
+    model = learner(True)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    # Other units are active now: those that were before stay held.
+    model.get_layer("hidden").bias.assign(np.where(np.arange(20) % 4 == 0, 0.5, -100.0))
+    model.fit(*blobs(seed=2), verbose=0)
+    model.consolidate()
+    rows = np.asarray(model.regularizer.precisions["head/kernel"].rows, int)
+    np.testing.assert_array_equal(rows, sorted({*range(14, 21), 0, 4, 8, 12, 16}))
+    # And once more than half of all are: everything.
+    model.get_layer("hidden").bias.assign(np.full(20, 0.5))
+    model.fit(*blobs(seed=3), verbose=0)
+    model.consolidate()
+    assert model.regularizer.precisions["head/kernel"].rows is None
+
+
+def test_merging_is_that_of_whole_matrices():
+    penalties = {}
+    for sparsity in (False, True):
+        model = learner(sparsity)
+        for seed in range(2):
+            bias = np.where(np.arange(20) % 4 == seed, 0.5, -100.0)
+            model.get_layer("hidden").bias.assign(bias)
+            model.fit(*blobs(seed=seed), verbose=0)
+            model.consolidate()
+        kernel = model.get_layer("head").kernel
+        kernel.assign_add(0.1 * keras.random.normal(kernel.shape, seed=1))
+        penalties[sparsity] = float(model.penalty())
+    assert penalties[True] == pytest.approx(penalties[False], rel=1e-3)
+
+
+def test_the_decoupled_step_leaves_the_others_alone():
+    moved = {}
+    for sparsity in (False, True):
+        model = learner(sparsity, DWDOptimizer(keras.optimizers.SGD(0.05)))
+        model.fit(*blobs(), verbose=0)
+        model.consolidate()
+        model.fit(*blobs(seed=4), epochs=3, verbose=0)
+        moved[sparsity] = np.array(model.get_layer("head").kernel)
+    np.testing.assert_allclose(moved[True], moved[False], atol=1e-5)
+
+
+def test_it_is_saved(tmp_path):
+    model = learner(True)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.fisher.sparsity
+    for each in (model, again):
+        each.get_layer("head").kernel.assign_add(tf.ones((20, 3)))
+    assert float(again.penalty()) == pytest.approx(float(model.penalty()))
+    assert float(model.penalty()) > 0
+
+
+def test_winners_with_the_sparse_estimate_learn_tasks():
+    inputs = keras.Input((6,))
+    x = KWinners(0.1)(keras.layers.Dense(60, "relu", name="hidden")(inputs))
+    network = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    model = compiled(network, "adam", strength=1.0, fisher=KroneckerFisher(sparsity=True))
+    for seed in range(2):
+        model.fit(*blobs(seed=seed), epochs=30, verbose=0)
+        model.consolidate()
+    assert model.evaluate(*blobs(seed=1), verbose=0, return_dict=True)["accuracy"] > 0.9

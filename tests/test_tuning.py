@@ -1,0 +1,147 @@
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+from typer.testing import CliRunner
+
+from keras_dwd.cli import app
+from keras_dwd.evaluation import ablation
+from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
+from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
+
+SETTINGS = {"scenario": "split:digits", "tasks": 2, "epochs": 1}
+
+
+def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
+    out, said = tmp_path / "tuned.json", []
+
+    def tuned(methods, grid=(1.0, 30.0)):
+        said.clear()
+        return tune(
+            SETTINGS,
+            methods,
+            grid=lambda name: grid,
+            seeds=2,
+            out=out,
+            processes=1,
+            say=said.append,
+        )
+
+    results = tuned(["finetune", "dwd", f"dwd{UNTOUCHED}"])
+    assert json.loads(out.read_text())["methods"].keys() == results["methods"].keys()
+    validation = results["tuning"]["validation_accuracy"]
+    assert list(validation) == ["dwd"]
+    best = max(validation["dwd"], key=validation["dwd"].get)
+    strengths = {n: m["settings"]["regularizer"]["strength"] for n, m in results["methods"].items()}
+    assert strengths == {"finetune": 0.0, "dwd": best, f"dwd{UNTOUCHED}": 30.0}
+    assert results["protocol"]["validation"] is None
+    assert all(
+        len(m["metrics"]["average_accuracy"]["per_seed"]) == 2 for m in results["methods"].values()
+    )
+    assert sum("validation" in line for line in said) == 2
+    # Nothing is run twice; one more value of λ is all that is new.
+    again = tuned(["finetune", "dwd"])
+    assert said == [f"best λ of dwd: {best}, an end of its grid"]
+    assert again["methods"] == json.loads(json.dumps(results["methods"]))
+    tuned(["dwd"], grid=(1.0, 30.0, 100.0))
+    assert next(line for line in said if "validation" in line).startswith("dwd, λ=100")
+    assert sum("validation" in line for line in said) == 1
+
+
+def test_unknown_methods_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="Unknown method 'x'"):
+        tune(SETTINGS, ["finetune", "x"], grid=lambda name: (1.0,), out=tmp_path / "out.json")
+    with pytest.raises(ValueError, match="Unknown variant 'x'"):
+        method_named("dwd+x")
+    with pytest.raises(ValueError, match="Unknown method 'finetune\\+graph'"):
+        method_named("finetune+graph")
+
+
+def test_every_method_gets_as_many_values_around_its_default():
+    assert grid_around(30.0, 5) == (0.3, 3.0, 30.0, 300.0, 3000.0)
+    assert grid_around(100.0, 3) == (1.0, 100.0, 10000.0)
+    assert grid_around(7.0, 1) == (7.0,)
+
+
+def test_each_variant_is_another_configuration():
+    plain = METHODS["dwd-online"].configuration(30.0)
+    seen = [plain]
+    for name in VARIANTS:
+        method = method_named(f"dwd-online+{name}")
+        changed = method.configuration(30.0)
+        assert method.name == f"dwd-online+{name}"
+        assert changed not in seen
+        assert changed["regularizer"] == plain["regularizer"]
+        seen.append(changed)
+    both = method_named("dwd-online:exact+evidence+gamma-0.9").configuration(1.0)
+    assert both["fisher"]["estimator"] == "exact"
+    assert both["fisher"]["gamma"] == 0.9
+    assert both["grouping"]["strengths"]["class_name"] == "Evidence"
+
+
+def results_of(**per_seed):
+    return {
+        "methods": {
+            name: {"metrics": {"average_accuracy": {"per_seed": values}}}
+            for name, values in per_seed.items()
+        }
+    }
+
+
+def test_the_comparison_is_a_paired_test():
+    ewc, dwd = [0.5, 0.6, 0.55], [0.6, 0.72, 0.63]
+    found = ablation.compare(results_of(ewc=ewc, dwd=dwd, same=ewc))
+    difference = np.subtract(dwd, ewc)
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(3))
+    assert found["dwd"]["difference"] == pytest.approx(0.1)
+    assert found["dwd"]["std"] == pytest.approx(difference.std(ddof=1))
+    assert found["dwd"]["p"] == pytest.approx(2 * student.sf(t, 2))
+    assert np.isnan(found["same"]["p"])
+    with pytest.raises(ValueError, match="`baseline` must be one of dwd"):
+        ablation.compare(results_of(dwd=dwd))
+
+
+def test_parts_by_words():
+    assert set(ablation.parts(["budget"]).values()) == {
+        f"dwd-online+budget{UNTOUCHED}",
+        f"dwd-online+one-budget{UNTOUCHED}",
+    }
+    assert ablation.parts() == ablation.PARTS
+    with pytest.raises(ValueError, match="No part is called 'x1'"):
+        ablation.parts(["x1"])
+    for name in ablation.PARTS.values():
+        method_named(name.removesuffix(UNTOUCHED))
+
+
+def test_the_commands(tmp_path):
+    options = ["--scenario", "split:digits", "--tasks", "2", "--epochs", "1", "--seeds", "2"]
+    options += ["--points", "1", "--processes", "1", "--out", str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, ["ablate", *options, "--parts", "graph"])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "out.json").read_text())
+    graph = f"dwd-online+graph{UNTOUCHED}"
+    assert list(content["methods"]) == ["finetune", "ewc", graph, "joint"]
+    assert content["methods"][graph]["settings"]["task_graph"] == 0.1
+    assert list(content["tuning"]["validation_accuracy"]["ewc"]) == ["100.0"]
+    # What is there is taken from the file.
+    result = CliRunner().invoke(app, ["tune", *options, "--methods", "finetune,ewc", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["methods"]["ewc"] == content["methods"]["ewc"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["tune", "--points", "0"], "`--points`"),
+        (["tune", "--tuning-seeds", "0"], "`--tuning-seeds`"),
+        (["ablate", "--seeds", "0"], "`--seeds`"),
+        (["ablate", "--parts", "x1"], "No part is called 'x1'"),
+        (["tune", "--methods", "dwd,x"], "Unknown method 'x'"),
+        (["tune", "--out", "nowhere/x.json"], "does not exist"),
+    ],
+)
+def test_bad_options_are_one_clear_line(arguments, error):
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert error in str(result.exception)
