@@ -362,7 +362,7 @@ def test_fixed_groups_are_checked_and_saved():
 
 
 def budgeted(optimizer="sgd", strengths=None, **settings):
-    strengths = Budget(share=0.3, rate=0.05) if strengths is None else strengths
+    strengths = Budget(share=0.3, rate=0.1) if strengths is None else strengths
     model = compiled(
         optimizer=optimizer,
         strength=0.01,
@@ -381,7 +381,7 @@ def test_the_pull_gets_its_share_of_the_gradient(decoupled):
     model = budgeted(DWDOptimizer(sgd) if decoupled else sgd)
     assert {float(level) for level in model.regularizer.levels.values()} == {1.0}
     x, y = blobs(seed=3)
-    model.fit(x, y, epochs=300, batch_size=64, verbose=0)
+    model.fit(x, y, epochs=150, batch_size=64, verbose=0)
     variables = {"hidden/kernel": model.get_layer("hidden").kernel}
     with tf.GradientTape() as tape:
         loss = model.compute_loss(x, y, model(x, training=True))
@@ -411,7 +411,7 @@ def test_one_step_of_a_budget_equals_its_formula():
         pull = np.linalg.norm(0.1 * np.array(model.regularizer.precisions[name].values))
         share = pull / (pull + np.linalg.norm(gradients[name]))
         level = float(model.regularizer.levels[model.regularizer.group_of[name]])
-        assert level == pytest.approx(np.exp(0.05 * (0.3 - share)), rel=1e-4)
+        assert level == pytest.approx(np.exp(0.1 * (0.3 - share)), rel=1e-4)
 
 
 def test_a_budget_is_saved_and_goes_on(tmp_path):
