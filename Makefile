@@ -26,6 +26,15 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/fisher_cost.py
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py
+	$(BIN)/keras-dwd ablate --tuning-seeds 3 --out benchmarks/results/ablation_permuted-digits.json
+	$(BIN)/keras-dwd ablate --scenario split:digits --tuning-seeds 3 \
+		--out benchmarks/results/ablation_split-digits.json
+	$(BIN)/keras-dwd ablate --scenario split:mnist --tuning-seeds 3 \
+		--out benchmarks/results/ablation_split-mnist.json
+	$(BIN)/keras-dwd ablate --scenario permuted:mnist --tasks 10 --profile full --epochs 1 \
+		--out benchmarks/results/ablation_permuted-mnist.json
+	$(BIN)/keras-dwd ablate --scenario split:cifar100 --tasks 10 \
+		--out benchmarks/results/ablation_split-cifar100.json
 	$(BIN)/python benchmarks/tables.py
 
 clean:

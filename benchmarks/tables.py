@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from keras_dwd.evaluation.ablation import PARTS, compare
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -54,6 +56,25 @@ def methods_table(results):
             f"seeds {', '.join(map(str, tuning['seeds']))}."
         )
     return f"{rows(lines)}\n\n{text}"
+
+
+def ablation_table(results):
+    """Parts × accuracy, and how much more or less that is than that of EWC."""
+    lines = [["what is changed", "λ", "accuracy %", "forgetting %", "− EWC", "p"]]
+    labels = {name: label for label, name in PARTS.items()}
+    against = compare(results)
+    for name, method in results["methods"].items():
+        strength = method["settings"]["regularizer"]["strength"]
+        metrics = [method["metrics"][key] for key in ("average_accuracy", "forgetting")]
+        cells = [f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}" for m in metrics]
+        difference = [""] * 2
+        if name in against:
+            found = against[name]
+            difference = [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
+        label = labels.get(name, f"({name})")
+        lines.append([label, f"{strength:g}" if strength else "", *cells, *difference])
+    protocol = results["protocol"]
+    return f"{rows(lines)}\n\n{protocol['title']}: {protocol['text']}"
 
 
 def cost_table(results):
@@ -106,7 +127,11 @@ def fill(text):
     def block(match):
         name = match[1]
         results = json.loads((RESULTS / f"{name}.json").read_text())
-        made = next(table(results) for key, table in TABLES.items() if key in results)
+        made = (
+            ablation_table(results)
+            if name.startswith("ablation_")
+            else next(table(results) for key, table in TABLES.items() if key in results)
+        )
         return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -61,7 +61,7 @@ _ClassOrderSeed = Annotated[
 _Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
 _TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
 _Points = Annotated[
-    int, typer.Option(help="How many values of λ each method gets, over four decades.")
+    int, typer.Option(help="How many values of λ each method gets, over six decades.")
 ]
 _Processes = Annotated[
     int | None, typer.Option(help="Runs at a time, of one thread each; one per core.")
@@ -137,7 +137,7 @@ def tune(
     class_order_seed: _ClassOrderSeed = None,
     seeds: _Seeds = 3,
     tuning_seeds: _TuningSeeds = 1,
-    points: _Points = 5,
+    points: _Points = 7,
     epochs: _Epochs = None,
     profile: _Profile = "cpu",
     data_dir: _DataDir = None,
@@ -177,7 +177,7 @@ def ablate(
     class_order_seed: _ClassOrderSeed = None,
     seeds: _Seeds = 3,
     tuning_seeds: _TuningSeeds = 1,
-    points: _Points = 5,
+    points: _Points = 7,
     epochs: _Epochs = None,
     profile: _Profile = "cpu",
     data_dir: _DataDir = None,

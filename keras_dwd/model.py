@@ -284,6 +284,8 @@ class DWDModel(keras.Model):
             self.regularizer.hold(*part)
         if self.grouping is not None and self.grouping.budget is not None:
             self.regularizer.follow({key: g["group"] for g in summary for key in g["layers"]})
+            for g in summary:
+                g["strength"] = float(self.regularizer.levels[g["group"]])
         self.fisher.reset()
         self.head_gate.reset()
         self.tasks_learned += 1

@@ -425,6 +425,11 @@ def test_a_budget_is_saved_and_goes_on(tmp_path):
     assert [float(v) for v in again.regularizer.levels.values()] == levels
     assert len(set(levels)) > 1
     for each in (model, again):
+        each.fit(*blobs(seed=5), epochs=1, verbose=0, shuffle=False)
+        each.consolidate(blobs(seed=5))
+        found = {g["group"]: g["strength"] for g in each.groups}
+        assert found == {k: float(v) for k, v in each.regularizer.levels.items()}
+    for each in (model, again):
         each.fit(*blobs(seed=4), epochs=2, verbose=0, shuffle=False)
     levels = [float(v) for v in model.regularizer.levels.values()]
     np.testing.assert_allclose([float(v) for v in again.regularizer.levels.values()], levels)

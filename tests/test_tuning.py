@@ -59,8 +59,8 @@ def test_unknown_methods_are_refused_before_anything_runs(tmp_path):
 
 
 def test_every_method_gets_as_many_values_around_its_default():
-    assert grid_around(30.0, 5) == (0.3, 3.0, 30.0, 300.0, 3000.0)
-    assert grid_around(100.0, 3) == (1.0, 100.0, 10000.0)
+    assert grid_around(30.0, 7) == (0.03, 0.3, 3.0, 30.0, 300.0, 3000.0, 30000.0)
+    assert grid_around(100.0, 3) == (0.1, 100.0, 100000.0)
     assert grid_around(7.0, 1) == (7.0,)
 
 

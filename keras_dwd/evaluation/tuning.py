@@ -22,11 +22,11 @@ VALIDATION = 0.2
 UNTOUCHED = ", λ untouched"
 """At the end of a method's name: with its default λ, none is chosen for it."""
 
-_DECADES = 2.0
+_DECADES = 3.0
 
 
 def grid_around(strength: float, points: int) -> tuple[float, ...]:
-    """Values of λ, as many for each method, over two decades to either side of its default."""
+    """Values of λ, as many for each method, three decades to either side of its default."""
     exponents = np.linspace(-_DECADES, _DECADES, points) if points > 1 else np.zeros(1)
     return tuple(float(f"{strength * 10**e:.3g}") for e in exponents)
 

@@ -132,7 +132,7 @@ class Partition(Grouping):
         granularity: What is grouped: `"element"`, single parameters or, where the Fisher
             information has Kronecker factors, eigen-directions; `"unit"`, all of them with the
             same last index, the output they lead to; or `"variable"`, all of a variable or of a
-                layer's matrix.
+            layer's matrix.
     """
 
     def __init__(self, strengths: Any = "importance", granularity: Granularity = "element"):
