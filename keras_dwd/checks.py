@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.variables import Variables
+
 
 def number(name: str, given: Any, low: float, high: float = np.inf, closed: bool = True) -> float:
     """`given` as a float, or `ValueError` unless it is a finite number in [low, high].
@@ -66,6 +68,15 @@ def check_finite(name: str, data: Any) -> None:
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             bad = int(np.size(array) - np.isfinite(array).sum())
             raise ValueError(f"`{name}` must be finite. Received {bad} values that are NaN or Inf.")
+
+
+def check_weights(variables: Variables) -> None:
+    """Raise `ValueError` naming the variable if a value is not finite."""
+    for path, variable in variables.items():
+        if not np.isfinite(np.asarray(variable, "float32")).all():
+            raise ValueError(
+                f"The weights {path!r} are not finite: training has diverged. Nothing was changed."
+            )
 
 
 def output_names(model: keras.Model) -> list[str]:

@@ -215,8 +215,13 @@ def _tuned(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    for name, value in (("seeds", seeds), ("tuning-seeds", tuning_seeds), ("points", points)):
-        if value < 1:
+    for name, value in (
+        ("seeds", seeds),
+        ("tuning-seeds", tuning_seeds),
+        ("points", points),
+        ("processes", processes),
+    ):
+        if value is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1. Received: {value}")
     _check_out(out)
     console = Console(stderr=True)

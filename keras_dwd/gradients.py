@@ -1,5 +1,6 @@
-"""Which part of a training step's gradient is that of the data."""
+"""Which part of a training step's gradient is that of the data, and whether it is finite."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -18,3 +19,9 @@ def data_gradients(
                 gradient -= tf.cast(tf.convert_to_tensor(extra), "float32")
         result.append(gradient)
     return result
+
+
+def all_finite(tensors: Iterable[tf.Tensor]) -> tf.Tensor:
+    """Whether all values are finite, a scalar boolean. Graph code."""
+    # A sum is not finite if a part is not: one pass without a boolean copy of everything.
+    return tf.math.is_finite(tf.add_n([tf.reduce_sum(t) for t in tensors]))

@@ -8,11 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd import optimizer, state
-from keras_dwd.checks import check_fit
+from keras_dwd.checks import check_fit, check_weights
 from keras_dwd.curvature.boundary_pass import BoundaryPass
 from keras_dwd.curvature.fisher import Block, Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
-from keras_dwd.gradients import data_gradients
+from keras_dwd.gradients import all_finite, data_gradients
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping, Learned, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
@@ -172,7 +172,7 @@ class DWDModel(keras.Model):
             check_task_ids(self, data)
         if self.task_graph is not None:
             self.task_graph.check(self)
-            given["callbacks"] = self.task_graph.with_update(given.get("callbacks"))
+            given["callbacks"] = self.task_graph.with_update(self, given.get("callbacks"))
         return super().fit(*bound.args, **bound.kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -264,6 +264,7 @@ class DWDModel(keras.Model):
         if self.task_graph is not None:
             self.task_graph.check(self)
         variables = self._pulled_variables()
+        check_weights(variables)
         summary: Summary = []
         folded: list[Folded] = []
         if variables:
@@ -277,7 +278,7 @@ class DWDModel(keras.Model):
                 blocks, summary = self.grouping.apply(self._learned(blocks))
             folded = self.regularizer.folded(by_path(self), blocks)
         if self.task_graph is not None:
-            self.task_graph.add(self)
+            self.task_graph.add(self, digest)
         # From here on nothing can fail.
         layout = self.regularizer.layout()
         for part in folded:
@@ -291,9 +292,13 @@ class DWDModel(keras.Model):
         self.tasks_learned += 1
         self.groups = summary
         self.weights_digest = digest
-        self.weigh_tasks()
-        if self.regularizer.layout() != layout:
-            self.retrace()
+        if self.grouping is not None:
+            self.grouping.commit()
+        try:
+            self.weigh_tasks()
+        finally:
+            if self.regularizer.layout() != layout:
+                self.retrace()
 
     def weigh_tasks(self) -> None:
         """Weigh the edges of the task graph to the current task, and move its anchor by them."""
@@ -383,7 +388,7 @@ class DWDModel(keras.Model):
             variables = self._pulled_variables()
             statistics = self.statistics(variables, batch)
         known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
-        self.fisher.update(known, _all_finite(known) if scale is not None else None)
+        self.fisher.update(known, all_finite(known.values()) if scale is not None else None)
         return _nothing()
 
     def statistics(self, variables: Variables, batch: Any) -> Statistics:
@@ -432,11 +437,6 @@ def _setting(name: str, given: Any, kind: Any) -> Any:
     if given is not None and not isinstance(given, kind):
         raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
     return given if given is None else type(given).from_config(given.get_config())
-
-
-def _all_finite(statistics: Statistics) -> tf.Tensor:
-    # A sum is not finite if a part is not: one pass without a boolean copy of everything.
-    return tf.math.is_finite(tf.add_n([tf.reduce_sum(s) for s in statistics.values()]))
 
 
 def _nothing() -> tf.Tensor:

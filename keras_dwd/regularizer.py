@@ -234,7 +234,9 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             share = tf.math.divide_no_nan(pull, pull + gradient)
             moved = level.value * tf.exp(budget.rate * (budget.share - share))
             moved = tf.clip_by_value(moved, 1 / _LEVELS, _LEVELS)
-            level.assign(tf.where(tf.math.is_finite(share), moved, level.value))
+            # Not where nothing pulls, nor in a step that overflowed and will be skipped.
+            real = (pull > 0) & tf.math.is_finite(pull) & tf.math.is_finite(gradient)
+            level.assign(tf.where(real, moved, level.value))
 
     def pull(self, variables: Variables, stiffness: Mapping[str, tf.Tensor]) -> None:
         """The proximal step θ ← θ − (stiffness + Λ)⁻¹ Λ (θ − c). Graph code.

@@ -666,3 +666,21 @@ def test_several_replicas_are_refused(monkeypatch):
     monkeypatch.setattr(type(strategy.extended), "_num_replicas_in_sync", 2)
     with pytest.raises(RuntimeError, match="several replicas"):
         model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize("fisher", [DiagonalFisher(), KroneckerFisher()])
+def test_weights_that_are_not_finite_are_refused(fisher):
+    model = compiled(fisher=fisher, grouping=None)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    model.fit(*blobs(seed=1), verbose=0)
+    before = model.regularizer.state()
+    held = np.array(model.get_layer("head").kernel)
+    model.get_layer("head").kernel.assign(np.full((8, 3), np.nan))
+    with pytest.raises(ValueError, match="'head/kernel' are not finite"):
+        model.consolidate()
+    for name, array in model.regularizer.state().items():
+        np.testing.assert_array_equal(array, before[name])
+    model.get_layer("head").kernel.assign(held)
+    model.consolidate()
+    assert model.tasks_learned == 2

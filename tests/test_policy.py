@@ -32,6 +32,7 @@ def test_it_tries_each_and_then_takes_the_best():
     picks = []
     for seed in range(30):
         policy.apply(learned(seed))
+        policy.commit()
         picks.append(policy.picked)
         policy.reward(worth[policy.picked])
     assert picks[:3] == [0, 1, 2]
@@ -44,10 +45,12 @@ def test_the_context_decides():
     for seed in range(60):
         far = seed % 2
         policy.apply(learned(seed, moved=2.0 if far else 0.01))
+        policy.commit()
         policy.reward(0.9 if policy.picked == far else 0.3)
     chosen = []
     for moved in (0.01, 2.0):
         policy.apply(learned(100, moved))
+        policy.commit()
         chosen.append(policy.picked)
     assert chosen == [0, 1]
 
@@ -59,6 +62,7 @@ def test_the_expectation_is_ridge_regression():
     for seed in range(6):
         what = learned(seed, rng.uniform(0, 1))
         policy.apply(what)
+        policy.commit()
         reward = rng.uniform()
         if policy.picked == 0:
             contexts.append(policy.context(what))
@@ -81,6 +85,9 @@ def test_what_is_picked_is_applied_and_a_reward_needs_a_pick():
     expected, alike = ARMS[0].apply(what)
     np.testing.assert_array_equal(weighted["a"].values, expected["a"].values)
     assert summary == alike
+    assert policy.picked is None  # until the model has taken it
+    policy.commit()
+    assert policy.picked == 0
 
 
 def test_it_is_saved_with_what_it_learned(tmp_path):

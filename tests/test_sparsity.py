@@ -110,6 +110,25 @@ def test_merging_is_that_of_whole_matrices():
     assert penalties[True] == pytest.approx(penalties[False], rel=1e-3)
 
 
+def test_the_trace_stays_when_it_widens():
+    model = learner(True, rank=2, damping=0.0)
+    traces = []
+    for seed in range(2):
+        bias = np.where(np.arange(20) % 4 == seed, 0.5, -100.0)
+        model.get_layer("hidden").bias.assign(bias)
+        model.fit(*blobs(seed=seed), verbose=0)
+        statistics = model._estimate(blobs(seed=seed), 64)
+        block = model.fisher.blocks(model, model._pulled_variables(), statistics)["head/kernel"]
+        traces.append(block.a.trace * block.g.trace)
+        model.consolidate(blobs(seed=seed))
+    held = model.regularizer.precisions["head/kernel"]
+    found = 1.0
+    for factor in (held.a, held.g):
+        left = factor.size - len(np.array(factor.values))
+        found *= np.array(factor.values).sum() + left * float(factor.rest)
+    assert found == pytest.approx(sum(traces), rel=1e-3)
+
+
 def test_the_decoupled_step_leaves_the_others_alone():
     moved = {}
     for sparsity in (False, True):

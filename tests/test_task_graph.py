@@ -189,8 +189,44 @@ def test_a_model_goes_on_with_its_graph_after_loading(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
     model.consolidate(blobs(seed=5))
     assert TaskGraph(tmp_path / "graph").tasks == 3
-    with pytest.raises(ValueError, match="holds 3 tasks, but the model has learned 2"):
-        keras.models.load_model(tmp_path / "model.keras").fit(*blobs(), verbose=0)
+    # What the folder has from tasks after the model was saved is learned anew.
+    again = keras.models.load_model(tmp_path / "model.keras")
+    again.fit(*blobs(seed=6), verbose=0)
+    assert again.task_graph.tasks == 2
+    again.consolidate(blobs(seed=6))
+    assert TaskGraph(tmp_path / "graph").tasks == 3
+
+
+def test_a_folder_belongs_to_one_model(tmp_path):
+    model = learner(tmp_path / "graph")
+    learn(model, 2)
+    other = learner(tmp_path / "graph")
+    with pytest.raises(ValueError, match="holds 2 tasks, but the model has learned 0"):
+        other.fit(*blobs(), verbose=0)
+    with pytest.raises(ValueError, match="`probe` differs"):
+        TaskGraph(tmp_path / "graph", probe=blobs(32, seed=1)[0])
+    np.testing.assert_array_equal(model.task_graph._probe(), blobs(32)[0])
+
+
+def test_callbacks_in_a_list_of_keras(tmp_path):
+    model = learner(tmp_path / "graph")
+    learn(model, 1)
+    callbacks = keras.callbacks.CallbackList([], model=model)
+    before = float(model.regularizer.tie)
+    for seed in (4, 5):
+        model.fit(*blobs(seed=seed), verbose=0, callbacks=callbacks)
+    assert len(callbacks.callbacks) == 1
+    assert float(model.regularizer.tie) != before
+
+
+def test_bfloat16_weights(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = learner(tmp_path / "graph")
+        learn(model, 2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert float(model.regularizer.tie) > 0
 
 
 def test_a_failing_disk_changes_nothing(tmp_path, monkeypatch):
@@ -270,6 +306,7 @@ def test_the_graph_is_shown(tmp_path):
         ({"probe": (np.ones((8, 6)), np.ones(5))}, "`probe` must have at least 4"),
         ({"weights": [[1.0, 2.0]]}, "`weights` must be a square"),
         ({"weights": [[-1.0]]}, "`weights` must be a square"),
+        ({"weights": [[1.0, 0.0], [0.5, 1.0]]}, "`weights` must be symmetric"),
         ({"probe": np.ones((8, 6)), "strength": -1}, "`strength`"),
         ({"probe": np.ones((8, 6)), "batch_size": 2}, "`batch_size`"),
     ],
@@ -293,7 +330,15 @@ def test_what_does_not_fit_the_model_is_refused_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", ["", "{}", '{"version": 2, "weights": []}', '{"version": 1, "weights": [[1]]}']
+    "index",
+    [
+        "",
+        "{}",
+        '{"version": 2, "weights": [], "digests": []}',
+        '{"version": 1, "weights": [[1]], "digests": ["ab"]}',
+        '{"version": 1, "weights": [[]], "digests": []}',
+        '{"version": 1, "weights": [[]], "digests": ["x"]}',
+    ],
 )
 def test_a_damaged_index_is_refused(tmp_path, index):
     (tmp_path / "graph.json").write_text(index)

@@ -49,6 +49,26 @@ def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
     assert sum("validation" in line for line in said) == 1
 
 
+def test_a_run_that_fails_loses_no_other(tmp_path):
+    out = tmp_path / "out.json"
+    with pytest.raises(ValueError, match="not finite"):
+        tune(
+            SETTINGS,
+            [f"dwd{UNTOUCHED}", "dwd-online", f"dwd-online{UNTOUCHED}"],
+            grid=lambda name: (1e38,),  # a pull that throws the weights out of float32
+            seeds=1,
+            out=out,
+            processes=1,
+            say=lambda line: None,
+        )
+    assert list(json.loads(out.read_text())["methods"]) == [
+        f"dwd{UNTOUCHED}",
+        f"dwd-online{UNTOUCHED}",
+    ]
+    with pytest.raises(ValueError, match="holds results of other protocol"):
+        tune(SETTINGS | {"epochs": 2}, ["finetune"], grid=lambda name: (1.0,), out=out)
+
+
 def test_unknown_methods_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="Unknown method 'x'"):
         tune(SETTINGS, ["finetune", "x"], grid=lambda name: (1.0,), out=tmp_path / "out.json")
@@ -134,6 +154,7 @@ def test_the_commands(tmp_path):
     ("arguments", "error"),
     [
         (["tune", "--points", "0"], "`--points`"),
+        (["tune", "--processes", "0"], "`--processes`"),
         (["tune", "--tuning-seeds", "0"], "`--tuning-seeds`"),
         (["ablate", "--seeds", "0"], "`--seeds`"),
         (["ablate", "--parts", "x1"], "No part is called 'x1'"),

@@ -89,15 +89,17 @@ class Kronecker:
         return tf.scatter_nd(tf.cast(self.rows, "int32")[:, None], held, shape)
 
     def _over(self, rows: np.ndarray | None) -> "Kronecker":
-        """The same about more rows."""
+        """The same about more rows, the rest of the same trace over them."""
         if self.rows is None or (rows is not None and len(rows) == len(self.rows)):
             return self
         height = self.form.rows if rows is None else len(rows)
         held = np.asarray(self.rows, int)
         at = held if rows is None else np.searchsorted(rows, held)
-        vectors = np.zeros((height, self.a.vectors.shape[1]))
+        directions = self.a.vectors.shape[1]
+        vectors = np.zeros((height, directions))
         vectors[at] = self.a.vectors
-        return replace(self, a=replace(self.a, vectors=vectors), rows=rows)
+        rest = self.a.rest * (len(held) - directions) / max(height - directions, 1)
+        return replace(self, a=replace(self.a, vectors=vectors, rest=rest), rows=rows)
 
     def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]:
         """(d + Λ)⁻¹ Λ δ in the training step, by variable, with d the mean stiffness."""
@@ -210,20 +212,28 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
     return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
 
 
-def _product_of_active(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """L Rᵀ, `(n, n)`, of those rows only in which one of the two is not zero."""
+def _product(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
+    """L Rᵀ, `(n, n)`, or what a probe of `(n, r)` makes of it, `(n, r)`."""
+    if probe is not None:
+        right = tf.matmul(probe, right, transpose_a=True)
+    return tf.matmul(left, right, transpose_b=True)
+
+
+def _product_of_active(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
+    """The same, of those rows only in which one of the two is not zero, where these are few."""
     n = left.shape[0]
     rows = tf.where(tf.reduce_any((left != 0) | (right != 0), 1))
 
     def of_few() -> tf.Tensor:
-        parts = (tf.gather(x, rows[:, 0]) for x in (left, right))
-        small = tf.matmul(*parts, transpose_b=True)
-        # Columns first, then rows: a scatter along one axis each.
-        tall = tf.scatter_nd(rows, tf.transpose(small), (n, tf.shape(rows)[0]))
-        return tf.scatter_nd(rows, tf.transpose(tall), (n, n))
+        parts = [None if x is None else tf.gather(x, rows[:, 0]) for x in (left, right, probe)]
+        small = _product(*parts)
+        if probe is None:  # columns first, then rows: a scatter along one axis each
+            tall = tf.scatter_nd(rows, tf.transpose(small), (n, tf.shape(rows)[0]))
+            small = tf.transpose(tall)
+        return tf.scatter_nd(rows, small, (n, n if probe is None else probe.shape[1]))
 
     few = tf.shape(rows)[0] <= int(KroneckerFisher.FEW * n)
-    return tf.cond(few, of_few, lambda: tf.matmul(left, right, transpose_b=True))
+    return tf.cond(few, of_few, lambda: _product(left, right, probe))
 
 
 def _probe(size: int, columns: int) -> np.ndarray:
@@ -351,14 +361,12 @@ class KroneckerFisher(Fisher):
         for side, rows, other in (("input", a, g), ("output", g, a)):
             name, size = f"{side}/{ruled.kernel}", rows.shape[2]
             left, right = _products(rows, other, weights)
+            probe = None
             if size > 4 * self.rank:
                 found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)
-                right = tf.matmul(_probe(size, self.rank), right, transpose_a=True)
-                found[name] = tf.matmul(left, right, transpose_b=True)
-            elif self.sparsity:
-                found[name] = _product_of_active(left, right)
-            else:
-                found[name] = tf.matmul(left, right, transpose_b=True)
+                probe = tf.constant(_probe(size, self.rank))
+            product = _product_of_active if self.sparsity else _product
+            found[name] = product(left, right, probe)
         return found
 
     def blocks(

@@ -1,4 +1,4 @@
-"""Which parts of a method help: each one changed alone, against the whole and against EWC."""
+"""Which parts of DWD help: each one changed alone, and tested against EWC."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,6 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from keras_dwd.evaluation.tuning import UNTOUCHED
-
-WHOLE = f"dwd-online{UNTOUCHED}"
-"""What is taken apart: the defaults of `DWDModel`."""
 
 BASELINE = "ewc"
 """What all are tested against, with its λ tuned."""
@@ -27,7 +24,7 @@ _PARTS = (
     ("groups: mixture of variables", "dwd-online+variables"),
     ("groups: mixture, by movement too", "dwd-online+movement"),
     ("groups: mixture, their number by BIC", "dwd-online+bic"),
-    ("groups: a policy that learns", "dwd-online+policy"),
+    ("groups: a policy that learns, from 10% of the data held back", "dwd-online+policy"),
     ("λ_k: levelled, α = −0.5", "dwd-online+levelled"),
     ("λ_k: evidence", "dwd-online+evidence"),
     ("λ_k: budget, of layers", "dwd-online+budget"),
@@ -37,10 +34,11 @@ _PARTS = (
 )
 # What changes the scale of the Fisher information needs another λ than the default.
 _TUNED = (
-    ("diagonal", "dwd-diagonal"),
-    ("estimator: exact", "dwd:exact"),
-    ("estimator: sampled", "dwd:sampled"),
-    ("estimator: negated", "dwd:negated"),
+    ("as it is, λ tuned", "dwd-online"),
+    ("a diagonal, λ tuned", "dwd-online+diagonal"),
+    ("estimator: exact, λ tuned", "dwd-online:exact"),
+    ("estimator: sampled, λ tuned", "dwd-online:sampled"),
+    ("estimator: negated, λ tuned", "dwd-online:negated"),
 )
 PARTS: dict[str, str] = {
     **{label: f"{name}{UNTOUCHED}" for label, name in _PARTS},

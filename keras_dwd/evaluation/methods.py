@@ -157,6 +157,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     ),
     "gamma-0.9": _estimated(gamma=0.9),
     "gamma-0.99": _estimated(gamma=0.99),
+    "diagonal": _with(fisher=lambda before: DiagonalFisher("influence")),
     "every-step": _estimated(every=1),
     "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
     "decoupled": lambda method: replace(method, decoupled=True),

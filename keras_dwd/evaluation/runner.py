@@ -109,6 +109,8 @@ def run_sequence(
     strength = method.strength if strength is None else strength
     chosen = method.settings(strength)
     if method.graph and strength > 0:
+        if not isinstance(scenario.tasks[0].train, (tuple, list)):
+            raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
         folder = tempfile.TemporaryDirectory(prefix="task_graph_")
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
         chosen["task_graph"] = TaskGraph(Path(folder.name) / "graph", probe, method.graph)

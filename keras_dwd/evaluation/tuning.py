@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -57,6 +58,7 @@ def tune(
         tuning_seeds: On the validation data.
         out: A JSON file, written each time a method is done. What it has already from a run under
             the same protocol and versions is not run again: neither tuning nor results.
+            One of another protocol or version is refused.
         processes: How many runs at a time; one per core by default.
         fresh: Ignore what the file has.
         say: Told of each run.
@@ -79,33 +81,58 @@ def tune(
     earlier: dict[str, Any] = {}
     if out is not None and out.exists() and not fresh:
         earlier = json.loads(out.read_text(encoding="utf-8"))
-        if any(earlier.get(key) != results[key] for key in ("protocol", "versions")):
-            earlier = {}
-    rows, tuned = earlier.get("methods", {}), earlier.get("tuning", {})
-    known = tuned.get("validation_accuracy", {}) if tuned.get("seeds") == list(tuning_seeds) else {}
-    found = {method: (rows[method], known.get(method, {})) for method in rows}
+        for key in ("protocol", "versions"):
+            if earlier.get(key) != results[key]:
+                raise ValueError(
+                    f"`out` {str(out)!r} holds results of other {key}: name another file, or "
+                    "remove it."
+                )
+    rows, tuning = dict(earlier.get("methods", {})), results["tuning"]
+    tuned = dict(earlier.get("tuning", {}).get("validation_accuracy", {}))
+    if earlier.get("tuning", {}).get("seeds") != tuning["seeds"]:
+        rows = {name: row for name, row in rows.items() if name not in tuned}
+        tuned = {}
     order = list(dict.fromkeys([*rows, *methods]))
-    order.sort(key=lambda name: method_named(_base(name)).joint)  # the upper reference comes last
+    order.sort(key=_is_reference)  # the upper reference comes last
+    writing = threading.Lock()
+
+    def keep(name: str, tried: dict[float, float], row: dict[str, Any] | None = None) -> None:
+        """Write what is known by now: this may take hours."""
+        with writing:
+            if tried:
+                tuned[name] = tried
+            if row is not None:
+                rows[name] = row
+            results["methods"] = {m: rows[m] for m in order if m in rows}
+            tuning["validation_accuracy"] = {m: tuned[m] for m in order if m in tuned}
+            if out is not None:
+                write_json(out, results)
+
     context = multiprocessing.get_context("spawn")
+    failed: Exception | None = None
     # Two methods at a time: while one waits for its last run the other keeps the processes busy.
     with (
         ProcessPoolExecutor(processes or os.cpu_count(), context, initializer=_one_thread) as pool,
         ThreadPoolExecutor(2) as threads,
     ):
-        bench = _Bench(pool, settings, seeds, tuning_seeds, say)
-        jobs = {
-            threads.submit(bench.measure, method, grid, *found.get(method, ({}, {}))): method
-            for method in order
-            if method in methods
-        }
-        for job in as_completed(jobs):  # written as soon as it is there: this may take hours
-            found[jobs[job]] = job.result()
-            results["methods"] = {m: found[m][0] for m in order if m in found}
-            results["tuning"]["validation_accuracy"] = {
-                m: found[m][1] for m in order if m in found and found[m][1]
-            }
-            if out is not None:
-                write_json(out, results)
+        bench = _Bench(pool, settings, seeds, tuning_seeds, say, keep)
+        jobs = [
+            threads.submit(bench.measure, name, grid, rows.get(name, {}), tuned.get(name, {}))
+            for name in order
+            if name in methods
+        ]
+        try:
+            for job in as_completed(jobs):
+                error = job.exception()
+                if isinstance(error, Exception):  # the others go on
+                    say(f"failed: {error}")
+                    failed = failed or error
+        except BaseException:  # interrupted: what runs ends, what waits is not begun
+            threads.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed is not None:
+        raise failed
     return results
 
 
@@ -118,6 +145,7 @@ class _Bench:
     seeds: int
     tuning_seeds: Sequence[int]
     say: Callable[[str], None]
+    keep: Callable[..., None]
 
     def measure(
         self,
@@ -125,8 +153,8 @@ class _Bench:
         grid: Callable[[str], Iterable[float]],
         result: dict[str, Any],
         known: dict[str, float],
-    ) -> tuple[dict[str, Any], dict[float, float]]:
-        """What the file says of a method: its results at its best λ, and how that was found."""
+    ) -> None:
+        """Find what the file says of a method: its results at its best λ, and how it was found."""
         method = method_named(_base(name))
         tried: dict[float, float] = {}
         strength = method.strength
@@ -148,7 +176,7 @@ class _Bench:
             mean = np.mean([r.matrix.average_accuracy for r in results])
             self.say(f"{name}, λ={strength}: {mean:.4f}")
             result = {"settings": chosen, **summarize(results)}
-        return result, tried
+        self.keep(name, tried, result)
 
     def _tune(
         self, name: str, grid: tuple[float, ...], known: dict[float, float]
@@ -168,11 +196,19 @@ class _Bench:
             results = [run.result().matrix.average_accuracy for run in runs]
             tried[strength] = float(np.mean(results))
             self.say(f"{name}, λ={strength}, validation: {tried[strength]:.4f}")
-        return tried
+            self.keep(name, dict(tried))
+        return {strength: tried[strength] for strength in grid}
 
 
 def _base(name: str) -> str:
     return name.removesuffix(UNTOUCHED)
+
+
+def _is_reference(name: str) -> bool:
+    try:
+        return method_named(_base(name)).joint
+    except ValueError:  # of a file that is older than the name
+        return False
 
 
 def _one_thread() -> None:

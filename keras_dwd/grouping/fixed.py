@@ -20,7 +20,8 @@ class SingleGroup(Partition):
     With `"budget"` that one strength is found while training.
 
     Args:
-        strengths: The rule for λ, see `Partition`; only a number or a `Budget` makes a difference.
+        strengths: The rule for λ, see `Partition`; only a `Budget`, or a number such as `(2.0,)`,
+            makes a difference.
     """
 
     def __init__(self, strengths: Any = "importance"):

@@ -50,6 +50,7 @@ class GaussianMixtureGrouping(Partition):
     ):
         super().__init__(strengths, granularity)
         self.groups = groups if groups == "bic" else integer("groups", groups, 1)
+        self.strengths.check(self._most)
         unknown = set(features) - set(get_args(Feature))
         if unknown or not features or isinstance(features, str):
             known = ", ".join(map(repr, get_args(Feature)))

@@ -30,7 +30,7 @@ class Learned:
     Attributes:
         blocks: The Fisher information of the task.
         values: The variables θ, by path.
-        anchors: Where they were at the last boundary, of those that were held there.
+        anchors: What they were pulled to so far, of those that were.
         kinds: The class of each variable's layer, by path, from inputs to outputs.
         groups: The summary of the last boundary.
     """
@@ -103,6 +103,9 @@ class Grouping(ABC):
         """What the training step is to adjust the λ_k by, if it is."""
         return None
 
+    def commit(self) -> None:  # noqa: B027
+        """Told when what `apply` gave last has become part of the model."""
+
     @abstractmethod
     def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
         """Weigh the Fisher information by the λ_k of its groups.
@@ -131,8 +134,8 @@ class Partition(Grouping):
             each group.
         granularity: What is grouped: `"element"`, single parameters or, where the Fisher
             information has Kronecker factors, eigen-directions; `"unit"`, all of them with the
-            same last index, the output they lead to; or `"variable"`, all of a variable or of a
-            layer's matrix.
+            same last index, the output (or direction of outputs) they lead to; or `"variable"`, all
+            of a variable or of a layer's matrix.
     """
 
     def __init__(self, strengths: Any = "importance", granularity: Granularity = "element"):
@@ -180,9 +183,11 @@ class Partition(Grouping):
         count = max((int(part.max(initial=-1)) for part in labels.values()), default=-1) + 1
         members = np.zeros((len(parameters), 4, count))
         for i, (key, part) in enumerate(parameters.items()):
-            members[i] = _sums(part, labels[key], count)
+            members[i] = _sums(part, labels[key], count, self.strengths.by_movement)
         sizes, fisher, squares, moved = members.sum(0)
-        has_moved = all(part.moved is not None for part in parameters.values())
+        has_moved = self.strengths.by_movement and all(
+            part.moved is not None for part in parameters.values()
+        )
         summary: Summary = [
             {
                 "size": int(sizes[k]),
@@ -196,7 +201,9 @@ class Partition(Grouping):
             if sizes[k]
         ]
         used = np.flatnonzero(sizes)
-        numbers = _numbers(summary, learned.groups)
+        most = self.strengths.most
+        known = [g for g in learned.groups if most is None or g["group"] < most]
+        numbers = _numbers(summary, known)
         order = used[np.argsort(numbers)]
         strengths = np.zeros(count + 1)  # the last is that of no group, −1
         strengths[order] = self.strengths.of(
@@ -237,11 +244,12 @@ def reduced(array: np.ndarray, granularity: Granularity) -> np.ndarray:
     return array.mean(axes, dtype="float64", keepdims=True) if axes else array
 
 
-def _sums(part: Parameters, labels: np.ndarray, count: int) -> np.ndarray:
+def _sums(part: Parameters, labels: np.ndarray, count: int, by_movement: bool) -> np.ndarray:
     """The number of members of each group, and their sums of F, of θ² and of F (θ − c)²."""
     sums = np.zeros((4, count))
     everywhere = np.broadcast_to(labels, part.fisher.shape)
-    for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, part.moved):
+    moved_by = part.moved if by_movement else None
+    for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, moved_by):
         groups = np.where(fisher > 0, groups.astype(np.intp) + 1, 0)
         for row, weights in enumerate(
             (None, fisher, values**2, None if moved is None else fisher * moved**2)

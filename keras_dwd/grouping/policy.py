@@ -17,8 +17,8 @@ class GroupingPolicy(Grouping):
     """Picks one of several groupings at each boundary, by what earlier picks were worth.
 
     A contextual bandit: it expects of each grouping a reward that is linear in what is known at the
-    boundary (how many tasks there were, how far parameters moved during the last, how unequal their
-    Fisher information is) and picks the one with the highest upper confidence bound (LinUCB). The
+    boundary (whether there was one before, how far parameters moved since, how unequal their Fisher
+    information is) and picks the one with the highest upper confidence bound (LinUCB). The
     reward is what you say it is, between 0 and 1: in the end the accuracy on validation data
     of all tasks so far. Give it after the next task, before `consolidate`. What was learned is part
     of the configuration: it is saved with the model, and `get_config` carries it to the next.
@@ -71,6 +71,7 @@ class GroupingPolicy(Grouping):
             (len(made), d),
         ):
             raise ValueError(f"`rewards` must be those of {len(made)} groupings.")
+        self._next: tuple[int, np.ndarray] | None = None
         # The pick that waits for its reward, and the context it was made in.
         self._open: tuple[int, np.ndarray] | None = None
         if rewards.get("open"):
@@ -117,8 +118,12 @@ class GroupingPolicy(Grouping):
         untried = [k for k, count in enumerate(self.counts) if not count]
         picked = untried[0] if untried else int(np.argmax(means + widths))
         result = self.groupings[picked].apply(learned)
-        self._open = picked, context
+        self._next = picked, context
         return result
+
+    def commit(self) -> None:
+        """What was picked last has become part of the model."""
+        self._open = self._next
 
     def context(self, learned: Learned) -> np.ndarray:
         """What is known at a boundary, `(FEATURES,)`, each of the order of one."""

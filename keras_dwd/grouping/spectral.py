@@ -51,6 +51,7 @@ class SpectralGrouping(Partition):
             )
         super().__init__(strengths, granularity)
         self.groups = integer("groups", groups, 1)
+        self.strengths.check(self.groups)
         self.samples = integer("samples", samples, self.groups)
         self.seed = integer("seed", seed, 0)
 
@@ -71,7 +72,8 @@ class SpectralGrouping(Partition):
             used = part_labels >= 0
             part_labels[used] = found[start : start + used.sum()]
             start += used.sum()
-        return labels
+        scalars = (key for key, part in parameters.items() if not part.fisher.ndim)
+        return labels | {key: labels[key].reshape(()) for key in scalars}
 
     def _clusters(self, profiles: np.ndarray) -> np.ndarray:
         """The group of each profile."""

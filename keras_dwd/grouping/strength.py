@@ -19,7 +19,8 @@ class GroupStatistics:
         numbers: Of the groups, rising.
         sizes: |G_k|, how many parameters there are.
         fisher: Σ F.
-        moved: Σ F (θ − c)², with c the parameters at the last boundary; `None` before there is one.
+        moved: Σ F (θ − c)², with c the anchor so far; `None` before there is one, or where the rule
+            does not need it.
     """
 
     numbers: np.ndarray
@@ -29,11 +30,26 @@ class GroupStatistics:
 
 
 class Strength(ABC):
-    """Gives each group its λ_k."""
+    """Gives each group its λ_k.
+
+    Attributes:
+        by_movement: Whether it needs to know how far parameters moved.
+        most: The largest number of groups it has strengths for; `None` for any.
+    """
+
+    by_movement: bool = False
+    most: int | None = None
 
     @abstractmethod
     def of(self, groups: GroupStatistics) -> np.ndarray:
         """λ_k ≥ 0 of each group, of shape `(groups,)`."""
+
+    def check(self, groups: int) -> None:
+        """Raise `ValueError` if there are not enough strengths for so many groups."""
+        if self.most is not None and self.most < groups:
+            raise ValueError(
+                f"`strengths` must have a value for each of {groups} groups. Received {self.most}."
+            )
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -83,6 +99,7 @@ class Evidence(Strength):
     """
 
     LIMIT = 100.0
+    by_movement = True
 
     def of(self, groups: GroupStatistics) -> np.ndarray:
         """λ_k of each group."""
@@ -109,14 +126,11 @@ class Fixed(Strength):
 
     def __init__(self, values: Sequence[float]):
         self.values = [number(f"strengths[{k}]", value, 0) for k, value in enumerate(values)]
+        self.most = len(self.values)
 
     def of(self, groups: GroupStatistics) -> np.ndarray:
         """λ_k of each group."""
-        if groups.numbers.max(initial=-1) >= len(self.values):
-            raise ValueError(
-                f"`strengths` must have a value for each of {groups.numbers.max() + 1} groups. "
-                f"Received: {self.values}"
-            )
+        self.check(int(groups.numbers.max(initial=-1)) + 1)
         return np.array(self.values)[groups.numbers]
 
     def get_config(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ def linear_cka(
         [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327), equations 2 to 4, for batches and
         the unbiased estimate of Song et al., 2012.
     """
-    x, y = (np.asarray(a, "float64").reshape(len(a), -1) for a in (x, y))
     least = 4 if unbiased else 2
     size = len(x) if batch_size is None else batch_size
     if len(x) != len(y):
@@ -45,26 +44,31 @@ def linear_cka(
         )
     starts = range(0, len(x) - least + 1, size)  # a last batch of too few is left out
     hsic = _unbiased if unbiased else _biased
-    sums = np.zeros(3)
+    sums, squares = np.zeros(3), np.zeros(2)
     for start in starts:
-        a, b = x[start : start + size], y[start : start + size]
+        pair = [np.asarray(a[start : start + size], "float64") for a in (x, y)]
+        a, b = (part.reshape(len(part), -1) for part in pair)
+        squares += [np.square(a).sum(), np.square(b).sum()]
+        a, b = a - a.mean(0), b - b.mean(0)
         sums += [hsic(a, b), hsic(a, a), hsic(b, b)]
     across, own, others = sums
     # Rounding leaves a trace of what is the same for all examples.
-    scale = np.finfo("float64").eps * np.square(x).sum() * np.square(y).sum()
-    if own <= 0 or others <= 0 or own * others <= scale**2:
+    traces = (100 * np.finfo("float64").eps ** 2 * squares) ** 2
+    if own <= traces[0] or others <= traces[1]:
         return 0.0
     return float(across / np.sqrt(own * others))
 
 
 def _biased(x: np.ndarray, y: np.ndarray) -> float:
-    """tr(K H L H), of a batch: ‖xᵀ H y‖²."""
-    x, y = x - x.mean(0), y - y.mean(0)
+    """tr(K H L H), of a batch that is centred: ‖xᵀ y‖²."""
     return _squared(x, y)
 
 
 def _unbiased(x: np.ndarray, y: np.ndarray) -> float:
-    """n(n − 3) · HSIC₁, with the diagonals of K and L set to zero."""
+    """n(n − 3) · HSIC₁, with the diagonals of K and L set to zero.
+
+    To centre before changes nothing but the rounding.
+    """
     n = len(x)
     a, b = (x**2).sum(1), (y**2).sum(1)
     rows, columns = x @ x.sum(0) - a, y @ y.sum(0) - b

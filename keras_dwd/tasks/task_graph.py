@@ -83,9 +83,12 @@ class TaskGraph:
                     "`weights` must be a square matrix of numbers >= 0, a row and a column for "
                     f"each task. Received: {weights!r}"
                 )
+            if not np.allclose(self.given, self.given.T):
+                raise ValueError(f"`weights` must be symmetric. Received: {weights!r}")
         self._weights: list[list[float]] = []
+        self._digests: list[str] = []  # of the model's weights after each task
         if (self.folder / _INDEX).exists():
-            self._weights = self._read_index()
+            self._weights, self._digests = self._read_index()
         if probe is not None:
             self._keep_probe(probe)
         elif self.given is None and not (self.folder / _PROBE).is_dir():
@@ -109,7 +112,11 @@ class TaskGraph:
 
     def check(self, model: Any) -> None:
         """Raise `ValueError` if these settings, or what is in `folder`, do not fit a model."""
-        if self.tasks != model.tasks_learned:
+        learned = model.tasks_learned
+        if 0 < learned < self.tasks and self._digests[learned - 1] == model.weights_digest.hex():
+            # The model is an earlier one, saved before tasks that were learned and lost.
+            del self._weights[learned:], self._digests[learned:]
+        if self.tasks != learned:
             raise ValueError(
                 f"`folder` {str(self.folder)!r} holds {self.tasks} tasks, but the model has "
                 f"learned {model.tasks_learned}: it belongs to another model."
@@ -127,17 +134,24 @@ class TaskGraph:
             check_inputs(model, batch)
             self._represented(model, batch)
 
-    def add(self, model: keras.Model) -> None:
-        """Keep what a task has left: it is an earlier one from now on."""
+    def add(self, model: keras.Model, digest: bytes) -> None:
+        """Keep what a task has left: it is an earlier one from now on.
+
+        Args:
+            model: As it is after the task.
+            digest: Of its weights.
+        """
         row = self.weights_to(model).tolist()
         self.folder.mkdir(parents=True, exist_ok=True)
         with _replacing(self.folder / f"task_{self.tasks}") as made:
             for path, variable in _shared(by_path(model)).items():
-                np.save(made / _file(path), np.asarray(variable))
+                np.save(made / _file(path), np.asarray(variable, "float32"))
             if self.given is None:
                 np.save(made / "representation.npy", self.representation(model))
-        self._weights.append(row)
-        write_json(self.folder / _INDEX, {"version": 1, "weights": self._weights})
+        weights, digests = [*self._weights, row], [*self._digests, digest.hex()]
+        index = {"version": 1, "weights": weights, "digests": digests}
+        write_json(self.folder / _INDEX, index)
+        self._weights, self._digests = weights, digests
 
     def weights_to(self, model: keras.Model) -> np.ndarray:
         """w_ij between each earlier task and what the model is now, of shape `(tasks,)`."""
@@ -154,15 +168,12 @@ class TaskGraph:
             found.append(max(cka, 0.0))
         return np.array(found)
 
-    def with_update(self, callbacks: Any) -> Any:
+    def with_update(self, model: Any, callbacks: Any) -> Any:
         """The callbacks of a `fit`, and one that weighs the edges anew at the end of each epoch."""
-
-        def weigh(epoch: int, logs: dict[str, Any] | None) -> None:
-            update.model.weigh_tasks()
-
-        update = keras.callbacks.LambdaCallback(on_epoch_end=weigh)
+        update = _Update(model)
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(update)
+            if not any(isinstance(each, _Update) for each in callbacks.callbacks):
+                callbacks.callbacks.append(update)
             return callbacks
         if callbacks is None:
             return [update]
@@ -256,10 +267,21 @@ class TaskGraph:
         for part in parts.values():
             if not np.isfinite(np.asarray(part)).all():
                 raise ValueError("`probe` must be finite. It has values that are NaN or Inf.")
+        named = {str(name): np.asarray(part) for name, part in parts.items()}
+        if self.tasks and self.given is None:
+            held = {_path(f): np.load(f) for f in sorted((self.folder / _PROBE).iterdir())}
+            if held.keys() != named.keys() or any(
+                not np.array_equal(held[name], named[name]) for name in held
+            ):
+                raise ValueError(
+                    f"`probe` differs from that in `folder` {str(self.folder)!r}, by which "
+                    f"{self.tasks} tasks are represented: leave it out, or take another folder."
+                )
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with _replacing(self.folder / _PROBE) as made:
-            for name, part in parts.items():
-                np.save(made / _file(str(name)), np.asarray(part))
+            for name, array in named.items():
+                np.save(made / _file(name), array)
 
     def _probe(self) -> Any:
         """The probe inputs, in the structure that the model takes."""
@@ -278,17 +300,30 @@ class TaskGraph:
                 lambda a, start=start: tf.constant(a[start : start + self.batch_size]), probe
             )
 
-    def _read_index(self) -> list[list[float]]:
+    def _read_index(self) -> tuple[list[list[float]], list[str]]:
         try:
             index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
             weights = [[number("w", w, 0) for w in row] for row in index["weights"]]
-            if index["version"] != 1 or [len(row) for row in weights] != list(range(len(weights))):
+            digests = [bytes.fromhex(digest).hex() for digest in index["digests"]]
+            lengths = [len(row) for row in weights]
+            if index["version"] != 1 or lengths != list(range(len(digests))):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"`folder`: {str(self.folder / _INDEX)!r} is no index of a task graph."
             ) from None
-        return weights
+        return weights, digests
+
+
+class _Update(keras.callbacks.Callback):
+    """Weighs the edges of a model's task graph at the end of each epoch."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.learner = model  # a `CallbackList` made before gives callbacks no model
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self.learner.weigh_tasks()
 
 
 def _layers(model: keras.Model) -> list[keras.Layer]:
