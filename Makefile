@@ -26,10 +26,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/fisher_cost.py
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py
-	$(BIN)/keras-dwd ablate --tuning-seeds 3 --out benchmarks/results/ablation_permuted-digits.json
-	$(BIN)/keras-dwd ablate --scenario split:digits --tuning-seeds 3 \
+	$(BIN)/keras-dwd ablate --out benchmarks/results/ablation_permuted-digits.json
+	$(BIN)/keras-dwd ablate --scenario split:digits \
 		--out benchmarks/results/ablation_split-digits.json
-	$(BIN)/keras-dwd ablate --scenario split:mnist --tuning-seeds 3 \
+	$(BIN)/keras-dwd ablate --scenario split:mnist \
 		--out benchmarks/results/ablation_split-mnist.json
 	$(BIN)/keras-dwd ablate --scenario permuted:mnist --tasks 10 --profile full --epochs 1 \
 		--out benchmarks/results/ablation_permuted-mnist.json
