@@ -51,7 +51,8 @@ FEWER = {"conv": 1, "resnet18_like": 3, "winners": 3}
 LEARNING = {"conv": 32, "resnet18_like": 0, "winners": 32}
 PROTOCOL = (
     f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
-    "from 128 images of each, DWDModel with pull and online Fisher (diagonal: each fifth step, "
+    "from 128 images of each (the ResNet's weights moved at random in place of training), "
+    "DWDModel with pull and online Fisher (diagonal: each fifth step, "
     "Kronecker: each 20th) against strength=0, in turn in one process, median over builds of the "
     "models (and their range) of the median ratio over rounds; state in bytes per parameter in "
     "task 2"

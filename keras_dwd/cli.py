@@ -110,13 +110,7 @@ def run(
     """Learn a sequence of tasks by several methods and compare what they retain."""
     console = Console(stderr=as_json)
     experiment = Experiment(
-        scenario=scenario,
-        tasks=tasks,
-        setting=setting,
-        class_order_seed=class_order_seed,
-        profile=profile,
-        epochs=epochs,
-        data_dir=data_dir,
+        **_settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
     )
     names = _names(methods)
     strengths = _strengths(strength, names)
@@ -150,15 +144,7 @@ def tune(
     Each method that has a λ gets as many values of it, around its default, the same seeds and
     the same epochs.
     """
-    settings = {
-        "scenario": scenario,
-        "tasks": tasks,
-        "setting": setting,
-        "class_order_seed": class_order_seed,
-        "profile": profile,
-        "epochs": epochs,
-        "data_dir": data_dir,
-    }
+    settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
     _tuned(settings, _names(methods), seeds, tuning_seeds, points, processes, out, as_json)
 
 
@@ -192,17 +178,15 @@ def ablate(
     """
     words = [word.strip() for word in parts.split(",") if word.strip()]
     chosen = ablation.parts(words)
-    settings = {
-        "scenario": scenario,
-        "tasks": tasks,
-        "setting": setting,
-        "class_order_seed": class_order_seed,
-        "profile": profile,
-        "epochs": epochs,
-        "data_dir": data_dir,
-    }
+    settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
     names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
     _tuned(settings, names, seeds, tuning_seeds, points, processes, out, as_json)
+
+
+def _settings(*given: Any) -> dict[str, Any]:
+    """The arguments of `Experiment`, in this order."""
+    names = ("scenario", "tasks", "setting", "class_order_seed", "profile", "epochs", "data_dir")
+    return dict(zip(names, given, strict=True))
 
 
 def _tuned(

@@ -55,7 +55,7 @@ class Rule:
         Returns:
             By `variable.name`, of shape `(batch, *variable.shape)`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines neither this nor `squares`.")
 
     def squares(
         self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
@@ -83,7 +83,7 @@ class Rule:
         Returns:
             `(batch, positions, fan_in)` and `(batch, positions, fan_out)`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a `matrix` but no `rows`.")
 
 
 class GenericRule(Rule):
