@@ -14,7 +14,7 @@ from keras_dwd.curvature.rules import RuledLayer, ruled_layers
 from keras_dwd.grouping.grouping import Summary
 from keras_dwd.variables import Arrays, by_path
 
-_SCALARS = {"tasks_learned", "weights_digest", "fisher_weight", "groups", "tie"}
+_SCALARS = {"tasks_learned", "weights_digest", "fisher_weight", "fisher_looked", "groups", "tie"}
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
 _LEAVES = {
@@ -138,6 +138,7 @@ def restore(model: Any, saved: Arrays) -> None:
         for name, array in online.items():
             model.fisher.slots[name].assign(array)
     model.fisher.weight.assign(0.0 if foreign else scalars["fisher_weight"])
+    model.fisher.looked.assign(scalars["fisher_looked"])
     model.head_gate.build({p: variables[p] for p in in_use})
     for path, array in in_use.items():
         if path in model.head_gate.in_use:

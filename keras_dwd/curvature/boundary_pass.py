@@ -32,6 +32,7 @@ class BoundaryPass:
             check_batch(model, x, y, sample_weight)
             check_task_ids(model, x)
             count = len(tf.nest.flatten(y)[0])
+            model.fisher.start(examples)
             estimate = self._of_batch(model, variables)((x, y, sample_weight))
             sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
             examples += count

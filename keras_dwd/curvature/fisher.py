@@ -40,6 +40,9 @@ class Block(Protocol):
     def scaled(self, strengths: np.ndarray) -> Any: ...
 
 
+# Where the count of examples starts again, a power of two.
+_TURN = 2**20
+
 # Per-example gradients are formed for as many examples at once as fit in this many floats (1 GB).
 _MAX_FLOATS = 2**28
 
@@ -61,6 +64,8 @@ class Fisher:
         self.slots: dict[str, keras.Variable] = {}
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
+        # How many examples were looked at, modulo `_TURN`.
+        self.looked = keras.Variable(0, trainable=False, dtype="int32", name="fisher_looked")
 
     @property
     def online(self) -> bool:
@@ -161,13 +166,18 @@ class Fisher:
 
     def reset(self) -> None:
         """Forget the online estimate: a new task starts."""
-        for variable in [self.weight, *self.slots.values()]:
-            variable.assign(tf.zeros(variable.shape))
+        for variable in [self.weight, self.looked, *self.slots.values()]:
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
+
+    def start(self, examples: int) -> None:
+        """Say how many examples of a pass were looked at before the next batch."""
+        self.looked.assign(examples % _TURN)
 
     def state(self) -> Arrays:
-        """The online slots as arrays, by `kind/PATH`, and `fisher_weight`."""
+        """The online slots as arrays, by `kind/PATH`, `fisher_weight` and `fisher_looked`."""
         arrays = {name: np.asarray(v) for name, v in self.slots.items()}
-        return arrays | {"fisher_weight": np.asarray(self.weight)}
+        counts = {"fisher_weight": self.weight, "fisher_looked": self.looked}
+        return arrays | {name: np.asarray(v) for name, v in counts.items()}
 
     # One batch.
 
@@ -186,14 +196,17 @@ class Fisher:
                 differentiation: small gradients underflow in float16.
         """
         x, y, sample_weight = batch
-        examples = tf.cast(tf.shape(tf.nest.flatten(x)[0])[0], "float32")
+        count = tf.shape(tf.nest.flatten(x)[0])[0]
+        examples = tf.cast(count, "float32")
         if self.estimator == "adam":
             raise ValueError(
                 "The estimator 'adam' is made by training alone, not in a pass: leave `data` out."
             )
         if self.estimator == "batch":
             return self._of_mean_gradient(model, variables, batch, scale)
-        weights = tf.fill((tf.shape(tf.nest.flatten(x)[0])[0],), 1 / examples)
+        first = tf.identity(self.looked.value)
+        self.looked.assign((first + count) % _TURN)
+        weights = tf.fill((count,), 1 / examples)
         within: tuple[Any, ...] = ()
         if sample_weight is not None:
             leaves = tf.nest.flatten(sample_weight)
@@ -239,6 +252,7 @@ class Fisher:
                 Flow(
                     tuple(_floats(i) for i in call.inputs),
                     _unscaled(next(gradients), scale),
+                    first,
                 )
                 for call in found or ()
             ]

@@ -188,7 +188,9 @@ class Kronecker:
 _LOOKS = 8
 
 
-def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _products(
+    rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor, first: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Two matrices L and R with L Rᵀ = Σ_b w_b D_b D_bᵀ, for D_b = rows_bᵀ other_b.
 
     With many positions and many columns in D an unbiased estimate of it: each example's D is seen
@@ -198,11 +200,12 @@ def _products(rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor) -> tuple[tf
         rows: `(batch, positions, n)`.
         other: `(batch, positions, m)`.
         weights: `(batch,)`.
+        first: How many examples came before these.
     """
     n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
     if positions is None or positions > _LOOKS:
         if m > 2 * _LOOKS:
-            other = _look(other)
+            other = _look(other, first)
         if positions is None or positions > other.shape[2]:  # D is smaller than its parts
             d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
             d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
@@ -242,10 +245,10 @@ def _probe(size: int, columns: int) -> np.ndarray:
     return np.linalg.qr(normal)[0].astype("float32")
 
 
-def _look(x: tf.Tensor) -> tf.Tensor:
+def _look(x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
     """Each example's columns, `(batch, positions, m)`, along `_LOOKS` directions of its group."""
-    m, groups = x.shape[2], _groups(x.shape[2])
-    group = (tf.range(tf.shape(x)[0]) + _first_group(groups)) % groups
+    m = x.shape[2]
+    group = (tf.range(tf.shape(x)[0]) + first) % _groups(m)
     return tf.matmul(x, _signs(m, group)[:, :, None] * tf.one_hot(tf.range(m) % _LOOKS, _LOOKS))
 
 
@@ -262,11 +265,6 @@ def _signs(m: int, group: tf.Tensor) -> tf.Tensor:
 
 def _groups(m: int) -> int:
     return 1 << (-(-m // _LOOKS) - 1).bit_length()
-
-
-def _first_group(groups: int) -> tf.Tensor:
-    """Another one for each batch, so that a small one sees no group less than others."""
-    return tf.random.uniform((), 0, groups, "int32")
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -360,7 +358,7 @@ class KroneckerFisher(Fisher):
             a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
         for side, rows, other in (("input", a, g), ("output", g, a)):
             name, size = f"{side}/{ruled.kernel}", rows.shape[2]
-            left, right = _products(rows, other, weights)
+            left, right = _products(rows, other, weights, flows[0].first)
             probe = None
             if size > 4 * self.rank:
                 found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)

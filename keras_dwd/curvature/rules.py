@@ -26,10 +26,12 @@ class Flow:
         inputs: The tensors the layer was called on.
         gradient: Of the loss of each example by the layer's output before the activation, of the
             output's shape, float32.
+        first: How many examples of the task were looked at before the first of these.
     """
 
     inputs: tuple[tf.Tensor, ...]
     gradient: tf.Tensor
+    first: Any = 0
 
 
 class Rule:

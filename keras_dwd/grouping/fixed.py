@@ -9,7 +9,14 @@ import numpy as np
 
 from keras_dwd.checks import number
 from keras_dwd.curvature.fisher import Block
-from keras_dwd.grouping.grouping import Grouping, Learned, Parameters, Partition, Summary
+from keras_dwd.grouping.grouping import (
+    Described,
+    Grouping,
+    Learned,
+    Parameters,
+    Partition,
+    Summary,
+)
 from keras_dwd.variables import Variables
 
 
@@ -27,9 +34,12 @@ class SingleGroup(Partition):
     def __init__(self, strengths: Any = "importance"):
         super().__init__(strengths, "variable")
 
-    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+    def fit(self, described: Described) -> None:
+        """There is nothing to find."""
+
+    def label(self, found: None, key: str, part: Parameters) -> np.ndarray:
         """One group for all."""
-        return {key: np.zeros((), "int8") for key in parameters}
+        return np.zeros((), "int8")
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -47,9 +57,13 @@ class LayerGrouping(Partition):
     def __init__(self, strengths: Any = "importance"):
         super().__init__(strengths, "variable")
 
-    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
+    def fit(self, described: Described) -> dict[str, int]:
         """One group for each block."""
-        return {key: np.array(i, "int32") for i, key in enumerate(parameters)}
+        return {key: i for i, key in enumerate(described)}
+
+    def label(self, found: dict[str, int], key: str, part: Parameters) -> np.ndarray:
+        """That of the block."""
+        return np.array(found[key], "int32")
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -94,31 +108,32 @@ class FixedGrouping(Grouping):
     def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
         """Weigh the Fisher information by the λ_k of its groups."""
         weighted: dict[str, Block] = {}
-        found: dict[str, dict[str, Any]] = {}
+        mine: Described = {}
         for key, block in learned.blocks.items():
             groups = {path: self._group_of(path) for path in block.paths}
             weighted[key] = block.weighted({p: self._strength(g) for p, g in groups.items()})
             mean = float(block.spectrum().mean())
-            for path, pattern in groups.items():
-                group = found.setdefault(pattern, {"layers": {}, "fisher": 0.0, "squares": 0.0})
+            for path in block.paths:
                 values = learned.values[path]
-                group["layers"][path] = values.size
-                group["fisher"] += values.size * mean
-                group["squares"] += float(np.square(values, dtype="float64").sum())
+                squares = np.square(values, dtype="float64").sum()
+                mine[path] = (np.array([values.size, values.size * mean, squares]),)
+        members: dict[str, dict[str, np.ndarray]] = {}
+        for path, (sums,) in learned.of_all(mine).items():
+            members.setdefault(self._group_of(path), {})[path] = sums
         summary: Summary = []
         for pattern in dict.fromkeys([*self.patterns, "*"]):
-            if pattern not in found:
+            if pattern not in members:
                 continue
-            size = sum(found[pattern]["layers"].values())
+            size, fisher, squares = np.sum(list(members[pattern].values()), 0)
             summary.append(
                 {
                     "group": len(summary),
                     "pattern": pattern,
-                    "size": size,
-                    "mean_fisher": found[pattern]["fisher"] / size,
-                    "magnitude": float(np.sqrt(found[pattern]["squares"] / size)),
+                    "size": int(size),
+                    "mean_fisher": float(fisher / size),
+                    "magnitude": float(np.sqrt(squares / size)),
                     "strength": self._strength(pattern),
-                    "layers": found[pattern]["layers"],
+                    "layers": {path: int(sums[0]) for path, sums in members[pattern].items()},
                 }
             )
         return weighted, summary

@@ -1,6 +1,7 @@
 """Groups of parameters found by a Gaussian mixture."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import keras
@@ -8,7 +9,14 @@ import numpy as np
 from sklearn.mixture import GaussianMixture
 
 from keras_dwd.checks import integer
-from keras_dwd.grouping.grouping import Granularity, Parameters, Partition, pieces, reduced
+from keras_dwd.grouping.grouping import (
+    Described,
+    Granularity,
+    Parameters,
+    Partition,
+    pieces,
+    reduced,
+)
 from keras_dwd.variables import Variables
 
 Feature = Literal["fisher", "magnitude", "movement", "depth", "kind"]
@@ -72,32 +80,46 @@ class GaussianMixtureGrouping(Partition):
                 f"Received: {self.groups}"
             )
 
-    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
-        """Fit the mixture to a sample and give everything its most probable group.
+    def describe(self, key: str, part: Parameters) -> tuple[np.ndarray, ...]:
+        """How many items have Fisher information, and the features of some of them."""
+        arrays = self._items(part)
+        count = int(np.count_nonzero(arrays[0] > 0))
+        # Of each block its own draw: the same whichever worker makes it.
+        rng = np.random.default_rng([self.seed, zlib.crc32(key.encode())])
+        share = min(1.0, self.samples / max(count, 1))
+        drawn = [self._features(chosen, part) for chosen in _drawn(arrays, share, rng)]
+        sample = np.concatenate(drawn or [np.zeros((0, 1), "float32")])
+        return np.array(count), rng.permutation(sample) if share < 1 else sample
+
+    def fit(self, described: Described) -> Any:
+        """Fit the mixture to a sample of all, and return it with the features' mean and scale.
 
         Where there is less to group than groups, each is a group of its own.
         """
-        kinds = sorted({part.kind for part in parameters.values()})
-        items = {key: self._items(part) for key, part in parameters.items()}
-        positive = {key: np.count_nonzero(arrays[0] > 0) for key, arrays in items.items()}
-        total = sum(positive.values())
-        rng = np.random.default_rng(self.seed)
+        total = sum(int(n) for n, _ in described.values())
         share = min(1.0, self.samples / max(total, 1))
-        sample = np.concatenate(
-            [
-                self._features(chosen, parameters[key], kinds)
-                for key, arrays in items.items()
-                for chosen in _drawn(arrays, share, rng)
-            ]
-            or [np.zeros((0, 1), "float32")]
-        )
+        chosen = [part[: round(share * int(n))] for n, part in described.values() if len(part)]
+        sample = np.concatenate(chosen or [np.zeros((0, 1), "float32")])
         mean, std = (f(sample, 0) if len(sample) else 0.0 for f in (np.mean, np.std))
         std = np.where(std > 1e-6, std, np.inf)  # what is the same everywhere tells nothing
-        mixture = self._fitted((sample - mean) / std)
-        return {
-            key: self._labels(arrays, parameters[key], kinds, mixture, mean, std)
-            for key, arrays in items.items()
-        }
+        return self._fitted((sample - mean) / std), mean, std
+
+    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
+        """Give everything its most probable group."""
+        mixture, mean, std = found
+        arrays = self._items(part)
+        labels = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
+        start = 0
+        for piece in pieces(*arrays):
+            used = piece[0] > 0
+            target = labels[start : start + len(used)]
+            start += len(used)
+            if mixture is None:
+                target[used] = 0
+            elif used.any():
+                chosen = [None if a is None else a[used] for a in piece]
+                target[used] = mixture.predict((self._features(chosen, part) - mean) / std)
+        return labels.reshape(arrays[0].shape)
 
     def _items(self, part: Parameters) -> list[Any]:
         """Mean F, root mean square θ and, where it is a feature, θ − c of each item."""
@@ -107,9 +129,10 @@ class GaussianMixtureGrouping(Partition):
         distances = [None if a is None else _rms(a, self.granularity) for a in (part.values, moved)]
         return [reduced(part.fisher, self.granularity), *distances]
 
-    def _features(self, arrays: list[Any], part: Parameters, kinds: list[str]) -> np.ndarray:
+    def _features(self, arrays: list[Any], part: Parameters) -> np.ndarray:
         """`(items, columns)` of flat arrays of F > 0, |θ| and |θ − c|."""
         fisher, values, moved = arrays
+        kinds = sorted(set(part.learned.kinds.values()))
         columns: list[Any] = []
         for feature in self.features:
             if feature == "fisher":
@@ -143,29 +166,6 @@ class GaussianMixtureGrouping(Partition):
             for count in counts
         ]
         return min(mixtures, key=lambda m: m.bic(sample)) if len(mixtures) > 1 else mixtures[0]
-
-    def _labels(
-        self,
-        arrays: list[Any],
-        part: Parameters,
-        kinds: list[str],
-        mixture: GaussianMixture | None,
-        mean: Any,
-        std: Any,
-    ) -> np.ndarray:
-        found = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
-        start = 0
-        for piece in pieces(*arrays):
-            used = piece[0] > 0
-            target = found[start : start + len(used)]
-            start += len(used)
-            if mixture is None:
-                target[used] = 0
-            elif used.any():
-                chosen = [None if a is None else a[used] for a in piece]
-                features = (self._features(chosen, part, kinds) - mean) / std
-                target[used] = mixture.predict(features)
-        return found.reshape(arrays[0].shape)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -1,7 +1,7 @@
 """What all groupings share: what is grouped, what each group weighs, and which group is which."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -19,6 +19,9 @@ Summary = list[dict[str, Any]]
 """Of each group its number `group`, `size`, `mean_fisher`, `magnitude` (root mean square of θ),
 `strength` λ_k, and `layers`: how many of its parameters are in which."""
 
+Described = dict[str, tuple[np.ndarray, ...]]
+"""What there is to say of blocks, by block: a few small arrays each."""
+
 # As many parameters at a time: what is computed of them stays in the processor's cache.
 _CHUNK = 2**16
 
@@ -33,6 +36,7 @@ class Learned:
         anchors: What they were pulled to so far, of those that were.
         kinds: The class of each variable's layer, by path, from inputs to outputs.
         groups: The summary of the last boundary.
+        exchange: Adds what other workers say of the blocks that are theirs.
     """
 
     blocks: Mapping[str, Block]
@@ -40,6 +44,13 @@ class Learned:
     anchors: Arrays = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     groups: Summary = field(default_factory=list)
+    exchange: Callable[[Described], Described] = dict
+
+    def of_all(self, described: Described) -> Described:
+        """What all workers say of their blocks, in the order of the model's variables."""
+        order = {path: i for i, path in enumerate(self.kinds)}
+        every = self.exchange(described).items()
+        return dict(sorted(every, key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Grouping(ABC):
 
 
 class Partition(Grouping):
-    """A grouping that says in `divide` which parameters belong together.
+    """A grouping that finds parameters that belong together: in `fit`, and in `label` which.
 
     Parameters with zero Fisher information belong to no group.
 
@@ -150,16 +161,33 @@ class Partition(Grouping):
                 f"{granularity!r}"
             )
 
+    def describe(self, key: str, part: Parameters) -> tuple[np.ndarray, ...]:
+        """What `fit` is to know of a block: small, as workers send it to each other."""
+        return ()
+
     @abstractmethod
-    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
-        """Say which parameters belong together.
+    def fit(self, described: Described) -> Any:
+        """Find the groups.
 
         Args:
-            parameters: By block.
+            described: By block, what `describe` says of it.
 
         Returns:
-            By block, the numbers of groups from 0 on, −1 for none, as small integers of a shape
-            that broadcasts to that of `fisher`. What has no Fisher information may have any.
+            What `label` is to know.
+        """
+
+    @abstractmethod
+    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
+        """Say which group each of a block's parameters is in.
+
+        Args:
+            found: As of `fit`.
+            key: Of the block.
+            part: Its parameters.
+
+        Returns:
+            Numbers of groups from 0 on, −1 for none, as small integers of a shape that broadcasts
+            to that of `fisher`. What has no Fisher information may have any.
         """
 
     @property
@@ -179,22 +207,27 @@ class Partition(Grouping):
             key: Parameters(block.spectrum(), block, learned)
             for key, block in learned.blocks.items()
         }
-        labels = self.divide(parameters)
-        count = max((int(part.max(initial=-1)) for part in labels.values()), default=-1) + 1
-        members = np.zeros((len(parameters), 4, count))
-        for i, (key, part) in enumerate(parameters.items()):
-            members[i] = _sums(part, labels[key], count, self.strengths.by_movement)
-        sizes, fisher, squares, moved = members.sum(0)
-        has_moved = self.strengths.by_movement and all(
-            part.moved is not None for part in parameters.values()
-        )
+        described = {key: self.describe(key, part) for key, part in parameters.items()}
+        found = self.fit(learned.of_all(described))
+        labels = {key: self.label(found, key, part) for key, part in parameters.items()}
+        sums: Described = {
+            key: (_sums(part, labels[key], self.strengths.by_movement),)
+            for key, part in parameters.items()
+        }
+        of_all = learned.of_all(sums)
+        count = max((part.shape[1] for (part,) in of_all.values()), default=0)
+        members = np.zeros((len(of_all), 5, count))
+        for i, (part,) in enumerate(of_all.values()):
+            members[i, :, : part.shape[1]] = part
+        sizes, fisher, squares, moved, still = members.sum(0)
+        has_moved = self.strengths.by_movement and not still.any()
         summary: Summary = [
             {
                 "size": int(sizes[k]),
                 "mean_fisher": float(fisher[k] / sizes[k]),
                 "magnitude": float(np.sqrt(squares[k] / sizes[k])),
                 "layers": {
-                    key: int(n) for key, n in zip(parameters, members[:, 0, k], strict=True) if n
+                    key: int(n) for key, n in zip(of_all, members[:, 0, k], strict=True) if n
                 },
             }
             for k in range(count)
@@ -244,9 +277,13 @@ def reduced(array: np.ndarray, granularity: Granularity) -> np.ndarray:
     return array.mean(axes, dtype="float64", keepdims=True) if axes else array
 
 
-def _sums(part: Parameters, labels: np.ndarray, count: int, by_movement: bool) -> np.ndarray:
-    """The number of members of each group, and their sums of F, of θ² and of F (θ − c)²."""
-    sums = np.zeros((4, count))
+def _sums(part: Parameters, labels: np.ndarray, by_movement: bool) -> np.ndarray:
+    """Of each group the number of members, their sums of F, of θ² and of F (θ − c)².
+
+    And last the number of those that have no c yet.
+    """
+    count = int(labels.max(initial=-1)) + 1
+    sums = np.zeros((5, count))
     everywhere = np.broadcast_to(labels, part.fisher.shape)
     moved_by = part.moved if by_movement else None
     for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, moved_by):
@@ -256,6 +293,8 @@ def _sums(part: Parameters, labels: np.ndarray, count: int, by_movement: bool) -
         ):
             if row == 0 or weights is not None:
                 sums[row] += np.bincount(groups, weights, count + 1)[1:]
+    if moved_by is None:
+        sums[4] = sums[0]
     return sums
 
 

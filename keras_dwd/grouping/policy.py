@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.fisher import Block
-from keras_dwd.grouping.grouping import Grouping, Learned, Summary
+from keras_dwd.grouping.grouping import Described, Grouping, Learned, Summary
 from keras_dwd.variables import Variables
 
 
@@ -127,15 +127,22 @@ class GroupingPolicy(Grouping):
 
     def context(self, learned: Learned) -> np.ndarray:
         """What is known at a boundary, `(FEATURES,)`, each of the order of one."""
-        spectra = [block.spectrum().ravel() for block in learned.blocks.values()]
-        positive = np.concatenate([s[s > 0] for s in spectra] or [np.zeros(0)])
-        spread = float(np.log(positive).std()) if positive.size else 0.0
-        moved, size = 0.0, 0.0
-        for path, anchor in learned.anchors.items():
-            moved += float(np.square(learned.values[path] - anchor, dtype="float64").sum())
-            size += float(np.square(anchor, dtype="float64").sum())
+        mine: Described = {}
+        for key, block in learned.blocks.items():
+            sums = np.zeros(5)  # of log F: number, sum, of squares; of (θ − c)², of c²
+            logs = np.log(block.spectrum()[block.spectrum() > 0], dtype="float64")
+            sums[:3] = logs.size, logs.sum(), (logs**2).sum()
+            for path in set(block.paths) & set(learned.anchors):
+                anchor = learned.anchors[path]
+                sums[3] += np.square(learned.values[path] - anchor, dtype="float64").sum()
+                sums[4] += np.square(anchor, dtype="float64").sum()
+            mine[key] = (sums,)
+        n, total, squares, moved, size = sum(
+            (s for (s,) in learned.of_all(mine).values()), np.zeros(5)
+        )
+        spread = np.sqrt(max(squares / n - (total / n) ** 2, 0.0)) if n else 0.0
         distance = np.sqrt(moved / size) if size else 0.0
-        return np.array([1.0, float(bool(learned.anchors)), distance, spread / 10])
+        return np.array([1.0, float(size > 0), distance, spread / 10])
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, with what was learned."""

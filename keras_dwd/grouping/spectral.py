@@ -1,6 +1,5 @@
 """Groups of units or variables found by spectral clustering of their Fisher profiles."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,7 +9,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import KNeighborsClassifier
 
 from keras_dwd.checks import integer
-from keras_dwd.grouping.grouping import Granularity, Parameters, Partition
+from keras_dwd.grouping.grouping import Described, Granularity, Parameters, Partition
 
 # A profile: the logarithm of the Fisher information at these quantiles of a unit's parameters.
 _QUANTILES = np.linspace(0, 1, 9)
@@ -55,25 +54,30 @@ class SpectralGrouping(Partition):
         self.samples = integer("samples", samples, self.groups)
         self.seed = integer("seed", seed, 0)
 
-    def divide(self, parameters: Mapping[str, Parameters]) -> dict[str, np.ndarray]:
-        """Cluster the profiles of all units with Fisher information."""
-        labels, profiles = {}, []
-        for key, part in parameters.items():
-            whole = self.granularity == "variable" or not part.fisher.ndim
-            units = part.fisher[..., None] if whole else part.fisher
-            flat = units.reshape(-1, units.shape[-1]).T
-            used = flat.max(1) > 0
-            labels[key] = np.where(used, 0, -1).astype("int16")
-            profiles.append(_profiles(flat[used]))
-        every = np.concatenate(profiles) if profiles else np.zeros((0, len(_QUANTILES)))
-        found = self._clusters(every)
-        start = 0
-        for part_labels in labels.values():
-            used = part_labels >= 0
-            part_labels[used] = found[start : start + used.sum()]
-            start += used.sum()
-        scalars = (key for key, part in parameters.items() if not part.fisher.ndim)
-        return labels | {key: labels[key].reshape(()) for key in scalars}
+    def describe(self, key: str, part: Parameters) -> tuple[np.ndarray, ...]:
+        """The profiles of those units that have Fisher information."""
+        units = self._units(part)
+        return (_profiles(units[units.max(1) > 0]),)
+
+    def fit(self, described: Described) -> dict[str, np.ndarray]:
+        """Cluster the profiles of all units."""
+        profiles = [part for (part,) in described.values()]
+        found = self._clusters(np.concatenate(profiles or [np.zeros((0, len(_QUANTILES)))]))
+        ends = np.cumsum([len(part) for part in profiles])[:-1]
+        return dict(zip(described, np.split(found, ends), strict=True)) if described else {}
+
+    def label(self, found: dict[str, np.ndarray], key: str, part: Parameters) -> np.ndarray:
+        """The group of each unit."""
+        used = self._units(part).max(1) > 0
+        labels = np.where(used, 0, -1).astype("int16")
+        labels[used] = found[key]
+        return labels if part.fisher.ndim else labels.reshape(())
+
+    def _units(self, part: Parameters) -> np.ndarray:
+        """F of each unit, `(units, parameters)`."""
+        whole = self.granularity == "variable" or not part.fisher.ndim
+        units = part.fisher[..., None] if whole else part.fisher
+        return units.reshape(-1, units.shape[-1]).T
 
     def _clusters(self, profiles: np.ndarray) -> np.ndarray:
         """The group of each profile."""
