@@ -1,12 +1,15 @@
 """Continual learning for Keras 3: a model that learns task after task without forgetting."""
 
 from keras_dwd import backend_check as backend_check  # first: it may refuse the import
+from keras_dwd.callbacks import LearningRateWarmup as LearningRateWarmup
 from keras_dwd.callbacks import PenaltyLogger as PenaltyLogger
 from keras_dwd.curvature.fisher import DiagonalFisher as DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher as KroneckerFisher
 from keras_dwd.curvature.rules import Flow as Flow
 from keras_dwd.curvature.rules import Rule as Rule
 from keras_dwd.curvature.rules import register_rule as register_rule
+from keras_dwd.distributed.communicator import Communicator as Communicator
+from keras_dwd.distributed.horovod import HorovodCommunicator as HorovodCommunicator
 from keras_dwd.evaluation.matrix import AccuracyMatrix as AccuracyMatrix
 from keras_dwd.evaluation.methods import METHODS as METHODS
 from keras_dwd.evaluation.methods import Method as Method

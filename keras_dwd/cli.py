@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from keras_dwd.checks import integer
+from keras_dwd.distributed.communicator import INSTALL, here
+from keras_dwd.distributed.launch import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.files import write_json
@@ -79,6 +82,9 @@ _Resumed = Annotated[
         "again."
     ),
 ]
+_Workers = Annotated[
+    int, typer.Option(help="Processes of this machine that train together; needs Horovod.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, not as a table.")]
 
 
@@ -89,6 +95,7 @@ def _commands() -> None:
 
 @app.command()
 def run(
+    context: typer.Context,
     scenario: _Scenario = "permuted:digits",
     methods: _Methods = "finetune,ewc,dwd,joint",
     tasks: _Tasks = 5,
@@ -104,6 +111,17 @@ def run(
     ] = None,
     profile: _Profile = "cpu",
     data_dir: _DataDir = None,
+    workers: _Workers = 1,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Each worker keeps a share of what was consolidated.")
+    ] = False,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep the progress there, after each epoch and each task."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in `--checkpoint-dir`.")
+    ] = False,
     out: _Out = None,
     as_json: _Json = False,
 ) -> None:
@@ -115,11 +133,43 @@ def run(
     names = _names(methods)
     strengths = _strengths(strength, names)
     _check_out(out)
-    with _progress(console) as observer:
-        results = experiment.compare(names, seeds, strengths=strengths, observer=observer)
+    integer("--workers", workers, 1)
+    if resume and checkpoint_dir is None:
+        raise ValueError("`--resume` needs `--checkpoint-dir`: where to go on from.")
+    if not resume and checkpoint_dir and any(checkpoint_dir.glob("*/*/checkpoint-*")):
+        raise ValueError(
+            f"`--checkpoint-dir` {str(checkpoint_dir)!r} holds the progress of a run: go on with "
+            "`--resume`, or name another folder."
+        )
+    if workers > 1 and not is_worker():
+        raise typer.Exit(launch(_again(context, resume=checkpoint_dir is not None), workers))
+    leads = here().rank == 0
+    with _progress(console, leads) as observer:
+        results = experiment.compare(
+            names,
+            seeds,
+            strengths=strengths,
+            observer=observer,
+            checkpoint_dir=checkpoint_dir,
+            sharded=sharded,
+        )
+    if not leads:
+        return
     if out is not None:
         write_json(out, results)
     _show(results, as_json, console)
+
+
+def _again(context: typer.Context, **changed: Any) -> list[str]:
+    """The command that this is, for workers to run."""
+    words = [sys.executable, "-m", "keras_dwd", str(context.info_name)]
+    for parameter in context.command.params:
+        value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
+        if value is True:
+            words.append(parameter.opts[0])
+        elif value not in (None, False):
+            words += [parameter.opts[0], str(value)]
+    return words
 
 
 @app.command()
@@ -306,8 +356,11 @@ class _EpochBar(keras.callbacks.Callback):
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Observer]:
+def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]:
     """A bar per task, of epochs, with the running accuracy."""
+    if not shown:
+        yield None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -335,8 +388,8 @@ def main() -> None:
     """Entry point: what a user can mend is said in one line, without a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
-        if type(error) not in (ValueError, FileNotFoundError):
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if type(error) not in (ValueError, FileNotFoundError) and str(error) != INSTALL:
             raise
         Console(stderr=True).print(
             f"keras-dwd: {error}", style="red", highlight=False, markup=False

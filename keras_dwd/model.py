@@ -1,6 +1,5 @@
 """The model that learns task after task."""
 
-import inspect
 from typing import Any, Literal
 
 import keras
@@ -12,6 +11,9 @@ from keras_dwd.checks import check_fit, check_weights
 from keras_dwd.curvature.boundary_pass import BoundaryPass
 from keras_dwd.curvature.fisher import Block, Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.distributed.communicator import Communicator
+from keras_dwd.distributed.model import DistributedModel, arguments
+from keras_dwd.distributed.workers import Workers, block_sizes
 from keras_dwd.gradients import all_finite, data_gradients
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping, Learned, Summary
@@ -28,7 +30,7 @@ _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_me
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDModel(keras.Model):
+class DWDModel(DistributedModel):
     """A Keras model that keeps what it knew while `fit` trains it on the next task.
 
     Train it as any Keras model. After each task call `consolidate`: the Fisher information of the
@@ -164,8 +166,7 @@ class DWDModel(keras.Model):
         Of datasets only what they say of themselves is looked at: a pass over them may be
         expensive, or not repeatable.
         """
-        bound = inspect.signature(super().fit).bind(x, y, *args, **kwargs)
-        given = bound.arguments
+        given = arguments(keras.Model.fit, x, y, *args, **kwargs)
         check_fit(self, given)
         held_out = given.get("validation_data")
         for data in (x, held_out[0] if isinstance(held_out, (tuple, list)) else None):
@@ -173,14 +174,14 @@ class DWDModel(keras.Model):
         if self.task_graph is not None:
             self.task_graph.check(self)
             given["callbacks"] = self.task_graph.with_update(self, given.get("callbacks"))
-        return super().fit(*bound.args, **bound.kwargs)
+        return super().fit(**given)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots the training step updates, then trace as Keras does."""
         if self.train_function is not None and not force:
             return self.train_function
         if self._learns_online:
-            shapes = self.fisher.shapes(self, self._pulled_variables())
+            shapes = self.kept(self.fisher.shapes(self, self._pulled_variables()))
             self.fisher.build(shapes, optimizer.find(self.optimizer))
         self.head_gate.build(self._trainable_by_path())
         return super().make_train_function(force)
@@ -211,6 +212,16 @@ class DWDModel(keras.Model):
         gradients = tape.gradient(scaled_loss, variables)
         # 1 unless the optimizer scales the loss (mixed precision): gradients carry that factor.
         scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
+        workers, communicator = self.workers, self.workers.communicator
+        if workers.sharded:
+            # Each pull is that of one worker, and the mean of all is taken: no more to send.
+            pulls = self.head_gate.within(self.regularizer.gradients(by_path(self)))
+            named = dict(zip(trainable, gradients, strict=True))
+            times = communicator.size * (tf.ones(()) if scale is None else scale)
+            gradients = self.regularizer.added(pulls, trainable, named, times)
+        step = self.optimizer.iterations
+        gradients = workers.averaged(gradients, loss, step, scaled=scale is not None)
+        examples *= communicator.size
 
         from_data = gradients
         if added_loss is not None or scale is not None:
@@ -229,7 +240,9 @@ class DWDModel(keras.Model):
                     batch = dict(zip(trainable, from_data, strict=True)), examples
                 due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
                 due |= fisher.weight.value == 0  # the first step of a task
-                tf.cond(due, lambda: self._learn_fisher(batch, scale), _nothing)
+                # Workers that wait for each other do so in one order.
+                with tf.control_dependencies([g for g in gradients if g is not None]):
+                    tf.cond(due, lambda: self._learn_fisher(batch, scale), _nothing)
 
         if variables:
             kept = self.head_gate.open(trainable, from_data)
@@ -269,7 +282,8 @@ class DWDModel(keras.Model):
         folded: list[Folded] = []
         if variables:
             if data is None:
-                statistics = self.fisher.value(optimizer.find(self.optimizer), variables)
+                kept = {path: v for path, v in variables.items() if self.workers.keeps(path)}
+                statistics = self.fisher.value(optimizer.find(self.optimizer), kept)
             else:
                 statistics = self._estimate(data, batch_size)
             self.fisher.check(statistics)
@@ -312,7 +326,11 @@ class DWDModel(keras.Model):
         It is not part of the reported loss: its value would cost a pass over all weights a step.
         `PenaltyLogger` reports it once an epoch.
         """
-        return self.regularizer.value(by_path(self))
+        value = self.regularizer.value(by_path(self))
+        if not self.workers.sharded:
+            return value
+        (total,) = self.workers.communicator.total([np.asarray(value)], "penalty")
+        return tf.constant(total, "float32")
 
     def get_config(self) -> dict[str, Any]:
         """Configuration of the model, its settings included; state is in the weights file."""
@@ -328,6 +346,19 @@ class DWDModel(keras.Model):
         """Write the consolidation state next to the weights."""
         super().save_own_variables(store)
         state.save(self, store)
+
+    def give_state(self) -> None:
+        """Take part in saving what workers have divided."""
+        state.save(self, {})
+
+    def divide_state(self, before: Workers, workers: Workers) -> None:
+        """Go on with other workers, each with its share of the state."""
+        learned: Arrays = {}
+        if before.sharded != workers.sharded:
+            state.save(self, learned)
+        self.workers = workers
+        if learned:
+            state.restore(self, learned)
 
     def load_own_variables(self, store: Any) -> None:
         """Take over weights and consolidation state, whichever of the two are there."""
@@ -386,16 +417,24 @@ class DWDModel(keras.Model):
             }
         else:
             variables = self._pulled_variables()
-            statistics = self.statistics(variables, batch)
+            statistics = self.statistics(variables, batch, self.workers.communicator)
+            statistics = self.workers.reduced(statistics)
         known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
-        self.fisher.update(known, all_finite(known.values()) if scale is not None else None)
+        valid = all_finite(statistics.values()) if scale is not None else None
+        self.fisher.update(known, valid)
         return _nothing()
 
-    def statistics(self, variables: Variables, batch: Any) -> Statistics:
-        """F̂ of one batch; graph code. The loss that it computes is in no report."""
+    def statistics(
+        self, variables: Variables, batch: Any, communicator: Communicator | None = None
+    ) -> Statistics:
+        """F̂ of one batch, a part of one of all workers; graph code.
+
+        The loss that it computes is in no report.
+        """
         reported = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(v.value) for v in reported]
-        statistics = self.fisher.of_batch(self, variables, batch, self._float16_scale)
+        scale, others = self._float16_scale, communicator or Communicator()
+        statistics = self.fisher.of_batch(self, variables, batch, scale, others)
         for variable, value in zip(reported, before, strict=True):
             variable.assign(value)
         return statistics
@@ -404,7 +443,11 @@ class DWDModel(keras.Model):
         """Let the optimizer update the variables, with the pull in it if there is one."""
         named = dict(zip(variables, gradients, strict=True))
         budget = self.grouping.budget if self.grouping is not None else None
-        decoupled = optimizer.find(self.optimizer) if self.regularizer.pulls else None
+        pulls = self.regularizer.pulls and not self.workers.sharded  # else it is in there
+        decoupled = optimizer.find(self.optimizer) if pulls else None
+        if not pulls:
+            self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
+            return
         if decoupled is None:
             pulled = self.regularizer.with_pull(by_path(self), named, scale, budget)
             self.optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
@@ -422,12 +465,22 @@ class DWDModel(keras.Model):
             self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
 
     def _estimate(self, data: Any, batch_size: int) -> Arrays:
-        return self._pass(self, self._pulled_variables(), data, batch_size)
+        communicator = self.workers.communicator
+        found = self._pass(self, self._pulled_variables(), data, batch_size, communicator)
+        return self.kept(found)
+
+    def kept(self, of_blocks: dict[str, Any]) -> dict[str, Any]:
+        """Of all statistics, by `kind/PATH`, those of blocks that this worker keeps."""
+        variables = self._pulled_variables()
+        self.workers.divide(block_sizes(self.fisher.shapes(self, variables), variables))
+        kept = {name: name.partition("/")[2] for name in of_blocks}
+        return {name: of_blocks[name] for name, path in kept.items() if self.workers.keeps(path)}
 
     def _learned(self, blocks: dict[str, Block]) -> Learned:
         values = {path: np.asarray(v) for path, v in by_path(self).items()}
         anchors = {path: np.asarray(v) for path, v in self.regularizer.anchors.items()}
-        return Learned(blocks, values, anchors, kinds_of(self), self.groups)
+        exchange = self.workers.exchange
+        return Learned(blocks, values, anchors, kinds_of(self), self.groups, exchange)
 
 
 def _setting(name: str, given: Any, kind: Any) -> Any:

@@ -190,6 +190,16 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         pulls = self.gradients(variables) if self.pulls else {}
         if budget is not None:
             self.balance(pulls, gradients, scale, budget)
+        return self.added(pulls, variables, gradients, scale)
+
+    def added(
+        self,
+        pulls: Mapping[str, tf.Tensor],
+        variables: Variables,
+        gradients: Mapping[str, Any],
+        scale: tf.Tensor | None,
+    ) -> list[Any]:
+        """Gradients with pulls, times `scale`, added where there are both. Graph code."""
         total = []
         for path, gradient in gradients.items():
             if path in pulls and gradient is not None:

@@ -46,7 +46,7 @@ def save(model: Any, store: Any) -> None:
     By path, and by position for models whose layers get other names in each process.
     """
     positions = {path: index for index, path in enumerate(by_path(model))}
-    for name, array in state_of(model).items():
+    for name, array in model.workers.whole_state(state_of(model)).items():
         kind, _, path = name.partition("/")
         store[f"{kind}|{positions[path]}|{path.replace('/', '|')}" if path else kind] = array
 
@@ -120,6 +120,7 @@ def restore(model: Any, saved: Arrays) -> None:
                 "state was left as it was."
             )
     # All of it fits: from here on nothing can fail.
+    online = model.kept(online)
     emptied: tuple[dict[Any, Any], ...] = (
         model.regularizer.precisions,
         model.regularizer.anchors,
@@ -132,7 +133,8 @@ def restore(model: Any, saved: Arrays) -> None:
     for slots in emptied:
         slots.clear()
     for path, block in blocks.items():
-        model.regularizer.hold(path, block, {p: anchors[p] for p in block.paths})
+        if model.workers.keeps(path):
+            model.regularizer.hold(path, block, {p: anchors[p] for p in block.paths})
     if model.fisher.gamma is not None and online and not foreign:
         model.fisher.build({name: array.shape for name, array in online.items()})
         for name, array in online.items():

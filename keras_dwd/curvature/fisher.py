@@ -13,6 +13,7 @@ from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.curvature.likelihood import by_logits, drawn, negated
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
+from keras_dwd.distributed.communicator import Communicator
 from keras_dwd.variables import Arrays, Variables, untracked
 
 Estimator = Literal["batch", "exact", "influence", "sampled", "negated", "adam"]
@@ -182,7 +183,12 @@ class Fisher:
     # One batch.
 
     def of_batch(
-        self, model: Any, variables: Variables, batch: tuple[Any, Any, Any], scale: float = 1.0
+        self,
+        model: Any,
+        variables: Variables,
+        batch: tuple[Any, Any, Any],
+        scale: float,
+        communicator: Communicator,
     ) -> Statistics:
         """The statistics of one batch, in inference mode, of the data loss alone; graph code.
 
@@ -194,6 +200,7 @@ class Fisher:
                 outputs, are part of the example's loss.
             scale: The loss is multiplied by this before, its gradients divided by it after
                 differentiation: small gradients underflow in float16.
+            communicator: The workers whose batches, of as many examples each, make up one.
         """
         x, y, sample_weight = batch
         count = tf.shape(tf.nest.flatten(x)[0])[0]
@@ -204,8 +211,8 @@ class Fisher:
             )
         if self.estimator == "batch":
             return self._of_mean_gradient(model, variables, batch, scale)
-        first = tf.identity(self.looked.value)
-        self.looked.assign((first + count) % _TURN)
+        first = self.looked.value + communicator.rank * count
+        self.looked.assign((self.looked.value + communicator.size * count) % _TURN)
         weights = tf.fill((count,), 1 / examples)
         within: tuple[Any, ...] = ()
         if sample_weight is not None:
@@ -243,7 +250,10 @@ class Fisher:
                     for g in by_logits(model, outputs, by_outputs)
                 ]
             )
-            median = tf.sort(residuals)[tf.shape(residuals)[0] // 2]
+            # Examples without weight are not there, as those that make workers' parts even.
+            counted = tf.where(weights > 0, residuals, np.inf)
+            every = tf.sort(communicator.gather(counted, "residuals"))
+            median = every[tf.reduce_sum(tf.cast(every < np.inf, "int32")) // 2]
             weights *= tf.math.reciprocal_no_nan(residuals + median)
 
         statistics: Statistics = {}

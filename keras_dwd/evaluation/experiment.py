@@ -84,8 +84,10 @@ class Experiment:
         seed: int = 0,
         strength: float | None = None,
         observer: Observer | None = None,
+        checkpoint_dir: Path | None = None,
+        sharded: bool = False,
     ) -> SequenceResult:
-        """One method, one seed."""
+        """One method, one seed; see `run_sequence`."""
         assert self.epochs is not None
         epochs = self.epochs
         name = method if isinstance(method, str) else method.name
@@ -103,6 +105,8 @@ class Experiment:
             learning_rate=self.protocol.learning_rate,
             seed=seed,
             callbacks=callbacks,
+            checkpoint_dir=checkpoint_dir,
+            sharded=sharded,
         )
 
     def compare(
@@ -111,6 +115,8 @@ class Experiment:
         seeds: int = 3,
         strengths: dict[str, float] | None = None,
         observer: Observer | None = None,
+        checkpoint_dir: Path | None = None,
+        sharded: bool = False,
     ) -> dict[str, Any]:
         """Several methods, each with the seeds 0 to `seeds − 1`.
 
@@ -119,6 +125,8 @@ class Experiment:
             seeds: Number of seeds.
             strengths: λ by method, where not its default.
             observer: Gives the callbacks of each `fit`.
+            checkpoint_dir: Of each run's progress, in a folder per method and seed.
+            sharded: Whether workers divide the consolidation state.
 
         Returns:
             A JSON-able dictionary: `protocol`, `versions`, and per method its `settings`, `metrics`
@@ -134,7 +142,17 @@ class Experiment:
         settings = {name: known[name].configuration(s) for name, s in chosen.items()}
         results = {}
         for name, strength in chosen.items():
-            runs = [self.run(name, seed, strength, observer) for seed in range(seeds)]
+            runs = [
+                self.run(
+                    name,
+                    seed,
+                    strength,
+                    observer,
+                    checkpoint_dir and checkpoint_dir / name.replace(":", "_") / f"seed_{seed}",
+                    sharded,
+                )
+                for seed in range(seeds)
+            ]
             results[name] = {"settings": settings[name], **summarize(runs)}
         return {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
 

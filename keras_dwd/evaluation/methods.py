@@ -161,7 +161,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "every-step": _estimated(every=1),
     "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
     "decoupled": lambda method: replace(method, decoupled=True),
-    "graph": lambda method: replace(method, graph=0.1),
+    "graph": lambda method: replace(method, graph=0.001),
 }
 """Changes of one setting of a method, by name."""
 

@@ -1,6 +1,7 @@
 """Learn a sequence of tasks, measuring as it goes."""
 
 import contextlib
+import os
 import resource
 import tempfile
 import time
@@ -13,6 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.distributed.data import TrainingArrays
+from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.grouping.policy import GroupingPolicy
@@ -83,6 +86,8 @@ def run_sequence(
     seed: int = 0,
     callbacks: Callable[[int, Task], list[keras.callbacks.Callback]] | None = None,
     compile_settings: dict[str, Any] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    sharded: bool = False,
 ) -> SequenceResult:
     """Train a fresh model on the tasks of a scenario, one after another.
 
@@ -99,6 +104,12 @@ def run_sequence(
         callbacks: Makes the callbacks of a task's `fit` from its index and the task.
         compile_settings: More arguments of `compile`, or others in place of the defaults
             (Adam, sparse categorical cross-entropy on logits, accuracy).
+        checkpoint_dir: A folder to keep the run's progress in after each epoch and each boundary.
+            One that is there already is gone on from, with any number of workers, and ends as the
+            run would have without interruption. Tasks must be arrays.
+        sharded: Whether workers divide the consolidation state, see `DWDModel.compile`.
+
+    Several workers (see `DWDModel.compile`) share each batch: `batch_size` is that of all.
 
     Returns:
         A `SequenceResult`.
@@ -106,6 +117,16 @@ def run_sequence(
     if isinstance(method, str):
         method = method_named(method)
     keras.utils.set_random_seed(seed)
+    asked = {
+        "scenario": scenario.name,
+        "tasks": [task.name for task in scenario.tasks],
+        "method": method.name,
+        "strength": strength,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     strength = method.strength if strength is None else strength
     chosen = method.settings(strength)
     if method.graph and strength > 0:
@@ -118,6 +139,8 @@ def run_sequence(
     if method.graph and strength > 0:
         model._graph_folder = folder  # there for as long as the model is
 
+    if checkpoint_dir and (method.graph or isinstance(model.grouping, GroupingPolicy)):
+        raise ValueError(f"`checkpoint_dir`: what {method.name!r} has learned is not kept there.")
     adam = keras.optimizers.Adam(learning_rate)
     settings = {
         "optimizer": DWDOptimizer(adam) if method.decoupled else adam,
@@ -125,6 +148,7 @@ def run_sequence(
         "metrics": ["accuracy"],
         # A small network's step is shorter than what `fit` does between two of them.
         "steps_per_execution": 64,
+        "sharded": sharded,
     }
     model.compile(**(settings | (compile_settings or {})))
     model.optimizer.build(model.trainable_variables)
@@ -138,17 +162,29 @@ def run_sequence(
     if policy is not None:  # what it learns from is not trained on
         scenario = scenario.holdout(_HELD_BACK)
         held_back = [_as_batches(task.test) for task in scenario.tasks]
+    progress = _Progress(result, Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None)
+    progress.restore()
     memory = _PeakMemory()
+    order = (seed, progress.checkpoints is not None)
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
-        # The moments of the last task are not this one's; a new optimizer would trace anew.
-        for variable, value in zip(model.optimizer.variables, fresh, strict=True):
-            variable.assign(value)
-        started = time.perf_counter()
-        data = _fit_arguments(task.train, batch_size)
-        model.fit(
-            **data, epochs=epochs, verbose=0, callbacks=callbacks(t, task) if callbacks else None
-        )
-        result.train_seconds.append(time.perf_counter() - started)
+        if t < progress.task:
+            continue
+        if not progress.epoch:
+            # The moments of the last task are not this one's; a new optimizer would trace anew.
+            for variable, value in zip(model.optimizer.variables, fresh, strict=True):
+                variable.assign(value)
+        progress.begin()
+        if progress.epoch < epochs:
+            data, own = _fit_arguments(model, task.train, batch_size, t, order)
+            shown = callbacks(t, task) if callbacks else []
+            model.fit(
+                **data,
+                initial_epoch=progress.epoch,
+                epochs=epochs,
+                verbose=0,
+                callbacks=[*own, *shown, progress],
+            )
+        progress.end()
         result.steps += int(model.optimizer.iterations)
 
         started = time.perf_counter()
@@ -162,14 +198,103 @@ def run_sequence(
         else:
             # Of the tasks to come only the next is needed, for forward transfer.
             after[t, : t + 2] = _accuracies(model, tests[: t + 2])
+        progress.boundary()
     result.peak_memory = memory.peak()
     return result
 
 
-def _fit_arguments(data: Any, batch_size: int) -> dict[str, Any]:
-    if isinstance(data, (tuple, list)):
-        return {"x": data[0], "y": data[1], "batch_size": batch_size}
-    return {"x": data, "shuffle": False}  # whoever made the dataset shuffles it
+def _fit_arguments(
+    model: DWDModel, data: Any, batch_size: int, t: int, order: tuple[int, bool]
+) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
+    """The data of a task for `fit`, and the callbacks that belong to it.
+
+    Args:
+        model: What is to be trained.
+        data: Of the task.
+        batch_size: Of all workers.
+        t: Index of the task.
+        order: The seed, and whether the order must be the same when the run is gone on with.
+    """
+    communicator = model.workers.communicator
+    if not isinstance(data, (tuple, list)):
+        if order[1]:
+            raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
+        return {"x": data, "shuffle": False}, []  # whoever made the dataset shuffles it
+    if batch_size % communicator.size:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the number of workers, {communicator.size}. "
+            f"Received: {batch_size}"
+        )
+    if not order[1] and communicator.size == 1:
+        return {"x": data[0], "y": data[1], "batch_size": batch_size}, []
+    seed = int(np.random.default_rng([order[0], t]).integers(2**31 - 1))
+    share = batch_size // communicator.size
+    made = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, seed)
+    return {"x": made.batches, "shuffle": False}, [made]
+
+
+class _Progress(keras.callbacks.Callback):
+    """How far a run is, in checkpoints if there are any.
+
+    Attributes:
+        task: Index of the next task to learn, or of the one that is being learned.
+        epoch: How many of its epochs are done.
+    """
+
+    def __init__(self, result: SequenceResult, checkpoints: Checkpoints | None):
+        super().__init__()
+        self.result, self.checkpoints = result, checkpoints
+        self.task = self.epoch = 0
+        self._spent = 0.0  # on the task, before it was interrupted
+
+    def restore(self) -> None:
+        """Go on where the checkpoints end."""
+        model = self.result.model
+        found = self.checkpoints.restore(model) if self.checkpoints is not None else None
+        if found is None:
+            return
+        self.task, self.epoch = int(found["task"]), int(found["epoch"])
+        self._spent = float(found["spent"])
+        self.result.steps = int(found["steps"])
+        self.result.train_seconds[:] = found["train_seconds"].tolist()
+        self.result.boundary_seconds[:] = found["boundary_seconds"].tolist()
+        self.result.matrix.after[:] = found["after"]
+        self.result.matrix.before[:] = found["before"]
+
+    def begin(self) -> None:
+        """A task begins, or goes on."""
+        self._started = time.perf_counter()
+
+    def end(self) -> None:
+        """It was trained on."""
+        self.result.train_seconds.append(self._spent + time.perf_counter() - self._started)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self.epoch = epoch + 1
+        self._save(self._spent + time.perf_counter() - self._started)
+
+    def boundary(self) -> None:
+        """It was learned and evaluated."""
+        self.task, self.epoch, self._spent = self.task + 1, 0, 0.0
+        self._save(0.0)
+
+    def _save(self, spent: float) -> None:
+        if self.checkpoints is None:
+            return
+        result = self.result
+        self.checkpoints.save(
+            result.model,
+            {
+                "task": np.array(self.task),
+                "epoch": np.array(self.epoch),
+                "spent": np.array(spent),
+                "steps": np.array(result.steps),
+                "train_seconds": np.array(result.train_seconds),
+                "boundary_seconds": np.array(result.boundary_seconds),
+                "after": result.matrix.after,
+                "before": result.matrix.before,
+            },
+        )
 
 
 def _sample(data: Any, count: int) -> Any:

@@ -182,6 +182,14 @@ class HeadGate:
                 kept.append((variable, tf.identity(variable.value), mask))
         return kept
 
+    def within(self, pulls: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Pulls without those of heads that are not in use. Graph code."""
+        found = dict(pulls)
+        for path in set(pulls) & set(self.in_use):
+            ones = [1] * (len(pulls[path].shape) - 1)
+            found[path] *= tf.reshape(tf.cast(self.in_use[path].value, "float32"), (-1, *ones))
+        return found
+
     def close(self, kept: list[tuple[Any, ...]]) -> None:
         """Put back what the optimizer did to heads that are not in use. Graph code."""
         for variable, before, mask in kept:

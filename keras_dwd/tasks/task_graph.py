@@ -55,7 +55,7 @@ class TaskGraph:
     Example:
 
     ```python
-    graph = TaskGraph("graph", probe=x[:500], strength=0.1)
+    graph = TaskGraph("graph", probe=x[:500], strength=0.001)
     model = DWDModel.from_model(network, task_graph=graph)
     ```
     """
@@ -64,7 +64,7 @@ class TaskGraph:
         self,
         folder: str | os.PathLike[str],
         probe: Any = None,
-        strength: float = 0.1,
+        strength: float = 0.001,
         layer: str | None = None,
         weights: Any = None,
         batch_size: int = 256,

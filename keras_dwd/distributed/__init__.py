@@ -1,0 +1,1 @@
+"""Several workers: what they tell each other, and who keeps what."""

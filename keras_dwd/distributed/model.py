@@ -1,0 +1,111 @@
+"""A Keras model that several workers train together."""
+
+import inspect
+from typing import Any
+
+import keras
+
+from keras_dwd.distributed.communicator import Communicator, here
+from keras_dwd.distributed.fitting import check_compile, share_evaluation, share_fit
+from keras_dwd.distributed.workers import Workers
+
+
+def arguments(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a method of `keras.Model`, by name, without `self`."""
+    given = inspect.signature(method).bind(None, *args, **kwargs).arguments
+    given.pop("self")
+    return given | given.pop("kwargs", {})
+
+
+class DistributedModel(keras.Model):
+    """What of `keras.Model` is different with several workers, each of which runs the same script.
+
+    `fit` and `evaluate` divide the data, metrics are of all of it, and one worker writes files.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.workers = Workers()
+        self._in_step = False
+
+    def compile(
+        self,
+        *args: Any,
+        communicator: Communicator | None = None,
+        sharded: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.compile`, for one worker or several.
+
+        Args:
+            *args: Of `keras.Model.compile`.
+            communicator: How other workers are reached; by default as `horovodrun` says, if it
+                started this process. See `HorovodCommunicator`.
+            sharded: Whether each worker keeps only its share of the Fisher information, precision
+                and anchor. All workers must then call `save` together.
+            **kwargs: Of `keras.Model.compile`.
+        """
+        reached = here() if communicator is None else communicator
+        workers, before = Workers(reached, sharded, self.workers.owners), self.workers
+        given = arguments(keras.Model.compile, *args, **kwargs)
+        check_compile(self, workers, given)
+        super().compile(**given)
+        self.divide_state(before, workers)
+
+    def divide_state(self, before: Workers, workers: Workers) -> None:
+        """Go on with other workers."""
+        self.workers = workers
+
+    def get_compile_config(self) -> Any:
+        """That of `keras.Model`, and whether state is sharded."""
+        config = super().get_compile_config()
+        return config and config | {"sharded": self.workers.sharded}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a saved model was, with the workers that there are now."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.fit`, where `batch_size` is that of each worker."""
+        given = arguments(keras.Model.fit, x, y, *args, **kwargs)
+        if self.workers.several:
+            share_fit(self, given)
+        return super().fit(**given)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.evaluate`; workers share the examples and have the same results."""
+        given = arguments(keras.Model.evaluate, x, y, *args, **kwargs)
+        if self.workers.several and not given.get("_use_cached_eval_dataset"):
+            share_evaluation(self, given)
+        return super().evaluate(**given)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """`keras.Model.compute_metrics`: within a step, of this worker alone."""
+        self._in_step = True
+        try:
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+        finally:
+            self._in_step = False
+
+    def get_metrics_result(self) -> Any:
+        """`keras.Model.get_metrics_result`, of the examples that all workers have seen."""
+        if self._in_step or not self.workers.several:
+            return super().get_metrics_result()
+        return self.workers.metrics_result(self, super().get_metrics_result)
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.save`, by rank 0; with sharded state all workers must call it."""
+        return super().save(*args, **kwargs) if self.workers.leads else self.give_state()
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.save_weights`, by rank 0; with sharded state all workers must call it."""
+        return super().save_weights(*args, **kwargs) if self.workers.leads else self.give_state()
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.export`, by rank 0."""
+        return super().export(*args, **kwargs) if self.workers.leads else None
+
+    def give_state(self) -> None:
+        """Take part in saving what workers have divided."""

@@ -1,0 +1,375 @@
+"""Several workers, in real processes, equal one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import workers as script
+from conftest import blobs, compiled
+from typer.testing import CliRunner
+
+from keras_dwd import (
+    Communicator,
+    DWDOptimizer,
+    KroneckerFisher,
+    LayerGrouping,
+    LearningRateWarmup,
+    cli,
+)
+from keras_dwd.distributed import data, launch
+from keras_dwd.distributed.workers import Workers
+
+if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` sets it: there it must be
+    pytest.importorskip("horovod", reason="Horovod is not installed")
+
+# Shorter than the defaults, so that what must be noticed is noticed while the test runs.
+IMPATIENT = {
+    "HOROVOD_STALL_CHECK_TIME_SECONDS": "5",
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "10",
+    "HOROVOD_GLOO_TIMEOUT_SECONDS": "10",
+}
+
+
+def command(name, folder):
+    return [sys.executable, str(Path(script.__file__)), name, str(folder)]
+
+
+def run_workers(name, folder, count, **environment):
+    """The results of each worker, by rank."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    assert launch.launch(command(name, folder), count, quiet | environment) == 0
+    results = []
+    for rank in range(count):
+        with np.load(folder / f"{name}.{rank}.npz") as file:
+            results.append({key: file[key] for key in file.files})
+    return results
+
+
+def failing(name, folder, count, **environment):
+    """The exit code and what was written by workers that fail, and the seconds it took."""
+    program = (
+        "import sys; from keras_dwd.distributed.launch import launch;"
+        f"sys.exit(launch({command(name, folder)!r}, {count}))"
+    )
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | quiet | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - started
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    for key, value in found.items():
+        scale = max(1.0, float(np.abs(expected[key]).max(initial=0)))
+        np.testing.assert_allclose(value, expected[key], atol=tolerance * scale, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one worker finds."""
+    (found,) = run_workers("agree", tmp_path_factory.mktemp("one"), 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "cases"), [(2, list(script.CASES)), (4, ["sharded", "diagonal"])]
+)
+def test_several_workers_find_what_one_finds(count, cases, one, tmp_path):
+    """Weights, Fisher information, factors, groups, anchors, penalties and metrics."""
+    results = run_workers("agree", tmp_path, count, CASES=",".join(cases))
+    kept = {key for found in results for key in found}
+    # The order of shuffled examples is not that of Keras with one worker.
+    expected = {key for key in one if key.split("/")[0] in set(cases) - {"shuffled"}}
+    assert expected <= kept
+    for rank, found in enumerate(results):
+        of_one = {key: value for key, value in found.items() if not key.startswith("shuffled/")}
+        assert_close(of_one, one)
+        for key in set(found) & set(results[0]):
+            np.testing.assert_allclose(found[key], results[0][key], rtol=1e-5, atol=1e-6)
+        sharded = [key for key in found if key.startswith("sharded/pull/")]
+        assert (len(sharded) < 6) == (count > 1), rank
+
+
+def test_the_square_of_the_mean_gradient_is_not_the_fisher_information(one):
+    """What a test must tell apart: both differ by far more than workers from one."""
+    model = script.made(fisher=KroneckerFisher("exact", every=1))
+    x, y = script.data(0)
+    statistics = model._estimate((x, y), 8)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x))
+    kernel = model.trainable_variables[0]
+    squared_mean = float(np.square(tape.gradient(loss, kernel)).sum())
+    trace = float(np.trace(statistics["input/hidden/kernel"]))
+    assert squared_mean < 0.5 * trace
+    assert any(key.startswith("exact/online/input/hidden") for key in one)
+
+
+def test_the_accuracy_matrix_is_that_of_one_worker_and_a_killed_run_goes_on(tmp_path):
+    """Killed with two workers in the second task, gone on with by one, and by two."""
+    for name in ("one", "two", "killed"):
+        (tmp_path / name).mkdir()
+    (one,) = run_workers("sequence", tmp_path / "one", 1, CHECKPOINTS=str(tmp_path / "a"))
+    two = run_workers("sequence", tmp_path / "two", 2, CHECKPOINTS=str(tmp_path / "b"), SHARDED="1")
+    for found in two:
+        assert_close(found, one)
+    kept = {"CHECKPOINTS": str(tmp_path / "c"), "SHARDED": "1"}
+    code, said, seconds = failing("sequence", tmp_path / "killed", 2, DIE_AT="[1, 1, 1]", **kept)
+    assert code == 128 + signal.SIGKILL
+    assert "Worker 1 was ended by signal 9" in said
+    assert seconds < 60
+    assert not list((tmp_path / "killed").iterdir())
+    files = sorted((tmp_path / "c").iterdir())
+    assert files
+    files[-1].write_bytes(files[-1].read_bytes()[:-100])  # damaged: the one before it counts
+    (found,) = run_workers("sequence", tmp_path / "killed", 1, CHECKPOINTS=str(tmp_path / "c"))
+    assert_close(found, one)
+
+
+def test_each_worker_keeps_its_share_of_the_state(tmp_path):
+    whole = script.share(sharded=False)
+    for count in (2, 4):
+        results = run_workers("share", tmp_path, count)
+        for name in ("kronecker", "diagonal"):
+            parts = [int(found[name]) for found in results]
+            assert max(parts) <= (1 / count + 0.05) * whole[name]
+            assert sum(parts) == whole[name]
+
+
+def sent(folder, **environment):
+    """By name of a collective, the number of times and the elements of one, as Horovod saw it."""
+    timeline = folder / "timeline.json"
+    run_workers("bytes_sent", folder, 2, HOROVOD_TIMELINE=str(timeline), **environment)
+    text = timeline.read_text().rstrip().rstrip(",")
+    events = json.loads(text if text.endswith("]") else text + "]")
+    names = {
+        event["pid"]: event["args"]["name"] for event in events if "name" in event.get("args", {})
+    }
+    counts = {}
+    for event in events:
+        if event.get("name") in ("ALLREDUCE", "ALLGATHER") and event.get("ph") == "B":
+            name = names[event["pid"]]
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def test_the_pull_of_sharded_workers_sends_nothing_more(tmp_path):
+    for name in ("plain", "sharded"):
+        (tmp_path / name).mkdir()
+    plain = sent(tmp_path / "plain", SHARDED="0")
+    pulled = sent(tmp_path / "sharded", SHARDED="1")
+    steps = 12  # of 96 examples, 8 at a time
+    gradients = {name for name in plain if "gradients" in name}
+    assert len(gradients) == 6  # one for each variable
+    assert all(plain[name] == steps for name in gradients)
+    # Twice as many fits, and in each of them nothing in a step but the gradients, but for the
+    # one Fisher update of each fit.
+    assert all(pulled[name] == 2 * steps for name in gradients)
+    others = {n: c for n, c in pulled.items() if n not in plain and n not in gradients}
+    within = {name: c for name, c in others.items() if "fisher" in name or "residuals" in name}
+    assert within
+    assert max(within.values()) <= 2
+    assert all("described" in n or "penalty" in n for n in set(others) - set(within)), others
+
+
+def test_files_averages_and_callbacks(tmp_path):
+    results = run_workers("behaves", tmp_path, 2)
+    assert (tmp_path / "log.0.csv").exists()
+    assert not (tmp_path / "log.1.csv").exists()
+    assert (tmp_path / "best.keras").exists()
+    rates = results[0]["rates"]
+    steps = len(rates) // 4
+    np.testing.assert_allclose(rates[0], 0.01)
+    np.testing.assert_allclose(rates[steps], 0.015)
+    np.testing.assert_allclose(rates[2 * steps :], 0.02)
+    assert np.all(np.diff(rates) >= 0)
+    for key in set(results[0]) - {"kept"}:
+        np.testing.assert_allclose(results[0][key], results[1][key], rtol=1e-5, atol=1e-6)
+    for found in results:
+        assert found["penalty"] > 0
+        np.testing.assert_allclose(found["loaded"], found["penalty"], rtol=1e-5)
+        assert found["sharded"]
+    assert sum(int(found["kept"]) for found in results) == 4  # hidden, γ, β, head
+    one = keras.saving.load_model(tmp_path / "saved.keras")
+    assert len(one.regularizer.precisions) == 4
+    assert float(one.penalty()) == pytest.approx(float(results[0]["penalty"]), rel=1e-5)
+
+
+def test_a_worker_with_another_model_is_named(tmp_path):
+    code, said, seconds = failing("different_graph", tmp_path, 2, **IMPATIENT)
+    assert code
+    assert "has built another model than worker" in said
+    assert "more/kernel" in said
+    assert seconds < 60
+
+
+def test_a_worker_with_nan_is_named_by_all(tmp_path):
+    code, said, seconds = failing("not_a_number", tmp_path, 3, **IMPATIENT)
+    assert code
+    assert "The loss of worker 1 became NaN or infinite at step 5" in said
+    assert seconds < 60
+
+
+def test_data_that_fail_one_worker_at_a_boundary_fail_all(tmp_path):
+    code, said, seconds = failing("failing_data", tmp_path, 2, **IMPATIENT)
+    assert code
+    assert "must be finite" in said
+    assert "Worker 1 failed with ValueError" in said or "ended with exit code" in said
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_dies_or_stalls_ends_the_job(what, rank, tmp_path):
+    def strike():
+        file = tmp_path / f"pid.{rank}"
+        while not file.exists() or not file.read_text():
+            time.sleep(0.1)
+        nonlocal struck
+        struck = time.monotonic()
+        os.kill(int(file.read_text()), what)
+
+    struck = 0.0
+    thread = threading.Thread(target=strike)
+    thread.start()
+    code, said, _ = failing("endless", tmp_path, 2, **IMPATIENT)
+    thread.join()
+    assert time.monotonic() - struck < 60
+    assert code
+    if what == signal.SIGKILL:
+        assert f"Worker {rank} was ended by signal 9" in said
+    else:
+        assert f"Worker {rank}" in said or f"{rank}!: [" in said or f"{rank}: [" in said
+
+
+def test_the_command_line_without_horovod_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod.runner.common.util.hosts", None)
+    monkeypatch.delenv("HOROVOD_RANK", raising=False)
+    result = CliRunner().invoke(cli.app, ["run", "--workers", "2"])
+    assert isinstance(result.exception, ModuleNotFoundError)
+    assert "build_horovod.py" in str(result.exception)
+
+
+def test_the_command_line_runs_workers_and_resumes(tmp_path):
+    base = [sys.executable, "-m", "keras_dwd", "run", "--scenario", "split:digits"]
+    base += ["--tasks", "2", "--epochs", "1", "--seeds", "1", "--methods", "dwd-online", "--json"]
+    base += ["--checkpoint-dir", str(tmp_path / "kept")]
+    run = {"capture_output": True, "text": True, "timeout": 200}
+    first = subprocess.run([*base, "--workers", "2", "--sharded"], **run)
+    assert first.returncode == 0, first.stderr
+    again = subprocess.run(base, **run)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    resumed = subprocess.run([*base, "--resume"], **run)
+    assert resumed.returncode == 0, resumed.stderr
+    matrices = [
+        json.loads(done.stdout)["methods"]["dwd-online"]["accuracy_matrices"]
+        for done in (first, resumed)
+    ]
+    assert matrices[0] == matrices[1]
+
+
+class Several(Communicator):
+    """A worker that hears nothing but itself of the others."""
+
+    def __init__(self, rank=0, size=2):
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 16, 17, 61])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_parts_of_arrays_make_up_the_batches_of_one(count, size, seed):
+    x = np.arange(count, dtype="float32")
+    parts = [data.TrainingArrays((x, x), 4, rank, size, seed) for rank in range(size)]
+    for epoch in range(2):
+        for part in parts:
+            part.on_epoch_begin(epoch)
+        steps = [list(part.batches) for part in parts]
+        assert {len(s) for s in steps} == {-(-count // (4 * size))}
+        seen = []
+        for batches in zip(*steps, strict=True):
+            sums, total = 0.0, np.zeros(count)
+            for _, y, *weights in batches:
+                w = np.asarray(weights[0]) if weights else np.ones(len(y))
+                np.add.at(total, np.asarray(y, int), w / len(y) / size)
+                sums += w.sum() / len(y) / size
+            assert sums == pytest.approx(1)
+            present = np.flatnonzero(total)
+            np.testing.assert_allclose(total[present], 1 / len(present), rtol=1e-6)
+            seen += present.tolist()
+        assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_parts_of_datasets(size):
+    whole = tf.data.Dataset.range(23).map(lambda i: (i, i)).batch(4)
+    for rank in range(size):
+        steps = list(data.training_dataset(whole, rank, size))
+        assert len(steps) == -(-23 // (4 * size))
+    tested = [
+        int(i) for rank in range(size) for x, _ in data.own_batches(whole, rank, size) for i in x
+    ]
+    assert sorted(tested) == list(range(23))
+    own = data.as_own(whole)
+    assert data.own_batches(own, 1, 2) is own
+
+
+def test_blocks_are_divided_by_their_bytes_and_stay_where_they_are():
+    workers = Workers(Several(size=3), sharded=True)
+    workers.divide({"a": 60, "b": 50, "c": 40, "d": 30, "e": 20})
+    assert workers.owners == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
+    workers.divide({"a": 60, "b": 50, "c": 40, "d": 30, "e": 20, "new": 5})
+    assert workers.owners["new"] == 0
+    assert workers.keeps("a")
+    assert not workers.keeps("b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "compile_settings", "said"),
+    [
+        ({}, {"jit_compile": True}, "jit_compile"),
+        ({}, {"loss": keras.losses.MeanSquaredError(reduction="sum")}, "reduction"),
+        ({"grouping": LayerGrouping("budget")}, {"sharded": True}, "budget"),
+        ({}, {"sharded": True, "optimizer": DWDOptimizer("sgd")}, "DWDOptimizer"),
+    ],
+)
+def test_what_workers_cannot_do_is_refused(settings, compile_settings, said):
+    model = compiled(**settings)
+    before = model.workers
+    given = {"optimizer": "sgd", "loss": "mse"} | compile_settings
+    with pytest.raises(ValueError, match=said):
+        model.compile(communicator=Several(), **given)
+    assert model.workers is before
+
+
+def test_generators_and_batches_that_do_not_divide_are_refused():
+    model = compiled()
+    model.compile("sgd", "mse", communicator=Several())
+    with pytest.raises(ValueError, match=r"must be arrays or a `tf.data.Dataset`"):
+        model.fit(iter([]))
+
+
+def test_warmup_leaves_one_worker_alone_and_refuses_schedules():
+    x, y = blobs()
+    model = compiled()
+    rate = float(model.optimizer.learning_rate)
+    model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])
+    assert float(model.optimizer.learning_rate) == rate
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    model = compiled(optimizer=keras.optimizers.SGD(schedule))
+    with pytest.raises(ValueError, match="schedule"):
+        model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])

@@ -1,0 +1,328 @@
+"""What workers do in the tests: run by `launch` as `python workers.py NAME FOLDER`.
+
+Each function returns arrays, which are written to `FOLDER/NAME.RANK.npz`.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+tf.config.threading.set_intra_op_parallelism_threads(1)
+
+from keras_dwd import (  # noqa: E402  # noqa: E402
+    DiagonalFisher,
+    DWDModel,
+    DWDRegularizer,
+    KroneckerFisher,
+    LearningRateWarmup,
+    Scenario,
+    TaskHeads,
+    run_sequence,
+)
+from keras_dwd.distributed.communicator import here  # noqa: E402
+
+LAYERS = keras.layers
+# Divisible by no number of workers, so that the last batch is uneven.
+EXAMPLES = 61
+
+
+def data(seed=0, count=EXAMPLES):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, count).astype("int32")
+    centres = np.random.default_rng(7).normal(size=(3, 6))
+    x = (centres[y] + 0.5 * rng.normal(size=(count, 6))).astype("float32")
+    return x, y
+
+
+def network():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            LAYERS.Dense(8, "tanh", name="hidden"),
+            LAYERS.Dense(7, "relu", name="second"),
+            LAYERS.Dense(3, name="head"),
+        ]
+    )
+
+
+def made(communicator=None, sharded=False, net=None, optimizer=None, **settings):
+    keras.utils.set_random_seed(0)
+    model = DWDModel.from_model(network() if net is None else net(), **settings)
+    model.compile(
+        optimizer or keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        communicator=communicator,
+        sharded=sharded,
+    )
+    return model
+
+
+def fit(model, x, y, **arguments):
+    """With eight examples a step, however many workers there are."""
+    share = 8 // model.workers.communicator.size
+    return model.fit(x, y, batch_size=share, verbose=0, **arguments)
+
+
+CASES = {
+    "kronecker": {},
+    "sharded": {"sharded": True},
+    "exact": {"fisher": lambda: KroneckerFisher("exact", every=2)},
+    "sharded_exact": {"sharded": True, "fisher": lambda: KroneckerFisher("exact", every=2)},
+    "diagonal": {
+        "sharded": True,
+        "fisher": lambda: DiagonalFisher("exact", every=1),
+        "regularizer": lambda: DWDRegularizer(3.0, anchor="folded"),
+    },
+    "pass": {"sharded": True, "fisher": lambda: KroneckerFisher(gamma=None), "consolidate": True},
+    "shuffled": {"shuffle": True},
+    "dataset": {"dataset": True},
+}
+
+
+def two_tasks(name):
+    """Weights, online Fisher information and state after two tasks, and what was reported."""
+    case = dict(CASES[name])
+    shuffle, as_dataset = case.pop("shuffle", False), case.pop("dataset", False)
+    with_data, sharded = case.pop("consolidate", False), case.pop("sharded", False)
+    model = made(sharded=sharded, **{key: make() for key, make in case.items()})
+    found = {}
+    for task in range(2):
+        x, y = data(task)
+        size = model.workers.communicator.size
+        if as_dataset:
+            batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8 // size)
+            history = model.fit(batches, epochs=3, verbose=0, validation_data=(x, y))
+        else:
+            np.random.seed(task)
+            history = fit(model, x, y, epochs=3, shuffle=shuffle, validation_data=(x, y))
+        online = {f"online/{k}": np.asarray(v) for k, v in model.fisher.slots.items()}
+        model.consolidate((x, y) if with_data else None, batch_size=8)
+        for key in ("val_loss", "val_accuracy"):
+            found[f"{key}/{task}"] = np.array(history.history[key])
+    found |= {f"weight/{i}": np.asarray(w) for i, w in enumerate(model.weights)}
+    found |= {f"group/{i}": np.array([g["size"]]) for i, g in enumerate(model.groups)}
+    found |= {f"penalty/{name}": np.asarray(model.penalty())}
+    x, y = data(5)
+    found |= {
+        f"test/{k}": np.array(v)
+        for k, v in model.evaluate(x, y, verbose=0, return_dict=True).items()
+    }
+    # What a precision does: its eigenvectors may be turned.
+    for block in model.regularizer.precisions.values():
+        deltas = [
+            tf.constant(
+                np.random.default_rng(len(path)).normal(size=model.regularizer.anchors[path].shape),
+                "float32",
+            )
+            for path in block.paths
+        ]
+        for path, pull in zip(block.paths, block.multiply(deltas), strict=True):
+            found[f"pull/{path}"] = np.asarray(pull)
+            found[f"anchor/{path}"] = np.asarray(model.regularizer.anchors[path])
+    return found | online
+
+
+def agree():
+    found = {}
+    for name in os.environ.get("CASES", ",".join(CASES)).split(","):
+        found |= {f"{name}/{key}": value for key, value in two_tasks(name).items()}
+    return found
+
+
+def sequence():
+    """The accuracy matrix of a run, with heads and batch normalisation aside."""
+
+    def build(scenario):
+        x, task = keras.Input((6,)), keras.Input((), dtype="int32")
+        hidden = LAYERS.Dense(8, "relu", name="hidden")(x)
+        return keras.Model([x, task], TaskHeads(3, 3, name="heads")(hidden, task))
+
+    tasks = []
+    for t in range(3):
+        x, y = data(t, 96)
+        u, v = data(10 + t, 50)
+        tasks.append((f"task {t}", ((x, np.full(96, t)), y), ((u, np.full(50, t)), v)))
+    scenario = Scenario.from_tasks(tasks, setting="task")
+    folder = os.environ.get("CHECKPOINTS")
+    die_at = json.loads(os.environ.get("DIE_AT", "null"))
+
+    class Die(keras.callbacks.Callback):
+        def __init__(self, task):
+            super().__init__()
+            self.task = task
+
+        def on_epoch_end(self, epoch, logs=None):
+            if die_at == [self.task, epoch, here().rank]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    result = run_sequence(
+        build,
+        scenario,
+        os.environ.get("METHOD", "dwd-online"),
+        epochs=3,
+        batch_size=8,
+        callbacks=lambda t, task: [Die(t)],
+        checkpoint_dir=folder,
+        sharded=os.environ.get("SHARDED") == "1",
+    )
+    after = np.nan_to_num(result.matrix.after)
+    return {"after": after} | {
+        f"weight/{i}": np.asarray(w) for i, w in enumerate(result.model.weights)
+    }
+
+
+def share(sharded=True):
+    """Bytes of state on this worker."""
+
+    def net():
+        return keras.Sequential([keras.Input((64,)), *(LAYERS.Dense(64) for _ in range(8))])
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 64)).astype("float32"), rng.integers(0, 64, 32)
+    found = {}
+    kinds = {"kronecker": KroneckerFisher, "diagonal": lambda: DiagonalFisher("exact")}
+    for name, fisher in kinds.items():
+        model = made(sharded=sharded, net=net, fisher=fisher())
+        fit(model, x, y)
+        model.consolidate()
+        arrays = [*model.fisher.slots.values(), *model.regularizer.anchors.values()]
+        arrays += [a for b in model.regularizer.precisions.values() for a in b.leaves().values()]
+        found[name] = np.array(sum(np.asarray(a).nbytes for a in arrays))
+    return found
+
+
+def bytes_sent():
+    """Twelve steps with a pull between two Fisher updates, and as many of plain training."""
+    sharded = os.environ["SHARDED"] == "1"
+    fisher = KroneckerFisher(every=1000) if sharded else KroneckerFisher(gamma=None)
+    model = made(sharded=sharded, fisher=fisher, strength=30.0 if sharded else 0.0)
+    x, y = data(0, 96)
+    if sharded:
+        fit(model, x, y, shuffle=False)
+        model.consolidate()
+    fit(model, x, y, shuffle=False)  # of whose first step the Fisher information is
+    return {"steps": np.array(int(model.optimizer.iterations))}
+
+
+def behaves():
+    """Files, callbacks, saving and averages."""
+    folder = Path(sys.argv[2])
+    rank = here().rank
+    found = {}
+
+    def net():
+        return keras.Sequential(
+            [
+                keras.Input((6,)),
+                LAYERS.Dense(8, name="hidden"),
+                LAYERS.BatchNormalization(name="norm"),
+                LAYERS.Dense(3, name="head"),
+            ]
+        )
+
+    model = made(sharded=True, net=net)
+    if rank:  # what rank 0 has counts
+        kernel = model.get_layer("hidden").kernel
+        kernel.assign(kernel + 1.0)
+    x, y = data()
+    rates = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate))
+
+    log = folder / f"log.{rank}.csv"
+    checkpoint = folder / "best.keras"
+    warmup = LearningRateWarmup(2)
+    callbacks = [
+        keras.callbacks.CSVLogger(str(log)),
+        keras.callbacks.ModelCheckpoint(str(checkpoint)),
+        warmup,
+        Rates(),
+    ]
+    fit(model, x, y, epochs=4, callbacks=callbacks, validation_split=0.2, class_weight={0: 2.0})
+    found["rates"] = np.array(rates)
+    model.consolidate()
+    fit(model, x, y)
+    model.save(folder / "saved.keras")
+    found |= {f"weight/{i}": np.asarray(w) for i, w in enumerate(model.weights)}
+    found["penalty"] = np.asarray(model.penalty())
+    here().messages(b"", "wait")  # until it is written
+    loaded = keras.saving.load_model(folder / "saved.keras")
+    found["loaded"] = np.asarray(loaded.penalty())
+    found["kept"] = np.array(len(loaded.regularizer.precisions))
+    found["sharded"] = np.array(loaded.workers.sharded)
+    x, y = data(3)
+    fit(loaded, x, y)
+    loaded.consolidate()
+    return found
+
+
+def different_graph():
+    net = network
+    if here().rank == 1:
+
+        def net():
+            return keras.Sequential(
+                [*network().layers[:2], LAYERS.Dense(5, name="more"), LAYERS.Dense(3, name="head")]
+            )
+
+    model = made(net=net)
+    x, y = data()
+    fit(model, x, y)
+    return {}
+
+
+def not_a_number():
+    model = made()
+    x, y = data()
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(10)
+    if here().rank == 1:
+        spoil = lambda i, b: (tf.where(i == 5, np.nan, 1.0) * b[0], b[1])  # noqa: E731
+        batches = batches.enumerate().map(spoil)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    model.fit(batches.with_options(options), epochs=3, verbose=0)
+    return {}
+
+
+def failing_data():
+    model = made(fisher=KroneckerFisher(gamma=None))
+    x, y = data()
+    fit(model, x, y)
+    if here().rank == 1:
+        x = x.copy()
+        x[12] = np.nan
+    model.consolidate((x, y), batch_size=8)
+    return {}
+
+
+def endless():
+    """Trains until it is ended, and says when it began."""
+    model = made()
+    x, y = data()
+
+    class Began(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                (Path(sys.argv[2]) / f"pid.{here().rank}").write_text(str(os.getpid()))
+
+    fit(model, x, y, epochs=10**6, callbacks=[Began()])
+    return {}
+
+
+def main():
+    name, folder = sys.argv[1:3]
+    found = globals()[name]()
+    np.savez(Path(folder) / f"{name}.{here().rank}.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
