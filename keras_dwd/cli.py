@@ -1,9 +1,10 @@
-"""The command line: `keras-dwd run`, `tune` and `ablate`."""
+"""The command line: `keras-dwd run`, `tune`, `ablate` and `plan`."""
 
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from keras_dwd.checks import integer
+from keras_dwd.checks import integer, number
+from keras_dwd.distributed import plan as planning
 from keras_dwd.distributed.communicator import INSTALL, here
 from keras_dwd.distributed.launch import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
+from keras_dwd.evaluation.profiles import NETWORKS, network
 from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(
@@ -231,6 +234,76 @@ def ablate(
     settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
     names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
     _tuned(settings, names, seeds, tuning_seeds, points, processes, out, as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help=f"A network of this package: {', '.join(NETWORKS)}.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Or a transformer of so many parameters, such as 1.75e11.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Number of workers.")] = 1,
+    curvature: Annotated[str, typer.Option(help=", ".join(planning.CURVATURES))] = "kronecker",
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum or adam")] = "adam",
+    replicated: Annotated[
+        bool, typer.Option("--replicated", help="Each worker keeps all of what was consolidated.")
+    ] = False,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            help="Bytes per second between workers; measured on this machine if left out."
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """What each worker needs in memory, sends, and spends on it: before it is begun."""
+    if (model is None) == (params is None):
+        raise ValueError("Give `--model` or `--params`, one of them.")
+    if model is not None and model not in NETWORKS:
+        raise ValueError(f"`--model` must be one of {', '.join(NETWORKS)}. Received: {model!r}")
+    if params is not None:
+        number("--params", params, 1e4)
+    integer("--workers", workers, 1)
+    if link is None and workers > 1:
+        try:
+            link = planning.measured_link()
+        except ModuleNotFoundError:
+            Console(stderr=True).print(f"{INSTALL} Without it and `--link` there are no times.")
+    if model is not None:
+        built = network(model)
+        counts = partial(planning.of_model, built)
+    else:
+        counts = partial(planning.of_transformer, int(params or 0))
+    made = planning.plan(
+        counts, workers, curvature, optimizer, not replicated, link, planning.measured_bandwidth()
+    )
+    if as_json:
+        print(json.dumps(made.as_json(), indent=1))
+        return
+    title = f"{made.parameters:,} parameters, {made.workers} workers, {curvature}"
+    table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
+    table.add_column("of each worker")
+    table.add_column("", justify="right")
+    for name, value in made.memory.items():
+        table.add_row(name, _bytes(value))
+    table.add_row("total memory", _bytes(made.total), style="bold")
+    table.add_row("sent at each step", _bytes(made.step_bytes))
+    table.add_row("sent at each Fisher update", _bytes(made.fisher_bytes))
+    table.add_row("sent at a boundary with a pass over data", _bytes(made.boundary_bytes))
+    if made.step_seconds is not None and made.boundary_seconds is not None:
+        table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
+        table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
+    Console().print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _settings(*given: Any) -> dict[str, Any]:

@@ -7,7 +7,9 @@ Horovod is published as source only, and its last release predates what it has t
 - TensorFlow 2.19 moved the XLA headers that `xla_mpi_ops.cc` includes, although all of that file's
   code is for GPUs: the guard is moved in front of the includes;
 - its Gloo controller reserves a vector and then reads its size, so that the check for stalled
-  ranks never fires: it resizes it instead.
+  ranks never fires: it resizes it instead;
+- the connections of its process sets forget which network interface they were to use, and take that
+  of the host's name, which on Debian is the loopback: several hosts then never find each other.
 
 The wheel is kept in the user's cache, keyed by everything it depends on, so that the next
 environment installs it in seconds.
@@ -40,6 +42,14 @@ PATCHES = [
         "horovod/common/gloo/gloo_controller.cc",
         "  global_ranks_.reserve(size_);\n",
         "  global_ranks_.resize(size_);\n",
+    ),
+    (
+        "horovod/common/gloo/gloo_context.cc",
+        "  device_attr.iface = gloo_iface_;\n  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n  global_ctx = global_context.ctx;\n",
+        "  device_attr.iface = global_context.gloo_iface_;\n"
+        "  device_attr.ai_family = AF_UNSPEC;\n"
+        "  auto dev = CreateDevice(device_attr);\n\n  global_ctx = global_context.ctx;\n",
     ),
 ]
 

@@ -219,7 +219,7 @@ def test_a_worker_with_another_model_is_named(tmp_path):
 def test_a_worker_with_nan_is_named_by_all(tmp_path):
     code, said, seconds = failing("not_a_number", tmp_path, 3, **IMPATIENT)
     assert code
-    assert "The loss of worker 1 became NaN or infinite at step 5" in said
+    assert "The loss of worker 1, or its gradient, became NaN or infinite at step 5" in said
     assert seconds < 60
 
 
@@ -252,7 +252,7 @@ def test_a_worker_that_dies_or_stalls_ends_the_job(what, rank, tmp_path):
     if what == signal.SIGKILL:
         assert f"Worker {rank} was ended by signal 9" in said
     else:
-        assert f"Worker {rank}" in said or f"{rank}!: [" in said or f"{rank}: [" in said
+        assert f"Worker {rank} had stalled and was ended" in said
 
 
 def test_the_command_line_without_horovod_says_how_to_get_it(monkeypatch):

@@ -1,7 +1,6 @@
 """Start workers on this machine, and end all of them when one fails."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from keras_dwd.distributed.communicator import INSTALL
 
 # The others have so many seconds to say what they know and end by themselves.
 _GRACE = 15.0
+# As much of what a failed worker wrote is shown, in bytes.
 _LAST = 2000
-"""As much of what a failed worker wrote is shown, in bytes."""
+# What Horovod says where another worker has failed.
+_ECHO = "Horovod has been shut down"
 
 
 def is_worker() -> bool:
@@ -68,7 +69,7 @@ def launch(command: Sequence[str], workers: int, environment: Mapping[str, str] 
                     processes.append(subprocess.Popen(list(command), env=variables, **streams))
             failed = _wait(processes)
         finally:
-            _end(processes)
+            stalled = _end(processes)
             server.shutdown()
             server.server_close()
         if failed is None:
@@ -76,8 +77,12 @@ def launch(command: Sequence[str], workers: int, environment: Mapping[str, str] 
         rank, code = failed
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         print(f"Worker {rank} {how}; all workers have ended.", file=sys.stderr)
-        if rank:  # rank 0 has said it itself
-            print(written[rank].read_bytes()[-_LAST:].decode(errors="replace"), file=sys.stderr)
+        for other in stalled:
+            print(f"Worker {other} had stalled and was ended.", file=sys.stderr)
+        for other in range(1, workers):  # rank 0 has said it itself
+            said = written[other].read_bytes()[-_LAST:].decode(errors="replace")
+            if processes[other].returncode and (other == rank or _ECHO not in said):
+                print(f"Worker {other} wrote last:\n{said}", file=sys.stderr)
     return code if code > 0 else 128 - code
 
 
@@ -93,13 +98,15 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
         time.sleep(0.05)
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for what is still there, then end it."""
+def _end(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for what is still there, then end it; the ranks of those that had to be."""
     deadline = time.monotonic() + _GRACE
-    for process in processes:
+    stalled = []
+    for rank, process in enumerate(processes):
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGCONT)  # one that was stopped cannot end
+            stalled.append(rank)
             process.kill()
             process.wait()
+    return stalled

@@ -1,6 +1,9 @@
 """A Keras model that several workers train together."""
 
 import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -15,6 +18,14 @@ def arguments(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     given = inspect.signature(method).bind(None, *args, **kwargs).arguments
     given.pop("self")
     return given | given.pop("kwargs", {})
+
+
+@contextmanager
+def _without_length() -> Iterator[None]:
+    """Without the warning of Keras that a dataset, as those evaluated on, knew no length."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        yield
 
 
 class DistributedModel(keras.Model):
@@ -70,16 +81,20 @@ class DistributedModel(keras.Model):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`, where `batch_size` is that of each worker."""
         given = arguments(keras.Model.fit, x, y, *args, **kwargs)
-        if self.workers.several:
-            share_fit(self, given)
-        return super().fit(**given)
+        if not self.workers.several:
+            return super().fit(**given)
+        share_fit(self, given)
+        with _without_length():
+            return super().fit(**given)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.evaluate`; workers share the examples and have the same results."""
         given = arguments(keras.Model.evaluate, x, y, *args, **kwargs)
-        if self.workers.several and not given.get("_use_cached_eval_dataset"):
-            share_evaluation(self, given)
-        return super().evaluate(**given)
+        if not self.workers.several or given.get("_use_cached_eval_dataset"):
+            return super().evaluate(**given)
+        share_evaluation(self, given)
+        with _without_length():
+            return super().evaluate(**given)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """`keras.Model.compute_metrics`: within a step, of this worker alone."""

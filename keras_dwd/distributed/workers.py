@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_dwd import state
 from keras_dwd.curvature.fisher import Statistics
 from keras_dwd.distributed.communicator import Communicator
+from keras_dwd.gradients import all_finite
 from keras_dwd.grouping.grouping import Described
 from keras_dwd.variables import Arrays, Variables, by_path
 
@@ -36,7 +37,7 @@ class Workers:
         self.several = self.communicator.size > 1
         self.sharded = self.several and sharded
         self.owners = dict(owners or {}) if self.sharded else {}
-        # The step at which this worker's loss was not finite first, and whether any's was.
+        # The step at which this worker's gradient was not finite first, and whether any's was.
         self.failed_at = keras.Variable(-1, trainable=False, dtype="int64", name="failed_at")
         self.failed = keras.Variable(False, trainable=False, dtype="bool", name="failed")
         self.received = keras.Variable(0.0, trainable=False, dtype="float32", name="received")
@@ -82,13 +83,13 @@ class Workers:
         present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
         means = self.communicator.mean(present, "gradients")
         if not scaled:
-            first = ~tf.math.is_finite(tf.cast(loss, "float32")) & (self.failed_at.value < 0)
+            # The same on all workers: one that fails fails all of them in the same step.
+            whole = all_finite([tf.cast(mean, "float32") for mean in means])
+            self.failed.assign(self.failed.value | ~whole)
+            mine = all_finite([tf.cast(g, "float32") for g in (loss, *present)])
+            first = ~whole & ~mine & (self.failed_at.value < 0)
             now = tf.cast(tf.convert_to_tensor(step), "int64")
             self.failed_at.assign(tf.where(first, now, self.failed_at.value))
-            # The same on all workers: one that fails fails all of them in the same step.
-            seen = min(means, key=lambda g: g.shape.num_elements())
-            whole = tf.math.is_finite(tf.reduce_sum(tf.cast(seen, "float32")))
-            self.failed.assign(self.failed.value | ~whole)
         found = iter(means)
         return [None if g is None else next(found) for g in gradients]
 
@@ -192,12 +193,12 @@ class Workers:
             return
         mine = str(int(np.asarray(self.failed_at))).encode()
         steps = [int(step) for step in self.communicator.messages(mine, "failed")]
-        first = min((step, rank) for rank, step in enumerate(steps) if step >= 0 or max(steps) < 0)
+        known = [(step, rank) for rank, step in enumerate(steps) if step >= 0]
+        first = min(known or [(max(steps), 0)])
         raise FloatingPointError(
-            f"The loss of worker {first[1]} became NaN or infinite at step {first[0]}: training "
-            "has ended on all workers. Its last data, or the learning rate, is to blame."
-            if first[0] >= 0
-            else "Gradients became NaN or infinite, though the loss of no worker is."
+            f"The loss of worker {first[1]}, or its gradient, became NaN or infinite at step "
+            f"{first[0]}: training has ended on all workers. Look at its data of that step, and at "
+            "the learning rate."
         )
 
     def _differs(self, arrays: Arrays, name: str) -> bool:

@@ -8,7 +8,7 @@ import keras
 from keras import layers
 
 from keras_dwd.layers.task_heads import TaskHeads
-from keras_dwd.tasks.scenario import Scenario
+from keras_dwd.tasks.scenario import Scenario, Task
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile
     if name == "cpu":
         return Profile("conv 32-32/2-64-64/2-pool-dense 128", conv_net, 8, images_per_class=200)
     return Profile("ResNet-32", resnet32, 60, batch_size=128)
+
+
+def network(name: str) -> keras.Model:
+    """One of `NETWORKS`, for ten tasks of ten classes of small images, a head each."""
+    shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
+    tasks = tuple(Task(str(t), None, None) for t in range(10))
+    return NETWORKS[name](Scenario(name, tasks, "task", 10, shape))
 
 
 def mlp(scenario: Scenario) -> keras.Model:
@@ -123,3 +130,12 @@ def _with_head(inputs: Any, features: Any, scenario: Scenario) -> keras.Model:
     task = keras.Input((), dtype="int32", name="task")
     heads = TaskHeads(len(scenario.tasks), scenario.outputs, name="heads")
     return keras.Model([inputs, task], heads(features, task))
+
+
+NETWORKS: dict[str, Callable[[Scenario], keras.Model]] = {
+    "mlp": mlp,
+    "conv": conv_net,
+    "resnet32": resnet32,
+    "resnet18_like": resnet18_like,
+}
+"""By the names that `keras-dwd plan` knows."""
