@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from keras_dwd.cli import table
+from keras_dwd.evaluation.report import table
 from keras_dwd.evaluation.tuning import UNTOUCHED, tune
 
 SCENARIOS = {

@@ -12,7 +12,6 @@ import keras
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from keras_dwd.checks import integer, number
 from keras_dwd.distributed import plan as planning
@@ -23,20 +22,12 @@ from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
+from keras_dwd.evaluation.report import plan_table, table
 from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(
     help="Continual learning for Keras 3.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-_COLUMNS = {
-    "average_accuracy": "accuracy %",
-    "forgetting": "forgetting %",
-    "relative_forgetting": "relative forgetting %",
-    "learning_accuracy": "right after learning %",
-    "steps_per_second_with_boundaries": "steps/s",
-}
-
 
 _Scenario = Annotated[
     str,
@@ -282,28 +273,7 @@ def plan(
     if as_json:
         print(json.dumps(made.as_json(), indent=1))
         return
-    title = f"{made.parameters:,} parameters, {made.workers} workers, {curvature}"
-    table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
-    table.add_column("of each worker")
-    table.add_column("", justify="right")
-    for name, value in made.memory.items():
-        table.add_row(name, _bytes(value))
-    table.add_row("total memory", _bytes(made.total), style="bold")
-    table.add_row("sent at each step", _bytes(made.step_bytes))
-    table.add_row("sent at each Fisher update", _bytes(made.fisher_bytes))
-    table.add_row("sent at a boundary with a pass over data", _bytes(made.boundary_bytes))
-    if made.step_seconds is not None and made.boundary_seconds is not None:
-        table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
-        table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
-    Console().print(table)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    Console().print(plan_table(made, curvature, replicated))
 
 
 def _settings(*given: Any) -> dict[str, Any]:
@@ -379,42 +349,6 @@ def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
                 f"`--strength` must be a number or METHOD=NUMBER,… Received: {given!r}"
             ) from None
     return found
-
-
-def table(results: dict[str, Any]) -> Table:
-    """Methods × metrics, mean ± standard deviation over the seeds.
-
-    Of results with a tuned EWC also the difference in accuracy to it, with the p of a paired test.
-    """
-    made = Table(title=results["protocol"]["title"])
-    made.add_column("method")
-    tuned = "tuning" in results
-    if tuned:
-        made.add_column("λ", justify="right")
-    for heading in _COLUMNS.values():
-        made.add_column(heading, justify="right")
-    against = {}
-    if tuned and ablation.BASELINE in results["methods"]:
-        against = ablation.compare(results)
-        made.add_column(f"− {ablation.BASELINE}", justify="right")
-        made.add_column("p", justify="right")
-    for name, method in results["methods"].items():
-        cells = [name]
-        if tuned:
-            strength = method["settings"]["regularizer"]["strength"]
-            cells.append(f"{strength:g}" if strength else "")
-        cells += [_cell(key, method["metrics"][key]) for key in _COLUMNS]
-        if name in against:
-            found = against[name]
-            cells += [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
-        made.add_row(*cells)
-    return made
-
-
-def _cell(key: str, metric: dict[str, Any]) -> str:
-    if key.startswith("steps"):
-        return f"{metric['mean']:.0f}"
-    return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
 
 
 class _EpochBar(keras.callbacks.Callback):

@@ -3,7 +3,18 @@
 from collections.abc import Iterable
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+# Gradients of single examples underflow in float16; the loss is scaled by this before they are
+# taken. A power of two, so that dividing by it again is exact.
+_FLOAT16_SCALE = 1024.0
+
+
+def loss_scale(model: keras.Model) -> float:
+    """What to multiply the losses of single examples by before they are differentiated."""
+    reduced = any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
+    return _FLOAT16_SCALE if reduced else 1.0
 
 
 def data_gradients(

@@ -14,19 +14,14 @@ from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.distributed.communicator import Communicator
 from keras_dwd.distributed.model import DistributedModel, arguments
 from keras_dwd.distributed.workers import Workers, block_sizes
-from keras_dwd.gradients import all_finite, data_gradients
+from keras_dwd.gradients import all_finite, data_gradients, loss_scale
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping, Learned, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
 from keras_dwd.regularizer import DWDRegularizer, Folded
 from keras_dwd.tasks.task_graph import TaskGraph
 from keras_dwd.variables import Arrays, Variables, by_path, digest_of, kinds_of
-
-# Gradients of single examples underflow in float16; the loss is scaled by this before they are
-# taken. A power of two, so that dividing by it again is exact.
-_FLOAT16_SCALE = 1024.0
-# What a subclassed model may define and a model around it would not use.
-_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+from keras_dwd.wrapping import copied, wrapped
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -89,11 +84,11 @@ class DWDModel(DistributedModel):
             if regularizer is not None:
                 raise ValueError("Give `strength` or `regularizer`, not both.")
             regularizer = DWDRegularizer(strength)
-        made_regularizer = _setting("regularizer", regularizer, DWDRegularizer)
-        made_fisher = _setting("fisher", fisher, Fisher)
+        made_regularizer = copied("regularizer", regularizer, DWDRegularizer)
+        made_fisher = copied("fisher", fisher, Fisher)
         default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
-        made_grouping = _setting("grouping", default, Grouping)
-        made_graph = _setting("task_graph", task_graph, TaskGraph)
+        made_grouping = copied("grouping", default, Grouping)
+        made_graph = copied("task_graph", task_graph, TaskGraph)
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
         self.fisher: Fisher = made_fisher or KroneckerFisher()
@@ -129,36 +124,7 @@ class DWDModel(DistributedModel):
             ValueError: If the model is not built, has a training step of its own, or is a
                 subclassed one that cannot tell its inputs.
         """
-        if isinstance(model, DWDModel):
-            raise ValueError(
-                f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
-            )
-        own = [n for n in _STEPS if getattr(type(model), n) is not getattr(keras.Model, n)]
-        if own:
-            raise ValueError(
-                f"`model` has its own {', '.join(own)}, which would be lost: "
-                f"{type(model).__name__}. Make them methods of a subclass of DWDModel that call "
-                "what they replace."
-            )
-        if not model.built:
-            raise ValueError(
-                f"`model` must be built before it can be wrapped. {model.name!r} has no weights "
-                "yet: give it an `Input`, call `build`, or call it on data."
-            )
-        settings.setdefault("name", model.name)
-        if inputs is None and not getattr(model, "inputs", None):
-            shape = (model.get_build_config() or {}).get("input_shape")
-            if shape is None or any(isinstance(s, (list, tuple, dict)) for s in shape):
-                raise ValueError(
-                    f"`inputs` is needed: {model.name!r} is a subclassed model that does not tell "
-                    "one input shape. Pass the `keras.Input`s to call it on."
-                )
-            inputs = keras.Input(shape[1:])
-        if inputs is not None:
-            return cls(inputs, model(inputs), **settings)
-        if isinstance(model, keras.Sequential):
-            return cls(model.inputs[0], model.outputs[0], **settings)
-        return cls(model.input, model.output, **settings)
+        return wrapped(cls, model, inputs, settings)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.fit`, which first refuses arrays that are empty, with NaN or wrong labels.
@@ -326,11 +292,7 @@ class DWDModel(DistributedModel):
         It is not part of the reported loss: its value would cost a pass over all weights a step.
         `PenaltyLogger` reports it once an epoch.
         """
-        value = self.regularizer.value(by_path(self))
-        if not self.workers.sharded:
-            return value
-        (total,) = self.workers.communicator.total([np.asarray(value)], "penalty")
-        return tf.constant(total, "float32")
+        return self.workers.total(self.regularizer.value(by_path(self)))
 
     def get_config(self) -> dict[str, Any]:
         """Configuration of the model, its settings included; state is in the weights file."""
@@ -385,11 +347,6 @@ class DWDModel(DistributedModel):
     def _learns_online(self) -> bool:
         return self.fisher.online and bool(self._pulled_variables())
 
-    @property
-    def _float16_scale(self) -> float:
-        reduced = any(layer.compute_dtype == "float16" for layer in self._flatten_layers())
-        return _FLOAT16_SCALE if reduced else 1.0
-
     def _trainable_by_path(self) -> Variables:
         """Trainable variables, in the order of `trainable_variables`."""
         paths = {id(v): path for path, v in by_path(self).items()}
@@ -433,7 +390,7 @@ class DWDModel(DistributedModel):
         """
         reported = [v for metric in self.metrics for v in metric.variables]
         before = [tf.identity(v.value) for v in reported]
-        scale, others = self._float16_scale, communicator or Communicator()
+        scale, others = loss_scale(self), communicator or Communicator()
         statistics = self.fisher.of_batch(self, variables, batch, scale, others)
         for variable, value in zip(reported, before, strict=True):
             variable.assign(value)
@@ -481,15 +438,6 @@ class DWDModel(DistributedModel):
         anchors = {path: np.asarray(v) for path, v in self.regularizer.anchors.items()}
         exchange = self.workers.exchange
         return Learned(blocks, values, anchors, kinds_of(self), self.groups, exchange)
-
-
-def _setting(name: str, given: Any, kind: Any) -> Any:
-    """A setting as given or as `get_config` wrote it, copied: it will hold this model's state."""
-    if isinstance(given, dict):
-        return keras.saving.deserialize_keras_object(given)
-    if given is not None and not isinstance(given, kind):
-        raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
-    return given if given is None else type(given).from_config(given.get_config())
 
 
 def _nothing() -> tf.Tensor:

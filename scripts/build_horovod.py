@@ -109,7 +109,7 @@ def build(target: Path, constraint: list[str]) -> None:
     if shutil.which("g++") is None and "CXX" not in os.environ:
         sys.exit("build_horovod: no C++ compiler (on Debian: apt-get install build-essential)")
     pip("install", *constraint, "setuptools", "wheel", "cmake")
-    environment = os.environ | BUILD_ENVIRONMENT
+    environment = BUILD_ENVIRONMENT | os.environ  # which may ask for more, such as NCCL
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["CXXFLAGS"] = f"{environment.get('CXXFLAGS', '')} {COMPILER_FLAGS}".strip()
     environment.setdefault("MAKEFLAGS", f"-j{os.cpu_count() or 1}")

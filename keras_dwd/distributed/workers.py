@@ -122,6 +122,13 @@ class Workers:
         """The consolidation state of the model, of which each worker keeps a part."""
         return self.communicator.of_all(mine, "state") if self.sharded else mine
 
+    def total(self, value: tf.Tensor) -> tf.Tensor:
+        """The sum of a scalar of which each worker has a part."""
+        if not self.sharded:
+            return value
+        (total,) = self.communicator.total([np.asarray(value)], "total")
+        return tf.constant(total, value.dtype)
+
     def metrics_result(self, model: Any, result: Any) -> Any:
         """What `result` makes of metrics that have seen the examples of all workers."""
         variables = [v for metric in model.metrics for v in metric.variables]
