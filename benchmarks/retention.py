@@ -41,32 +41,37 @@ TUNING_SEEDS = {
 }
 # As many values per method over the same range of factors, placed where a first look at each
 # scenario has its best values inside. What differs is the scale of the Fisher information: that of
-# diagonal methods falls with the loss, but where it is normalised or taken at negated logits.
+# diagonal methods falls with the loss, but where it is normalised or taken at negated logits, and
+# that of `influence`, which DWD has by default, is relative to the margins.
 GRIDS = {
     "permuted-digits": {
         "diagonal": (10, 30, 100, 300, 1000),
-        "influence": (1, 3, 10, 30, 100),
+        "influence": (10, 30, 100, 300, 1000),
         "negated": (1, 3, 10, 30, 100),
         "kronecker": (1, 3, 10, 30, 100),
+        "relative": (10, 30, 100, 300, 1000),
     },
     "permuted-mnist": {
         "diagonal": (1, 3, 10, 30, 100, 300, 1000),
-        "influence": (0.1, 0.3, 1, 3, 10, 30, 100),
+        "influence": (1, 3, 10, 30, 100, 300, 1000),
         "negated": (0.1, 0.3, 1, 3, 10, 30, 100),
         "kronecker": (0.1, 0.3, 1, 3, 10, 30, 100),
+        "relative": (3, 10, 30, 100, 300, 1000, 3000),
     },
     # Learned so well that the Fisher information nearly vanishes: a wide grid.
     "split-digits": {
         "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
-        "influence": (1, 10, 100, 1e3, 1e4),
+        "influence": (10, 100, 1e3, 1e4, 1e5),
         "negated": (1, 10, 100, 1e3, 1e4),
         "kronecker": (0.1, 1, 10, 100, 1000),
+        "relative": (1, 10, 100, 1e3, 1e4),
     },
     "split-cifar100": {
         "diagonal": (100, 300, 1000, 3000, 10000, 30000),
-        "influence": (30, 100, 300, 1000, 3000, 10000),
+        "influence": (100, 300, 1000, 3000, 10000, 30000),
         "negated": (10, 30, 100, 300, 1000, 3000),
         "kronecker": (1, 3, 10, 30, 100, 300),
+        "relative": (10, 30, 100, 300, 1000, 3000),
     },
 }
 GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
@@ -83,7 +88,7 @@ def grid_of(method):
     """Which of the grids is that of a method."""
     base, _, estimator = method.partition(":")
     if base not in DIAGONAL:
-        return "kronecker"
+        return "kronecker" if estimator else "relative"
     return estimator if estimator in ("influence", "negated") else "diagonal"
 
 

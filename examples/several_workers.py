@@ -28,7 +28,7 @@ def main() -> None:
     model = DWDModel.from_model(network)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"], sharded=True)
-    for x, u, y, v in tasks:
+    for x, _, y, _ in tasks:
         # 16 examples for each worker and step.
         model.fit(x, y, batch_size=16, epochs=10, verbose=0, callbacks=[LearningRateWarmup(2)])
         model.consolidate()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer
+from keras_dwd.curvature.likelihood import squared_margins
 from keras_dwd.variables import by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -218,12 +219,12 @@ def test_batches_that_overflow_leave_no_trace():
     np.testing.assert_allclose(fisher.value()["w"], [3.0])
 
 
-def test_influence_weighs_examples_by_their_residual():
+def test_influence_weighs_examples_by_their_residual_and_all_by_their_margin():
     model = compiled(strength=1.0, fisher=DiagonalFisher("influence", None))
     x, y = blobs(9)
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
-    squares, residuals = [], []
+    squares, residuals, margins = [], [], []
     for i in range(9):
         with tf.GradientTape() as tape:
             logits = copy(x[i : i + 1])
@@ -233,7 +234,9 @@ def test_influence_weighs_examples_by_their_residual():
         residuals.append(
             float(np.sum((np.eye(3)[y[i]] - keras.ops.softmax(logits[0]).numpy()) ** 2))
         )
-    weights = 1 / (np.array(residuals) + np.median(residuals)) / 9
+        lower, highest = np.sort(logits[0])[-2:]
+        margins.append((highest - lower) ** 2)
+    weights = 1 / (np.array(residuals) + np.median(residuals)) / (np.mean(margins) + 0.1) / 9
     measured = model._estimate((x, y), 9)
     for k, path in enumerate(paths(model)):
         value = measured[f"fisher/{path}"]
@@ -466,6 +469,24 @@ def test_masked_time_steps_do_not_count():
         return tf.reduce_mean(tf.boolean_mask(cross_entropies(model, x, y, i), seen))
 
     assert_fisher_is(model, (x, y), loop(model, loss_of, len(x)))
+
+
+def test_margins_are_distances_of_logits():
+    logits = np.array([[1.0, 4.0, -2.0], [0.5, 0.25, 0.0]], "float32")
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gaps = np.array([9.0, 0.0625])
+    cases = [
+        (keras.losses.SparseCategoricalCrossentropy(from_logits=True), logits, gaps),
+        (keras.losses.CategoricalCrossentropy(), probabilities, gaps),
+        (keras.losses.BinaryCrossentropy(from_logits=True), logits, (logits**2).mean(1)),
+        (keras.losses.BinaryCrossentropy(), 1 / (1 + np.exp(-logits)), (logits**2).mean(1)),
+        (keras.losses.MeanSquaredError(), logits, np.ones(2)),
+    ]
+    for loss, outputs, expected in cases:
+        model = compiled()
+        model.compile("sgd", loss)
+        found = squared_margins(model, tf.constant(outputs, "float32"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "categorical", "binary"])

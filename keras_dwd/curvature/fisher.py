@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature import closed_forms as closed_forms  # registers them
 from keras_dwd.curvature.diagonal import Diagonal
-from keras_dwd.curvature.likelihood import by_logits, drawn, negated
+from keras_dwd.curvature.likelihood import by_logits, drawn, negated, squared_margins
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.distributed.communicator import Communicator
@@ -41,6 +41,8 @@ class Block(Protocol):
     def scaled(self, strengths: np.ndarray) -> Any: ...
 
 
+# Squared: what an untrained model has.
+_LEAST_MARGIN = 0.1
 # Where the count of examples starts again, a power of two.
 _TURN = 2**20
 
@@ -252,9 +254,13 @@ class Fisher:
             )
             # Examples without weight are not there, as those that make workers' parts even.
             counted = tf.where(weights > 0, residuals, np.inf)
-            every = tf.sort(communicator.gather(counted, "residuals"))
-            median = every[tf.reduce_sum(tf.cast(every < np.inf, "int32")) // 2]
-            weights *= tf.math.reciprocal_no_nan(residuals + median)
+            margins = squared_margins(model, outputs)
+            every = communicator.gather(tf.stack([counted, margins], 1), "residuals")
+            there = tf.cast(every[:, 0] < np.inf, "float32")
+            count = tf.reduce_sum(there)
+            median = tf.sort(every[:, 0])[tf.cast(count, "int32") // 2]
+            margin = tf.math.divide_no_nan(tf.reduce_sum(there * every[:, 1]), count)
+            weights *= tf.math.reciprocal_no_nan((residuals + median) * (margin + _LEAST_MARGIN))
 
         statistics: Statistics = {}
         for ruled, found in calls.items():
@@ -368,10 +374,12 @@ class DiagonalFisher(Fisher):
             takes the loss for a mean over examples, as Keras losses are by default.
             `"exact"` is the mean of the squared gradients of single examples with their true
             labels (the empirical Fisher).
-            `"influence"` is the same with each example's square divided by r + median(r), where
-            r is the squared norm of the loss gradient at the model's outputs, or at the logits of a
-            cross-entropy: examples that are
-            learned well, whose gradients vanish, count as much as those that are not.
+            `"influence"` is the same with each example's square divided by (r + median(r)) · m,
+            where r is the squared norm of the loss gradient at the model's outputs, or at the
+            logits of a cross-entropy: examples that are learned well, whose gradients vanish, count
+            as much as those that are not. And m is the mean squared margin of a cross-entropy, the
+            distance between the two highest logits: what matters is how far logits move in
+            relation to how far they may.
             `"sampled"` draws the labels from the model's own output (the true Fisher).
             `"negated"` takes the gradient at the negated logits. The last two need a cross-entropy
             loss on a single output; `"sampled"` can do with a mean squared error.

@@ -53,6 +53,30 @@ def by_logits(model: Any, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.T
     return found
 
 
+def squared_margins(model: Any, outputs: Any) -> tf.Tensor:
+    """The squared margin of each example, `(batch,)`: how far logits may move before it is lost.
+
+    That of a cross-entropy is the distance between the two highest logits, or of a binary one from
+    the logit to zero; of any other loss there is none, and it counts as one.
+    """
+    found = []
+    for loss, output in zip(losses_of(model), tf.nest.flatten(outputs), strict=True):
+        kind, from_logits = _known(loss) or ("", True)
+        output = tf.cast(tf.stop_gradient(output), "float32")
+        if kind == "binary":
+            logits = output if from_logits else _log(output) - _log(1 - output)
+            squares = logits**2
+        elif kind in ("sparse", "categorical") and output.shape[-1] > 1:
+            highest = tf.math.top_k(output if from_logits else _log(output), 2).values
+            squares = (highest[..., 0] - highest[..., 1]) ** 2
+        else:
+            continue
+        found.append(tf.reduce_mean(tf.reshape(squares, (tf.shape(squares)[0], -1)), 1))
+    if not found:
+        return tf.ones(tf.shape(tf.nest.flatten(outputs)[0])[:1])
+    return tf.add_n(found) / len(found)
+
+
 def drawn(model: Any, y: Any, outputs: Any) -> tf.Tensor:
     """Labels, shaped as `y`, drawn from the distribution that the model's output stands for."""
     kind, from_logits = _kind(model, "sampled", tuple(_LOSSES))
