@@ -19,7 +19,7 @@ def main():
     rng = np.random.default_rng(0)
     orders = [np.arange(64), rng.permutation(64), rng.permutation(64)]
 
-    for strength in (0.0, 100.0):
+    for strength in (0.0, 200.0):
         keras.utils.set_random_seed(0)
         network = keras.Sequential(
             [

@@ -100,7 +100,7 @@ def run(
     strength: Annotated[
         str | None,
         typer.Option(
-            help="λ of all methods that have one, or of some (ewc=1000,dwd=100); their defaults."
+            help="λ of all methods that have one, or of some (ewc=1000,dwd=200); their defaults."
         ),
     ] = None,
     profile: _Profile = "cpu",
@@ -335,7 +335,7 @@ def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
 
 
 def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
-    """λ by method, from `30` or `ewc=1000,dwd=100`."""
+    """λ by method, from `30` or `ewc=1000,dwd=200`."""
     found: dict[str, float] = {}
     parts = given.split(",") if given else []
     for part in sorted(parts, key=lambda part: "=" in part):  # what is for all of them first

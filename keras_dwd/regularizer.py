@@ -52,7 +52,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
     Example:
 
     ```python
-    model = DWDModel(inputs, outputs, regularizer=DWDRegularizer(strength=100.0))
+    model = DWDModel(inputs, outputs, regularizer=DWDRegularizer(strength=200.0))
     free = keras.layers.Dense(10, kernel_regularizer=DWDRegularizer(strength=0.0))
     ```
 
@@ -62,7 +62,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         [Schwarz et al., 2018](https://arxiv.org/abs/1805.06370), section 4 (online EWC).
     """
 
-    def __init__(self, strength: float = 100.0, decay: float = 1.0, anchor: Anchor = "latest"):
+    def __init__(self, strength: float = 200.0, decay: float = 1.0, anchor: Anchor = "latest"):
         if anchor not in ("folded", "latest"):
             raise ValueError(f"`anchor` must be 'folded' or 'latest'. Received: {anchor!r}")
         self.strength = number("strength", strength, 0)

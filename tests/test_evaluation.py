@@ -143,7 +143,7 @@ def test_run_writes_and_prints(tmp_path):
     content = json.loads(out.read_text())
     assert set(content) == {"protocol", "versions", "methods"}
     assert content["protocol"]["seeds"] == [0, 1]
-    assert content["methods"]["dwd"]["settings"]["regularizer"]["strength"] == 100
+    assert content["methods"]["dwd"]["settings"]["regularizer"]["strength"] == 200
     assert content["methods"]["dwd"]["settings"]["fisher"]["estimator"] == "influence"
     assert content["methods"]["finetune"]["settings"]["regularizer"]["strength"] == 0
     for method in ("finetune", "dwd", "joint"):

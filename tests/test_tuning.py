@@ -34,7 +34,7 @@ def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
     assert list(validation) == ["dwd"]
     best = max(validation["dwd"], key=validation["dwd"].get)
     strengths = {n: m["settings"]["regularizer"]["strength"] for n, m in results["methods"].items()}
-    assert strengths == {"finetune": 0.0, "dwd": best, f"dwd{UNTOUCHED}": 100.0}
+    assert strengths == {"finetune": 0.0, "dwd": best, f"dwd{UNTOUCHED}": 200.0}
     assert results["protocol"]["validation"] is None
     assert all(
         len(m["metrics"]["average_accuracy"]["per_seed"]) == 2 for m in results["methods"].values()

@@ -96,8 +96,8 @@ METHODS: dict[str, Method] = {
         Method("finetune", _plain),
         Method("ewc", _ewc, strength=100.0, boundary_pass=True),
         Method("online-ewc", _online_ewc, strength=100.0, boundary_pass=True),
-        Method("dwd", _dwd, strength=100.0, boundary_pass=True),
-        Method("dwd-online", _dwd_online, strength=100.0),
+        Method("dwd", _dwd, strength=200.0, boundary_pass=True),
+        Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
         Method("joint", _plain, joint=True),
     )
