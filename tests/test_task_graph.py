@@ -255,7 +255,7 @@ def test_weights_as_given(tmp_path):
     model = compiled(task_graph=TaskGraph(tmp_path / "graph", weights=w), grouping=None)
     learn(model, 2)
     np.testing.assert_array_equal(model.task_graph.matrix, w[:2, :2])
-    assert float(model.regularizer.tie) == pytest.approx(0.1 * 0.7)
+    assert float(model.regularizer.tie) == pytest.approx(0.001 * 0.7)
     model.fit(*blobs(seed=2), verbose=0)
     model.consolidate()
     assert float(model.regularizer.tie) == 0  # nothing comes after it

@@ -142,7 +142,7 @@ def test_the_commands(tmp_path):
     content = json.loads((tmp_path / "out.json").read_text())
     graph = f"dwd-online+graph{UNTOUCHED}"
     assert list(content["methods"]) == ["finetune", "ewc", graph, "joint"]
-    assert content["methods"][graph]["settings"]["task_graph"] == 0.1
+    assert content["methods"][graph]["settings"]["task_graph"] == 0.001
     assert list(content["tuning"]["validation_accuracy"]["ewc"]) == ["100.0"]
     # What is there is taken from the file.
     result = CliRunner().invoke(app, ["tune", *options, "--methods", "finetune,ewc", "--json"])

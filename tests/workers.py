@@ -16,10 +16,11 @@ import tensorflow as tf
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from keras_dwd import (  # noqa: E402  # noqa: E402
+from keras_dwd import (  # noqa: E402
     DiagonalFisher,
     DWDModel,
     DWDRegularizer,
+    GaussianMixtureGrouping,
     KroneckerFisher,
     LearningRateWarmup,
     Scenario,
@@ -27,6 +28,7 @@ from keras_dwd import (  # noqa: E402  # noqa: E402
     run_sequence,
 )
 from keras_dwd.distributed.communicator import here  # noqa: E402
+from keras_dwd.distributed.horovod import HorovodCommunicator  # noqa: E402
 
 LAYERS = keras.layers
 # Divisible by no number of workers, so that the last batch is uneven.
@@ -71,11 +73,16 @@ def fit(model, x, y, **arguments):
     return model.fit(x, y, batch_size=share, verbose=0, **arguments)
 
 
+def layers():
+    """Groups far from each other: at their borders the order of additions may decide."""
+    return GaussianMixtureGrouping(2, granularity="variable")
+
+
 CASES = {
     "kronecker": {},
+    "elements": {"grouping": GaussianMixtureGrouping},
     "sharded": {"sharded": True},
     "exact": {"fisher": lambda: KroneckerFisher("exact", every=2)},
-    "sharded_exact": {"sharded": True, "fisher": lambda: KroneckerFisher("exact", every=2)},
     "diagonal": {
         "sharded": True,
         "fisher": lambda: DiagonalFisher("exact", every=1),
@@ -84,6 +91,7 @@ CASES = {
     "pass": {"sharded": True, "fisher": lambda: KroneckerFisher(gamma=None), "consolidate": True},
     "shuffled": {"shuffle": True},
     "dataset": {"dataset": True},
+    "half": {"communicator": lambda: HorovodCommunicator("fp16")},
 }
 
 
@@ -92,7 +100,8 @@ def two_tasks(name):
     case = dict(CASES[name])
     shuffle, as_dataset = case.pop("shuffle", False), case.pop("dataset", False)
     with_data, sharded = case.pop("consolidate", False), case.pop("sharded", False)
-    model = made(sharded=sharded, **{key: make() for key, make in case.items()})
+    settings = {key: make() for key, make in ({"grouping": layers} | case).items()}
+    model = made(sharded=sharded, **settings)
     found = {}
     for task in range(2):
         x, y = data(task)

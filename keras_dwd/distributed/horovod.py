@@ -11,9 +11,9 @@ from keras_dwd.distributed.communicator import INSTALL, Communicator
 
 # A worker that others wait for is named after so many seconds, and the job ended after so many.
 _DEFAULTS = {
-    "HOROVOD_STALL_CHECK_TIME_SECONDS": "20",
-    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "50",
-    "HOROVOD_GLOO_TIMEOUT_SECONDS": "50",
+    "HOROVOD_STALL_CHECK_TIME_SECONDS": "15",
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "40",
+    "HOROVOD_GLOO_TIMEOUT_SECONDS": "40",
 }
 _NAMESPACE = "keras_dwd"
 
@@ -24,7 +24,8 @@ class HorovodCommunicator(Communicator):
     Every collective has a name of its own, so that one that not all workers take part in is
     recognised. Unless the environment says otherwise
     (`HOROVOD_STALL_CHECK_TIME_SECONDS`, `HOROVOD_STALL_SHUTDOWN_TIME_SECONDS`), workers
-    that are waited for are named after 20 seconds, and the job ends after 50.
+    that are waited for are named after 15 seconds, and the job ends after 40: set more where one
+    of them may write a file for longer while the others wait.
 
     Args:
         compression: `"fp16"` sends gradients and Fisher information in half precision: half the

@@ -14,7 +14,7 @@ from keras_dwd.checks import integer
 from keras_dwd.distributed.communicator import INSTALL
 
 # The others have so many seconds to say what they know and end by themselves.
-_GRACE = 15.0
+_GRACE = 10.0
 # As much of what a failed worker wrote is shown, in bytes.
 _LAST = 2000
 # What Horovod says where another worker has failed.

@@ -271,6 +271,6 @@ def block_sizes(shapes: Mapping[str, tuple[int, ...]], variables: Variables) -> 
     for name, shape in shapes.items():
         path = name.partition("/")[2]
         sizes[path] = sizes.get(path, 0) + 8 * int(np.prod(shape))
-    for path in sizes:
+    for path in set(sizes) & set(variables):  # of a matrix the kernel may be excluded
         sizes[path] += 4 * int(np.prod(variables[path].shape))
     return sizes
