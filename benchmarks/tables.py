@@ -58,6 +58,22 @@ def methods_table(results):
     return f"{rows(lines)}\n\n{text}"
 
 
+def untouched_table():
+    """What `keras-dwd run --methods dwd-online` gives in each scenario, with nothing set."""
+    shown = ("average_accuracy", "forgetting", "learning_accuracy")
+    lines = [["scenario", "λ", *(COLUMNS[key] for key in shown)]]
+    for path in sorted(RESULTS.glob("untouched_*.json")):
+        results = json.loads(path.read_text())
+        method, protocol = results["methods"]["dwd-online"], results["protocol"]
+        metrics = [method["metrics"][key] for key in shown]
+        cells = [f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}" for m in metrics]
+        strength = method["settings"]["regularizer"]["strength"]
+        lines.append([protocol["title"], f"{strength:g}", *cells])
+    return (
+        f"{rows(lines)}\n\nThree seeds each, under the protocols of the tables below, on test data."
+    )
+
+
 def ablation_table(results):
     """Parts × accuracy, and how much more or less that is than that of EWC."""
     lines = [["what is changed", "λ", "accuracy %", "forgetting %", "− EWC", "p"]]
@@ -126,6 +142,8 @@ def fill(text):
 
     def block(match):
         name = match[1]
+        if name == "untouched":
+            return f"<!-- results: {name} -->\n{untouched_table()}\n<!-- end -->"
         results = json.loads((RESULTS / f"{name}.json").read_text())
         made = (
             ablation_table(results)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from keras_dwd.checks import integer, number
 from keras_dwd.distributed import plan as planning
 from keras_dwd.distributed.communicator import INSTALL, here
-from keras_dwd.distributed.launch import is_worker, launch
+from keras_dwd.distributed.horovod import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.files import write_json

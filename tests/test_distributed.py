@@ -25,7 +25,7 @@ from keras_dwd import (
     LearningRateWarmup,
     cli,
 )
-from keras_dwd.distributed import data, launch
+from keras_dwd.distributed import data, horovod
 from keras_dwd.distributed.workers import Workers
 
 if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` sets it: there it must be
@@ -46,7 +46,7 @@ def command(name, folder):
 def run_workers(name, folder, count, **environment):
     """The results of each worker, by rank."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    assert launch.launch(command(name, folder), count, quiet | environment) == 0
+    assert horovod.launch(command(name, folder), count, quiet | environment) == 0
     results = []
     for rank in range(count):
         with np.load(folder / f"{name}.{rank}.npz") as file:
@@ -57,7 +57,7 @@ def run_workers(name, folder, count, **environment):
 def failing(name, folder, count, **environment):
     """The exit code and what was written by workers that fail, and the seconds it took."""
     program = (
-        "import sys; from keras_dwd.distributed.launch import launch;"
+        "import sys; from keras_dwd.distributed.horovod import launch;"
         f"sys.exit(launch({command(name, folder)!r}, {count}))"
     )
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}

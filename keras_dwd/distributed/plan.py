@@ -15,7 +15,7 @@ import numpy as np
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.fisher import DiagonalFisher, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
-from keras_dwd.distributed.launch import launch
+from keras_dwd.distributed.horovod import launch
 
 _FLOAT = 4
 _MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}
