@@ -161,7 +161,7 @@ def _again(context: typer.Context, **changed: Any) -> list[str]:
         value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
         if value is True:
             words.append(parameter.opts[0])
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             words += [parameter.opts[0], str(value)]
     return words
 

@@ -313,10 +313,10 @@ class DWDModel(DistributedModel):
         """Take part in saving what workers have divided."""
         state.save(self, {})
 
-    def divide_state(self, before: Workers, workers: Workers) -> None:
+    def divide_state(self, workers: Workers) -> None:
         """Go on with other workers, each with its share of the state."""
         learned: Arrays = {}
-        if before.sharded != workers.sharded:
+        if self.workers.sharded != workers.sharded:
             state.save(self, learned)
         self.workers = workers
         if learned:

@@ -112,7 +112,7 @@ def test_two_hosts_a_lost_link_and_going_on(hosts, tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     kept = tmp_path / "kept"
-    environment = {"CHECKPOINTS": str(kept), "SHARDED": "1", "METHOD": "dwd-online"}
+    environment = {"CHECKPOINTS": str(kept), "SHARDED": "1"}
     workers = hosts.start("sequence", tmp_path / "two", **environment, **IMPATIENT)
     deadline = time.monotonic() + 120
     while not list(kept.glob("checkpoint-00000001.npz")) and time.monotonic() < deadline:

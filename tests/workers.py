@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -22,11 +23,13 @@ from keras_dwd import (  # noqa: E402
     DWDRegularizer,
     GaussianMixtureGrouping,
     KroneckerFisher,
+    LayerGrouping,
     LearningRateWarmup,
     Scenario,
     TaskHeads,
     run_sequence,
 )
+from keras_dwd.distributed import data as data_module  # noqa: E402
 from keras_dwd.distributed.communicator import here  # noqa: E402
 from keras_dwd.distributed.horovod import HorovodCommunicator  # noqa: E402
 
@@ -43,12 +46,12 @@ def data(seed=0, count=EXAMPLES):
     return x, y
 
 
-def network():
+def network(second="second"):
     return keras.Sequential(
         [
             keras.Input((6,)),
             LAYERS.Dense(8, "tanh", name="hidden"),
-            LAYERS.Dense(7, "relu", name="second"),
+            LAYERS.Dense(7, "relu", name=second),
             LAYERS.Dense(3, name="head"),
         ]
     )
@@ -82,6 +85,7 @@ CASES = {
     "kronecker": {},
     "elements": {"grouping": GaussianMixtureGrouping},
     "sharded": {"sharded": True},
+    "layers": {"sharded": True, "grouping": LayerGrouping},
     "exact": {"fisher": lambda: KroneckerFisher("exact", every=2)},
     "diagonal": {
         "sharded": True,
@@ -143,11 +147,13 @@ def agree():
     found = {}
     for name in os.environ.get("CASES", ",".join(CASES)).split(","):
         found |= {f"{name}/{key}": value for key, value in two_tasks(name).items()}
-    return found
+    kept = Path(sys.argv[2]) / "checkpoints"
+    matrix = sequence(str(kept), sharded=True)
+    return found | {f"sequence/{key}": value for key, value in matrix.items()}
 
 
-def sequence():
-    """The accuracy matrix of a run, with heads and batch normalisation aside."""
+def sequence(folder=None, sharded=None):
+    """The accuracy matrix and the weights of a run with a head for each task."""
 
     def build(scenario):
         x, task = keras.Input((6,)), keras.Input((), dtype="int32")
@@ -160,7 +166,8 @@ def sequence():
         u, v = data(10 + t, 50)
         tasks.append((f"task {t}", ((x, np.full(96, t)), y), ((u, np.full(50, t)), v)))
     scenario = Scenario.from_tasks(tasks, setting="task")
-    folder = os.environ.get("CHECKPOINTS")
+    folder = folder or os.environ["CHECKPOINTS"]
+    sharded = os.environ.get("SHARDED") == "1" if sharded is None else sharded
     die_at = json.loads(os.environ.get("DIE_AT", "null"))
 
     class Die(keras.callbacks.Callback):
@@ -175,12 +182,12 @@ def sequence():
     result = run_sequence(
         build,
         scenario,
-        os.environ.get("METHOD", "dwd-online"),
+        "dwd-online",
         epochs=3,
         batch_size=8,
         callbacks=lambda t, task: [Die(t)],
         checkpoint_dir=folder,
-        sharded=os.environ.get("SHARDED") == "1",
+        sharded=sharded,
     )
     after = np.nan_to_num(result.matrix.after)
     return {"after": after} | {
@@ -303,22 +310,33 @@ def behaves():
     x, y = data(3)
     fit(loaded, x, y)
     loaded.consolidate()
+
+    # What rank 0 alone has loaded, optimizer included, all have when training begins.
+    fresh = made(net=net)
+    if rank == 0:
+        fresh.load_weights(folder / "saved.keras")
+        fresh.optimizer.build(fresh.trainable_variables)
+        fresh.optimizer.iterations.assign(7)
+    own = data_module.as_own(tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(3 + rank))
+    fresh.fit(own, verbose=0)  # of 3 and of 4 batches: as many as all have
+    found["first_tasks"] = np.array(fresh.tasks_learned)
+    found["first_steps"] = np.array(int(fresh.optimizer.iterations))
+    found["first_penalty"] = np.asarray(fresh.penalty())
+    found |= {f"first_weight/{i}": np.asarray(w) for i, w in enumerate(fresh.weights)}
     return found
 
 
 def different_graph():
-    def other():
-        return keras.Sequential(
-            [
-                keras.Input((6,)),
-                LAYERS.Dense(8, "tanh", name="hidden"),
-                LAYERS.Dense(7, "relu", name="more"),
-                LAYERS.Dense(3, name="head"),
-            ]
-        )
-
-    model = made(net=other if here().rank == 1 else network)
+    model = made(net=lambda: network("more" if here().rank == 1 else "second"))
     fit(model, *data())
+    return {}
+
+
+def left_alone():
+    """One worker asks the others, which never answer."""
+    if here().rank:
+        time.sleep(120)
+    here().messages(b"?", "asked")
     return {}
 
 

@@ -1,12 +1,14 @@
 """Workers that Horovod starts and connects; nothing else in the package imports it."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +148,7 @@ def launch(command: Sequence[str], workers: int, environment: Mapping[str, str] 
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     common = create_run_env_vars("127.0.0.1", [loopback], server.server_port)
     processes: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="keras_dwd_") as folder:
+    with _ended_with_this(), tempfile.TemporaryDirectory(prefix="keras_dwd_") as folder:
         written = [Path(folder) / str(rank) for rank in range(workers)]
         try:
             for slot in slots:
@@ -173,6 +175,23 @@ def launch(command: Sequence[str], workers: int, environment: Mapping[str, str] 
             if processes[other].returncode and (other == rank or _ECHO not in said):
                 print(f"Worker {other} wrote last:\n{said}", file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+@contextmanager
+def _ended_with_this() -> Iterator[None]:
+    """Have the request to end this process end the workers too, rather than leave them alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears of it
+        return
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:

@@ -57,13 +57,13 @@ class DistributedModel(keras.Model):
             **kwargs: Of `keras.Model.compile`.
         """
         reached = here() if communicator is None else communicator
-        workers, before = Workers(reached, sharded, self.workers.owners), self.workers
+        workers = Workers(reached, sharded, self.workers.owners)
         given = arguments(keras.Model.compile, *args, **kwargs)
         check_compile(self, workers, given)
         super().compile(**given)
-        self.divide_state(before, workers)
+        self.divide_state(workers)
 
-    def divide_state(self, before: Workers, workers: Workers) -> None:
+    def divide_state(self, workers: Workers) -> None:
         """Go on with other workers."""
         self.workers = workers
 

@@ -86,10 +86,15 @@ class Workers:
             # The same on all workers: one that fails fails all of them in the same step.
             whole = all_finite([tf.cast(mean, "float32") for mean in means])
             self.failed.assign(self.failed.value | ~whole)
-            mine = all_finite([tf.cast(g, "float32") for g in (loss, *present)])
-            first = ~whole & ~mine & (self.failed_at.value < 0)
-            now = tf.cast(tf.convert_to_tensor(step), "int64")
-            self.failed_at.assign(tf.where(first, now, self.failed_at.value))
+
+            def note() -> tf.Tensor:
+                mine = all_finite([tf.cast(g, "float32") for g in (loss, *present)])
+                now = tf.cast(tf.convert_to_tensor(step), "int64")
+                first = ~mine & (self.failed_at.value < 0)
+                self.failed_at.assign(tf.where(first, now, self.failed_at.value))
+                return whole
+
+            tf.cond(whole, lambda: whole, note)
         found = iter(means)
         return [None if g is None else next(found) for g in gradients]
 
@@ -109,14 +114,14 @@ class Workers:
         """What all workers say of the blocks they keep."""
         if not self.sharded:
             return described
+        # The number of each block's parts too: of some there is nothing to say but that they are.
         sent = {f"{i}/{key}": a for key, parts in described.items() for i, a in enumerate(parts)}
-        found: dict[str, dict[int, np.ndarray]] = {}
-        for name, array in self.communicator.of_all(sent, "described").items():
-            index, _, key = name.partition("/")
-            found.setdefault(key, {})[int(index)] = array
-        return {key: tuple(parts[i] for i in sorted(parts)) for key, parts in found.items()} | {
-            key: parts for key, parts in described.items() if not parts
+        sent |= {f"parts/{key}": np.array(len(parts)) for key, parts in described.items()}
+        every = self.communicator.of_all(sent, "described")
+        counts = {
+            n.removeprefix("parts/"): int(a) for n, a in every.items() if n.startswith("parts/")
         }
+        return {key: tuple(every[f"{i}/{key}"] for i in range(n)) for key, n in counts.items()}
 
     def whole_state(self, mine: Arrays) -> Arrays:
         """The consolidation state of the model, of which each worker keeps a part."""
@@ -201,11 +206,16 @@ class Workers:
         mine = str(int(np.asarray(self.failed_at))).encode()
         steps = [int(step) for step in self.communicator.messages(mine, "failed")]
         known = [(step, rank) for rank, step in enumerate(steps) if step >= 0]
-        first = min(known or [(max(steps), 0)])
+        if not known:
+            raise FloatingPointError(
+                "The mean of the workers' gradients became infinite, though that of each is "
+                "finite: training has ended on all workers. Half precision may not hold it."
+            )
+        step, rank = min(known)
         raise FloatingPointError(
-            f"The loss of worker {first[1]}, or its gradient, became NaN or infinite at step "
-            f"{first[0]}: training has ended on all workers. Look at its data of that step, and at "
-            "the learning rate."
+            f"The loss of worker {rank}, or its gradient, became NaN or infinite at step {step}: "
+            "training has ended on all workers. Look at its data of that step, and at the learning "
+            "rate."
         )
 
     def _differs(self, arrays: Arrays, name: str) -> bool:

@@ -117,17 +117,10 @@ def run_sequence(
     if isinstance(method, str):
         method = method_named(method)
     keras.utils.set_random_seed(seed)
-    asked = {
-        "scenario": scenario.name,
-        "tasks": [task.name for task in scenario.tasks],
-        "method": method.name,
-        "strength": strength,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
     strength = method.strength if strength is None else strength
+    arrays = all(isinstance(task.train, (tuple, list)) for task in scenario.tasks)
+    if checkpoint_dir and not arrays:
+        raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
     chosen = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -162,10 +155,20 @@ def run_sequence(
     if policy is not None:  # what it learns from is not trained on
         scenario = scenario.holdout(_HELD_BACK)
         held_back = [_as_batches(task.test) for task in scenario.tasks]
+    asked = {
+        "scenario": scenario.name,
+        "tasks": [task.name for task in scenario.tasks],
+        "method": method.name,
+        "settings": method.configuration(strength),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "fisher_examples": fisher_examples,
+        "seed": seed,
+    }
     progress = _Progress(result, Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None)
     progress.restore()
     memory = _PeakMemory()
-    order = (seed, progress.checkpoints is not None)
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
         if t < progress.task:
             continue
@@ -175,7 +178,9 @@ def run_sequence(
                 variable.assign(value)
         progress.begin()
         if progress.epoch < epochs:
-            data, own = _fit_arguments(model, task.train, batch_size, t, order)
+            ordered = checkpoint_dir or model.workers.several
+            order = int(np.random.default_rng([seed, t]).integers(2**31 - 1)) if ordered else None
+            data, own = _fit_arguments(model, task.train, batch_size, order)
             shown = callbacks(t, task) if callbacks else []
             model.fit(
                 **data,
@@ -204,7 +209,7 @@ def run_sequence(
 
 
 def _fit_arguments(
-    model: DWDModel, data: Any, batch_size: int, t: int, order: tuple[int, bool]
+    model: DWDModel, data: Any, batch_size: int, order: int | None
 ) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
     """The data of a task for `fit`, and the callbacks that belong to it.
 
@@ -212,24 +217,20 @@ def _fit_arguments(
         model: What is to be trained.
         data: Of the task.
         batch_size: Of all workers.
-        t: Index of the task.
-        order: The seed, and whether the order must be the same when the run is gone on with.
+        order: Seed of an order that depends on nothing else, or `None` to leave it to Keras.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
-        if order[1]:
-            raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
         return {"x": data, "shuffle": False}, []  # whoever made the dataset shuffles it
     if batch_size % communicator.size:
         raise ValueError(
             f"`batch_size` must be a multiple of the number of workers, {communicator.size}. "
             f"Received: {batch_size}"
         )
-    if not order[1] and communicator.size == 1:
+    if order is None:
         return {"x": data[0], "y": data[1], "batch_size": batch_size}, []
-    seed = int(np.random.default_rng([order[0], t]).integers(2**31 - 1))
     share = batch_size // communicator.size
-    made = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, seed)
+    made = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, order)
     return {"x": made.batches, "shuffle": False}, [made]
 
 
