@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from keras_dwd import (
     Communicator,
+    DiagonalFisher,
     DWDOptimizer,
     LayerGrouping,
     LearningRateWarmup,
