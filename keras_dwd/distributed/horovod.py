@@ -70,6 +70,7 @@ class HorovodCommunicator(Communicator):
         self.compression = compression
         self.rank = hvd.rank()
         self.size = hvd.size()
+        self._graphs: dict[str, Any] = {}
 
     def mean(self, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """One fused allreduce of all of them."""
@@ -77,18 +78,26 @@ class HorovodCommunicator(Communicator):
             return []
         known = [tf.cast(t, "float32") if t.dtype == tf.bfloat16 else t for t in tensors]
         kind = self._hvd.Compression.fp16 if self.compression else self._hvd.Compression.none
-        means = self._hvd.grouped_allreduce(
-            known,
-            op=self._hvd.Average,
-            compression=kind,
-            name=f"{_NAMESPACE}.{name}",
-            ignore_name_scope=True,
-        )
+        average = {"op": self._hvd.Average, "compression": kind}
+        means = self._named(self._hvd.grouped_allreduce, name, **average)(known)
         return [tf.cast(mean, t.dtype) for mean, t in zip(means, tensors, strict=True)]
 
     def gather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """The tensors of all workers, by rank, along the first axis."""
-        return self._hvd.allgather(tensor, name=f"{_NAMESPACE}.{name}", ignore_name_scope=True)
+        return self._named(self._hvd.allgather, name)(tensor)
+
+    def _named(self, collective: Any, name: str, **settings: Any) -> Any:
+        """A collective under its name, which outside of a graph an operation does not have."""
+
+        def call(given: Any) -> Any:
+            full = f"{_NAMESPACE}.{name}"
+            return collective(given, name=full, ignore_name_scope=True, **settings)
+
+        if not tf.executing_eagerly():
+            return call
+        if name not in self._graphs:
+            self._graphs[name] = tf.function(call, reduce_retracing=True)
+        return self._graphs[name]
 
     def messages(self, mine: bytes, name: str) -> list[bytes]:
         """What each worker has to say, by rank."""
@@ -104,11 +113,8 @@ class HorovodCommunicator(Communicator):
         """The sum over the workers of each array, in float64."""
         if not arrays:
             return []
-        sums = self._hvd.grouped_allreduce(
-            [tf.constant(np.asarray(array, "float64")) for array in arrays],
-            op=self._hvd.Sum,
-            name=f"{_NAMESPACE}.{name}",
-        )
+        sent = [tf.constant(np.asarray(array, "float64")) for array in arrays]
+        sums = self._named(self._hvd.grouped_allreduce, name, op=self._hvd.Sum)(sent)
         return [np.asarray(each) for each in sums]
 
 
