@@ -10,17 +10,10 @@ import sys
 from pathlib import Path
 
 from keras_dwd.evaluation.ablation import PARTS, compare
+from keras_dwd.evaluation.report import COLUMNS, cell, method_cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-COLUMNS = {
-    "average_accuracy": "accuracy %",
-    "forgetting": "forgetting %",
-    "relative_forgetting": "relative forgetting %",
-    "learning_accuracy": "right after learning %",
-    "steps_per_second_with_boundaries": "steps/s",
-}
 
 
 def rows(lines):
@@ -33,18 +26,7 @@ def methods_table(results):
     """Methods × metrics, mean ± standard deviation over the seeds."""
     tuned = "tuning" in results
     lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
-    for name, method in results["methods"].items():
-        cells = [name]
-        if tuned:
-            strength = method["settings"]["regularizer"]["strength"]
-            cells.append(f"{strength:g}" if strength else "")
-        for key in COLUMNS:
-            metric = method["metrics"][key]
-            if key.startswith("steps"):
-                cells.append(f"{metric['mean']:.0f}")
-            else:
-                cells.append(f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}")
-        lines.append(cells)
+    lines += [method_cells(name, method, tuned) for name, method in results["methods"].items()]
     protocol = results["protocol"]
     text = f"{protocol['title']}: {protocol['text']}"
     if tuned:
@@ -65,8 +47,7 @@ def untouched_table():
     for path in sorted(RESULTS.glob("untouched_*.json")):
         results = json.loads(path.read_text())
         method, protocol = results["methods"]["dwd-online"], results["protocol"]
-        metrics = [method["metrics"][key] for key in shown]
-        cells = [f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}" for m in metrics]
+        cells = [cell(key, method["metrics"][key]) for key in shown]
         strength = method["settings"]["regularizer"]["strength"]
         lines.append([protocol["title"], f"{strength:g}", *cells])
     return (
@@ -81,8 +62,8 @@ def ablation_table(results):
     against = compare(results)
     for name, method in results["methods"].items():
         strength = method["settings"]["regularizer"]["strength"]
-        metrics = [method["metrics"][key] for key in ("average_accuracy", "forgetting")]
-        cells = [f"{100 * m['mean']:.1f} ± {100 * m['std']:.1f}" for m in metrics]
+        keys = ("average_accuracy", "forgetting")
+        cells = [cell(key, method["metrics"][key]) for key in keys]
         difference = [""] * 2
         if name in against:
             found = against[name]

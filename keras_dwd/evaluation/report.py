@@ -7,7 +7,7 @@ from rich.table import Table
 from keras_dwd.distributed.plan import Plan
 from keras_dwd.evaluation import ablation
 
-_COLUMNS = {
+COLUMNS = {
     "average_accuracy": "accuracy %",
     "forgetting": "forgetting %",
     "relative_forgetting": "relative forgetting %",
@@ -26,7 +26,7 @@ def table(results: dict[str, Any]) -> Table:
     tuned = "tuning" in results
     if tuned:
         made.add_column("λ", justify="right")
-    for heading in _COLUMNS.values():
+    for heading in COLUMNS.values():
         made.add_column(heading, justify="right")
     against = {}
     if tuned and ablation.BASELINE in results["methods"]:
@@ -34,11 +34,7 @@ def table(results: dict[str, Any]) -> Table:
         made.add_column(f"− {ablation.BASELINE}", justify="right")
         made.add_column("p", justify="right")
     for name, method in results["methods"].items():
-        cells = [name]
-        if tuned:
-            strength = method["settings"]["regularizer"]["strength"]
-            cells.append(f"{strength:g}" if strength else "")
-        cells += [_cell(key, method["metrics"][key]) for key in _COLUMNS]
+        cells = method_cells(name, method, tuned)
         if name in against:
             found = against[name]
             cells += [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
@@ -46,7 +42,15 @@ def table(results: dict[str, Any]) -> Table:
     return made
 
 
-def _cell(key: str, metric: dict[str, Any]) -> str:
+def method_cells(name: str, method: dict[str, Any], tuned: bool) -> list[str]:
+    """The cells of a method: its name, λ where it was tuned, and `COLUMNS`."""
+    strength = method["settings"]["regularizer"]["strength"]
+    shown = [f"{strength:g}" if strength else ""] if tuned else []
+    return [name, *shown, *(cell(key, method["metrics"][key]) for key in COLUMNS)]
+
+
+def cell(key: str, metric: dict[str, Any]) -> str:
+    """A metric of a result file, mean and standard deviation in percent, or a rate."""
     if key.startswith("steps"):
         return f"{metric['mean']:.0f}"
     return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
