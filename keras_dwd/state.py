@@ -23,7 +23,7 @@ _LEAVES = {
     "input_rows",
     *(f"{side}_{part}" for side in _SIDES for part in _PARTS),
 }
-_STATISTICS = {"fisher", "sketch", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
+_STATISTICS = {"fisher", "sketch", "margin", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
 
 
 def state_of(model: Any) -> Arrays:

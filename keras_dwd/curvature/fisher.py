@@ -1,6 +1,6 @@
 """Estimates of the Fisher information, online in the training step or in one pass over data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, get_args
 
 import keras
@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature import closed_forms as closed_forms  # registers them
 from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.curvature.examples import alone, each_loss, masks_of, one_each
 from keras_dwd.curvature.likelihood import by_logits, drawn, negated, squared_margins
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
@@ -75,9 +76,32 @@ class Fisher:
         """Whether training keeps an estimate."""
         return self.gamma is not None or self.estimator == "adam"
 
+    def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
+        """The shape of each statistic, by `kind/PATH`."""
+        shapes = self._shapes(model, variables)
+        return shapes | dict.fromkeys(self._margins(shapes), ())
+
+    def blocks(
+        self, model: keras.Model, variables: Variables, statistics: Arrays
+    ) -> dict[str, Block]:
+        """The Fisher information made from statistics, block by block."""
+        names = [name for name in statistics if not name.startswith("margin/")]
+        found = dict(statistics)
+        for name in names:
+            margin = statistics.get(f"margin/{name.partition('/')[2]}")
+            if margin is not None:
+                found[name] = statistics[name] / (margin + _LEAST_MARGIN)
+        return self._blocks(model, variables, {name: found[name] for name in names})
+
+    def _margins(self, names: Iterable[str]) -> list[str]:
+        """The names of the mean squared margin, kept with each block that is divided by it."""
+        if self.estimator != "influence":
+            return []
+        return sorted({f"margin/{name.partition('/')[2]}" for name in names})
+
     # What a subclass defines.
 
-    def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""
         if self.estimator == "adam":  # the optimizer has them
             return {}
@@ -96,7 +120,7 @@ class Fisher:
         squares = ruled.rule.squares(ruled.layer, flows, weights)
         return {f"fisher/{ruled.paths[name]}": value for name, value in squares.items()}
 
-    def blocks(
+    def _blocks(
         self, model: keras.Model, variables: Variables, statistics: Arrays
     ) -> dict[str, Block]:
         """The Fisher information made from statistics, block by block."""
@@ -220,7 +244,7 @@ class Fisher:
         if sample_weight is not None:
             leaves = tf.nest.flatten(sample_weight)
             sample_weight = leaves[0] if len(leaves) == 1 else sample_weight
-            if _one_each(sample_weight):
+            if one_each(sample_weight):
                 weights *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
             else:
                 within = (sample_weight,)
@@ -231,7 +255,7 @@ class Fisher:
                 outputs = model(x, training=False)
             seen = self._seen(model, outputs)
             labels = drawn(model, y, outputs) if self.estimator == "sampled" else y
-            losses = _losses(model, (x, labels, seen, *within), _masks(outputs))
+            losses = each_loss(model, (x, labels, seen, *within), masks_of(outputs))
             total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
         calls = {ruled: taps.calls(ruled.layer) for ruled in layers}
         for ruled, seen_calls in calls.items():
@@ -244,7 +268,7 @@ class Fisher:
             unconnected_gradients="zero",
         )
         gradients = iter(by_calls)
-
+        margin = tf.zeros(())
         if self.estimator == "influence":
             residuals = tf.add_n(
                 [
@@ -260,7 +284,7 @@ class Fisher:
             count = tf.reduce_sum(there)
             median = tf.sort(every[:, 0])[tf.cast(count, "int32") // 2]
             margin = tf.math.divide_no_nan(tf.reduce_sum(there * every[:, 1]), count)
-            weights *= tf.math.reciprocal_no_nan((residuals + median) * (margin + _LEAST_MARGIN))
+            weights *= tf.math.reciprocal_no_nan(residuals + median)
 
         statistics: Statistics = {}
         for ruled, found in calls.items():
@@ -280,8 +304,9 @@ class Fisher:
         rest = {path: v for path, v in variables.items() if path not in covered}
         if rest:
             statistics |= self._one_by_one(model, rest, (x, labels, *within), weights, scale)
-        wanted = self.shapes(model, variables)
-        return {name: value for name, value in statistics.items() if name in wanted}
+        wanted = self._shapes(model, variables)
+        known = {name: value for name, value in statistics.items() if name in wanted}
+        return known | dict.fromkeys(self._margins(known), margin)
 
     def _of_mean_gradient(
         self, model: Any, variables: Variables, batch: tuple[Any, Any, Any], scale: float
@@ -309,7 +334,7 @@ class Fisher:
         values = [v.value for v in variables.values()]
 
         def squares(example: Any) -> list[tf.Tensor]:
-            weight, (x, y, *within) = example[0], tf.nest.map_structure(_alone, example[1])
+            weight, (x, y, *within) = example[0], tf.nest.map_structure(alone, example[1])
             with tf.GradientTape() as tape:
                 outputs = self._seen(model, model(x, training=False))
                 loss = scale * model.data_loss(x, y, outputs, *within)
@@ -399,39 +424,6 @@ class DiagonalFisher(Fisher):
 
     def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 5):
         super().__init__(estimator, gamma, every)
-
-
-def _losses(model: Any, batch: tuple[Any, ...], masks: dict[int, tf.Tensor]) -> tf.Tensor:
-    """The loss of each example by itself, `(batch,)`.
-
-    Args:
-        model: A `DWDModel`.
-        batch: `(x, y, outputs)` and, where they are part of the loss, weights.
-        masks: Of the outputs.
-    """
-
-    def alone(example: Any) -> tf.Tensor:
-        (x, y, outputs, *within), masked = tf.nest.map_structure(_alone, example)
-        for index, mask in masked.items():
-            tf.nest.flatten(outputs)[index]._keras_mask = mask
-        return model.data_loss(x, y, outputs, *within)
-
-    return tf.vectorized_map(alone, (batch, masks), warn=False)
-
-
-def _masks(outputs: Any) -> dict[int, tf.Tensor]:
-    """The Keras masks of those outputs that have one: slices of a tensor have none."""
-    masks = (getattr(output, "_keras_mask", None) for output in tf.nest.flatten(outputs))
-    return {index: mask for index, mask in enumerate(masks) if mask is not None}
-
-
-def _alone(example: tf.Tensor) -> tf.Tensor:
-    return example[None]
-
-
-def _one_each(sample_weight: Any) -> bool:
-    """Whether there is one weight per example."""
-    return not tf.nest.is_nested(sample_weight) and set(sample_weight.shape[1:]) <= {1}
 
 
 def _flat(x: tf.Tensor) -> tf.Tensor:

@@ -327,9 +327,9 @@ class KroneckerFisher(Fisher):
         self.correction = integer("correction", correction, 0)
         self.sparsity = bool(sparsity)
 
-    def shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""
-        shapes = super().shapes(model, variables)
+        shapes = super()._shapes(model, variables)
         for ruled in ruled_layers(model):
             if ruled.form is not None and ruled.trains(variables):
                 for path in ruled.matrix_paths:
@@ -367,11 +367,11 @@ class KroneckerFisher(Fisher):
             found[name] = product(left, right, probe)
         return found
 
-    def blocks(
+    def _blocks(
         self, model: keras.Model, variables: Variables, statistics: Arrays
     ) -> dict[str, Block]:
         """Diagonal and Kronecker-factored blocks."""
-        found = super().blocks(model, variables, statistics)
+        found = super()._blocks(model, variables, statistics)
         for ruled in ruled_layers(model):
             if ruled.form is None or f"input/{ruled.kernel}" not in statistics:
                 continue
