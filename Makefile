@@ -22,29 +22,11 @@ lint: $(VENV)/.dev
 # Hours; wants CIFAR-100 prepared for tensorflow-datasets where TFDS_DATA_DIR says.
 bench: $(VENV)/.dev
 	$(BIN)/keras-dwd run --out benchmarks/results/run_default.json
-	for s in permuted:digits split:mnist; do $(BIN)/keras-dwd run --methods dwd-online --scenario $$s \
-		--out benchmarks/results/untouched_$$(echo $$s | tr : -).json; done
-	$(BIN)/keras-dwd run --methods dwd-online --scenario split:digits \
-		--out benchmarks/results/untouched_split-digits-task.json
-	$(BIN)/keras-dwd run --methods dwd-online --scenario split:digits --setting domain \
-		--out benchmarks/results/untouched_split-digits.json
-	$(BIN)/keras-dwd run --methods dwd-online --scenario permuted:mnist --tasks 10 --profile full \
-		--epochs 1 --out benchmarks/results/untouched_permuted-mnist.json
-	$(BIN)/keras-dwd run --methods dwd-online --scenario split:cifar100 --tasks 10 \
-		--out benchmarks/results/untouched_split-cifar100.json
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/fisher_cost.py
 	$(BIN)/python benchmarks/grouping_cost.py
-	$(BIN)/python benchmarks/retention.py
-	$(BIN)/keras-dwd ablate --out benchmarks/results/ablation_permuted-digits.json
-	$(BIN)/keras-dwd ablate --scenario split:digits \
-		--out benchmarks/results/ablation_split-digits.json
-	$(BIN)/keras-dwd ablate --scenario split:mnist \
-		--out benchmarks/results/ablation_split-mnist.json
-	$(BIN)/keras-dwd ablate --scenario permuted:mnist --tasks 10 --profile full --epochs 1 \
-		--out benchmarks/results/ablation_permuted-mnist.json
-	$(BIN)/keras-dwd ablate --scenario split:cifar100 --tasks 10 \
-		--out benchmarks/results/ablation_split-cifar100.json
+	$(BIN)/python benchmarks/retention.py --parts
+	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -18,7 +18,7 @@ from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
 from keras_dwd.evaluation.experiment import versions
-from keras_dwd.evaluation.files import write_json
+from keras_dwd.files import write_json
 
 EXAMPLES, BATCH, CLASSES = 1000, 50, 10
 

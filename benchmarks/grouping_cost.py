@@ -17,8 +17,8 @@ from rich import print
 from keras_dwd import GaussianMixtureGrouping
 from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.evaluation.experiment import versions
-from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.runner import _PeakMemory
+from keras_dwd.files import write_json
 from keras_dwd.grouping.grouping import Learned
 
 PROTOCOL = (

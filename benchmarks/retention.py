@@ -5,8 +5,11 @@ with the highest validation accuracy is run on the test data with three seeds; w
 end of the grid, the output says so. What an earlier run under the same protocol and versions has
 found, methods left out this time included, is taken from its file: `--fresh` ignores it.
 
-Usage: python benchmarks/retention.py [--scenario NAME ...] [--methods NAME ...] [--data-dir DIR]
-    [--processes N]
+With `--parts` also what each part of DWD is worth, as `keras-dwd ablate` does: one changed at a
+time, with the default λ. Words after it pick those that have one of them in their names.
+
+Usage: python benchmarks/retention.py [--scenario NAME ...] [--methods NAME ...]
+    [--parts [WORD ...]] [--data-dir DIR] [--processes N]
 """
 
 import argparse
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from keras_dwd.evaluation.ablation import parts
 from keras_dwd.evaluation.report import table
 from keras_dwd.evaluation.tuning import UNTOUCHED, tune
 
@@ -95,7 +99,8 @@ def grid_of(method):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenario", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--parts", nargs="*")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -106,6 +111,8 @@ def main():
     for name in options.scenario:
         methods = [m for m in METHODS if m in options.methods]
         methods += [m for m in options.methods if m not in METHODS]
+        if options.parts is not None:
+            methods += [m for m in parts(options.parts).values() if m not in (*methods, DEFAULT)]
         results = tune(
             SCENARIOS[name] | {"data_dir": options.data_dir},
             ["finetune", *methods, DEFAULT, "joint"],

@@ -20,8 +20,8 @@ import tensorflow as tf
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, KWinners, TaskHeads
 from keras_dwd.evaluation.experiment import Experiment, versions
-from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
+from keras_dwd.files import write_json
 from keras_dwd.state import state_of
 
 BATCH = 32

@@ -9,11 +9,14 @@ import re
 import sys
 from pathlib import Path
 
+from retention import DEFAULT, METHODS, SCENARIOS
+
 from keras_dwd.evaluation.ablation import PARTS, compare
 from keras_dwd.evaluation.report import COLUMNS, cell, method_cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KEY = "average_accuracy"
 
 
 def rows(lines):
@@ -26,7 +29,11 @@ def methods_table(results):
     """Methods × metrics, mean ± standard deviation over the seeds."""
     tuned = "tuning" in results
     lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
-    lines += [method_cells(name, method, tuned) for name, method in results["methods"].items()]
+    lines += [
+        method_cells(name, method, tuned)
+        for name, method in results["methods"].items()
+        if name not in PARTS.values() or name in (*METHODS, DEFAULT)
+    ]
     protocol = results["protocol"]
     text = f"{protocol['title']}: {protocol['text']}"
     if tuned:
@@ -41,37 +48,52 @@ def methods_table(results):
 
 
 def untouched_table():
-    """What `keras-dwd run --methods dwd-online` gives in each scenario, with nothing set."""
+    """What `DWDModel` gives in each scenario with nothing set, next to the best of its methods."""
     shown = ("average_accuracy", "forgetting", "learning_accuracy")
-    lines = [["scenario", "λ", *(COLUMNS[key] for key in shown)]]
-    for path in sorted(RESULTS.glob("untouched_*.json")):
-        results = json.loads(path.read_text())
-        method, protocol = results["methods"]["dwd-online"], results["protocol"]
-        cells = [cell(key, method["metrics"][key]) for key in shown]
-        strength = method["settings"]["regularizer"]["strength"]
-        lines.append([protocol["title"], f"{strength:g}", *cells])
+    tuned = ("ewc", "dwd-online", "dwd")
+    lines = [
+        ["scenario", *(COLUMNS[k] for k in shown), *(f"{m}, tuned: accuracy %" for m in tuned)]
+    ]
+    for results in of_all_scenarios().values():
+        methods = results["methods"]
+        cells = [cell(key, methods[DEFAULT]["metrics"][key]) for key in shown]
+        cells += [
+            cell(shown[0], methods[m]["metrics"][shown[0]]) if m in methods else "" for m in tuned
+        ]
+        lines.append([results["protocol"]["title"], *cells])
     return (
         f"{rows(lines)}\n\nThree seeds each, under the protocols of the tables below, on test data."
     )
 
 
-def ablation_table(results):
-    """Parts × accuracy, and how much more or less that is than that of EWC."""
-    lines = [["what is changed", "λ", "accuracy %", "forgetting %", "− EWC", "p"]]
-    labels = {name: label for label, name in PARTS.items()}
-    against = compare(results)
-    for name, method in results["methods"].items():
-        strength = method["settings"]["regularizer"]["strength"]
-        keys = ("average_accuracy", "forgetting")
-        cells = [cell(key, method["metrics"][key]) for key in keys]
-        difference = [""] * 2
-        if name in against:
-            found = against[name]
-            difference = [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
-        label = labels.get(name, f"({name})")
-        lines.append([label, f"{strength:g}" if strength else "", *cells, *difference])
-    protocol = results["protocol"]
-    return f"{rows(lines)}\n\n{protocol['title']}: {protocol['text']}"
+def ablation_table():
+    """Parts × scenarios: accuracy, and how much more or less that is than that of a tuned EWC."""
+    every = of_all_scenarios()
+    lines = [["what is changed", *every]]
+    against = {name: compare(results) for name, results in every.items()}
+    named = {"(fine-tuning)": "finetune", "(EWC, λ tuned)": "ewc"} | PARTS | {"(joint)": "joint"}
+    for label, method in named.items():
+        cells = []
+        for scenario, results in every.items():
+            found = results["methods"].get(method)
+            text = "" if found is None else cell(KEY, found["metrics"][KEY])
+            if found is not None and method in against[scenario]:
+                difference = against[scenario][method]
+                text += f" ({100 * difference['difference']:+.1f}, p {difference['p']:.3f})"
+            cells.append(text)
+        if any(cells):
+            lines.append([label, *cells])
+    return (
+        f"{rows(lines)}\n\nAverage accuracy in percent, mean ± std over three seeds; in parentheses the "
+        "difference to EWC and the p of a paired t-test. Under the protocols of the tables above; "
+        "λ is the default, 200, where it does not say that it was tuned."
+    )
+
+
+def of_all_scenarios():
+    """The results of `benchmarks/retention.py`, by scenario."""
+    paths = {name: RESULTS / f"retention_{name}.json" for name in SCENARIOS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def cost_table(results):
@@ -109,6 +131,7 @@ def groupings_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
+OF_ALL = {"untouched": untouched_table, "ablation": ablation_table}
 # By what a file of results has.
 TABLES = {
     "methods": methods_table,
@@ -123,14 +146,10 @@ def fill(text):
 
     def block(match):
         name = match[1]
-        if name == "untouched":
-            return f"<!-- results: {name} -->\n{untouched_table()}\n<!-- end -->"
+        if name in OF_ALL:
+            return f"<!-- results: {name} -->\n{OF_ALL[name]()}\n<!-- end -->"
         results = json.loads((RESULTS / f"{name}.json").read_text())
-        made = (
-            ablation_table(results)
-            if name.startswith("ablation_")
-            else next(table(results) for key, table in TABLES.items() if key in results)
-        )
+        made = next(table(results) for key, table in TABLES.items() if key in results)
         return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

@@ -19,10 +19,10 @@ from keras_dwd.distributed.communicator import INSTALL, here
 from keras_dwd.distributed.horovod import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.experiment import Experiment, Observer
-from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
 from keras_dwd.evaluation.report import plan_table, table
+from keras_dwd.files import write_json
 from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(

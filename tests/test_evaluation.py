@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from keras_dwd import METHODS, AccuracyMatrix, DWDOptimizer, Method, Scenario, run_sequence
 from keras_dwd.cli import app
 from keras_dwd.evaluation.experiment import Experiment
-from keras_dwd.evaluation.files import write_json
+from keras_dwd.files import write_json
 
 
 @settings(max_examples=50, deadline=None)

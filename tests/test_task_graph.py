@@ -235,10 +235,10 @@ def test_a_failing_disk_changes_nothing(tmp_path, monkeypatch):
     model.fit(*blobs(seed=1), verbose=0)
     before = model.regularizer.state()
 
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr("keras_dwd.files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         model.consolidate(blobs(seed=1))
     monkeypatch.undo()

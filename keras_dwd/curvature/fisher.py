@@ -254,7 +254,7 @@ class Fisher:
             with Taps((ruled.layer for ruled in layers), activated=generic) as taps:
                 outputs = model(x, training=False)
             seen = self._seen(model, outputs)
-            labels = drawn(model, y, outputs) if self.estimator == "sampled" else y
+            labels = drawn(model, y, outputs, first) if self.estimator == "sampled" else y
             losses = each_loss(model, (x, labels, seen, *within), masks_of(outputs))
             total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
         calls = {ruled: taps.calls(ruled.layer) for ruled in layers}

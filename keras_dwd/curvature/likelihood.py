@@ -77,22 +77,28 @@ def squared_margins(model: Any, outputs: Any) -> tf.Tensor:
     return tf.add_n(found) / len(found)
 
 
-def drawn(model: Any, y: Any, outputs: Any) -> tf.Tensor:
-    """Labels, shaped as `y`, drawn from the distribution that the model's output stands for."""
+def drawn(model: Any, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
+    """Labels, shaped as `y`, drawn from the distribution that the model's output stands for.
+
+    Which ones depends on how many examples came before, `first`, and nothing else: a run that was
+    interrupted goes on as it would have.
+    """
     kind, from_logits = _kind(model, "sampled", tuple(_LOSSES))
     outputs = tf.cast(tf.stop_gradient(outputs), "float32")
+    seed = tf.stack([first, 0])
     if kind == "squares":
         # A mean of n squares is −log of a normal density of variance n / 2, up to a constant.
         n = tf.cast(tf.size(outputs[0]), "float32")
-        sample = outputs + tf.sqrt(n / 2) * tf.random.normal(tf.shape(outputs))
+        sample = outputs + tf.sqrt(n / 2) * tf.random.stateless_normal(tf.shape(outputs), seed)
         return tf.reshape(sample, tf.shape(y))
     if kind == "binary":
         chance = tf.sigmoid(outputs) if from_logits else outputs
-        sample = tf.cast(tf.random.uniform(tf.shape(chance)) < chance, y.dtype)
+        sample = tf.cast(tf.random.stateless_uniform(tf.shape(chance), seed) < chance, y.dtype)
         return tf.reshape(sample, tf.shape(y))
     logits = outputs if from_logits else _log(outputs)
     classes = outputs.shape[-1]
-    sample = tf.random.categorical(tf.reshape(logits, (-1, classes)), 1)[:, 0]
+    rows = tf.reshape(logits, (-1, classes))
+    sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
     if kind == "categorical":
         sample = tf.one_hot(sample, classes)
     return tf.reshape(tf.cast(sample, y.dtype), tf.shape(y))

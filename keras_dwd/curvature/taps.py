@@ -1,6 +1,7 @@
 """What goes into a layer and what comes out of it, during an ordinary pass of any model."""
 
 import inspect
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Taps:
         self._calls: dict[int, list[Call]] = {}
         self._hidden: set[int] = set()
         self._graph: Any = None
+        self._thread = threading.get_ident()  # others may run the model at the same time
 
     def __enter__(self) -> "Taps":
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -85,13 +87,16 @@ class Taps:
 
     def _recording(self, layer: keras.Layer, call: Any) -> Any:
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return call(*args, **kwargs)
             activation = layer.__dict__.get("activation")
             activation = None if id(layer) in self._activated else activation
             before: list[tf.Tensor] = []
             if activation is not None:
 
                 def noting(z: Any) -> Any:
-                    before.append(z)
+                    if threading.get_ident() == self._thread:
+                        before.append(z)
                     return activation(z)
 
                 # Not by setattr, which would track an activation that is a layer once more.

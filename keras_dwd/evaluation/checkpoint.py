@@ -2,26 +2,26 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keras_dwd import state
-from keras_dwd.evaluation.files import replaced
+from keras_dwd.files import FileError, read_arrays, remove_unfinished, write_arrays
 from keras_dwd.variables import Arrays, by_path
 
-_VERSION = 1
+_VERSION = 2
 _KEPT = 2
+_NAME = "checkpoint-*.safetensors"
 _PARTS = ("weights", "optimizer", "learned", "progress")
 
 
 class Checkpoints:
     """The checkpoints of one run in a folder, the last few of them.
 
-    Each is one file, written under another name and then renamed, with a checksum of each part of
-    it. No code is loaded from it.
+    Each is one `safetensors` file with a checksum, written under another name and then renamed. No
+    code is loaded from it.
 
     Args:
         folder: Made if it is not there.
@@ -38,36 +38,41 @@ class Checkpoints:
         Args:
             model: A compiled `DWDModel`.
             progress: What else is to be known, by name.
+
+        Raises:
+            OSError: If it cannot be written: those before it are as they were.
         """
         learned: Arrays = {}
         state.save(model, learned)
         if not model.workers.leads:
             return
-        arrays = {f"weights/{path}": np.asarray(v) for path, v in by_path(model).items()}
-        arrays |= {f"optimizer/{i}": np.asarray(v) for i, v in enumerate(_optimizer(model))}
-        arrays |= {f"learned/{name}": array for name, array in learned.items()}
-        arrays |= {f"progress/{name}": array for name, array in progress.items()}
-        about = {"version": _VERSION, "settings": self.settings}
-        arrays["about"] = np.frombuffer(json.dumps(about).encode(), "uint8")
+        held = (by_path(model), _optimizer(model), learned, progress)
+        parts = dict(zip(_PARTS, held, strict=True))
+        arrays = {
+            f"{part}/{name}": np.asarray(array)
+            for part, held in parts.items()
+            for name, array in held.items()
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = self.files()
         number = int(earlier[-1].stem.split("-")[1]) + 1 if earlier else 0
-        with replaced(self.folder / f"checkpoint-{number:08d}.npz", "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        about = {"version": _VERSION, "settings": self.settings}
+        write_arrays(self.folder / f"checkpoint-{number:08d}.safetensors", arrays, about)
         for old in self.files()[:-_KEPT]:
             old.unlink()
 
     def files(self) -> list[Path]:
         """The checkpoints there are, the newest last."""
-        return sorted(self.folder.glob("checkpoint-????????.npz"))
+        return sorted(p for p in self.folder.glob(_NAME) if p.stem.split("-")[1].isdigit())
 
-    def restore(self, model: Any, say: Any = print) -> Arrays | None:
+    def restore(self, model: Any, like: Arrays, say: Any = print) -> Arrays | None:
         """Set a model to the newest checkpoint that can be read; all workers call it together.
 
         Only rank 0 reads files.
 
         Args:
             model: A compiled `DWDModel`, as new.
+            like: A `progress` of the names and kinds of numbers that it must have.
             say: Told of checkpoints that are damaged.
 
         Returns:
@@ -75,11 +80,15 @@ class Checkpoints:
 
         Raises:
             ValueError: If it is one of a run with other settings, or of another model.
+            FileError: If all that there are are damaged.
+            OSError: If the folder cannot be made.
         """
         communicator = model.workers.communicator
         found: Arrays = {}
         with communicator.together("checkpoint"):
             if model.workers.leads:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.folder, _NAME)
                 found = self._newest(say)
         found = communicator.from_first(found, "checkpoint.arrays")
         if not found:
@@ -88,15 +97,12 @@ class Checkpoints:
         for name, array in found.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = array
-        variables = by_path(model)
-        optimizer = {str(i): v for i, v in enumerate(_optimizer(model))}
+        variables, optimizer = by_path(model), _optimizer(model)
         for part, expected in (("weights", variables), ("optimizer", optimizer)):
-            shapes = {name: array.shape for name, array in parts[part].items()}
-            if shapes != {name: tuple(v.shape) for name, v in expected.items()}:
-                raise ValueError(
-                    f"The checkpoint in {str(self.folder)!r} is of another model: its {part} do "
-                    "not fit."
-                )
+            shapes = ({n: tuple(v.shape) for n, v in e.items()} for e in (parts[part], expected))
+            self._check(part, *shapes)
+        kinds = ({n: (a.ndim, a.dtype) for n, a in e.items()} for e in (parts["progress"], like))
+        self._check("progress", *kinds)
         if parts["learned"]:
             state.restore(model, parts["learned"])
         for part, held in (("weights", variables), ("optimizer", optimizer)):
@@ -104,26 +110,37 @@ class Checkpoints:
                 variable.assign(parts[part][name])
         return parts["progress"]
 
+    def _check(self, part: str, found: Any, expected: Any) -> None:
+        odd = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
+        if odd:
+            raise FileError(
+                f"The checkpoint in {str(self.folder)!r} is of another model: its {part} do not "
+                f"fit, {odd[0]!r} among them."
+            )
+
     def _newest(self, say: Any) -> Arrays:
-        for path in reversed(self.files()):
+        files = self.files()
+        for path in reversed(files):
             try:
-                with np.load(path, allow_pickle=False) as file:
-                    arrays = {name: file[name] for name in file.files}
-                about = json.loads(arrays.pop("about").tobytes())
-                if {name.partition("/")[0] for name in arrays} - set(_PARTS):
-                    raise ValueError
+                arrays, about = read_arrays(path)
                 version, settings = about["version"], about["settings"]
-            except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
-                say(f"{path.name} is damaged: taking the one before it.")
+                if {name.partition("/")[0] for name in arrays} - set(_PARTS):
+                    raise FileError(f"{str(path)!r} has parts that are unknown.")
+            except (OSError, FileError, KeyError, TypeError) as error:
+                say(f"{path.name} is damaged: taking the one before it. ({error})")
                 continue
             if version != _VERSION or settings != self.settings:
-                raise ValueError(
+                raise FileError(
                     f"{str(path)!r} is of a run with other settings: name another folder, or "
                     f"remove it. It has {settings}, asked for is {self.settings}."
                 )
             return arrays
+        if files:
+            raise FileError(
+                f"Every checkpoint in {str(self.folder)!r} is damaged. Remove them to begin anew."
+            )
         return {}
 
 
-def _optimizer(model: Any) -> list[Any]:
-    return list(model.optimizer.variables)
+def _optimizer(model: Any) -> dict[str, Any]:
+    return {str(i): v for i, v in enumerate(model.optimizer.variables)}

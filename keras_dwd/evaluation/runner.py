@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from keras_dwd.model import DWDModel
 from keras_dwd.optimizer import DWDOptimizer
 from keras_dwd.tasks.scenario import Scenario, Task
 from keras_dwd.tasks.task_graph import TaskGraph
+from keras_dwd.variables import Arrays
 
 FISHER_EXAMPLES = 500
 """Of each task, for a boundary pass: more give nearly the same estimate (van de Ven, 2025)."""
@@ -125,15 +127,16 @@ def run_sequence(
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
-        folder = tempfile.TemporaryDirectory(prefix="task_graph_")
+        temporary = tempfile.TemporaryDirectory(prefix="task_graph_")
+        folder = Path(checkpoint_dir or temporary.name) / "graph"
+        if checkpoint_dir and not Checkpoints(checkpoint_dir, {}).files():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that did not get far
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
-        chosen["task_graph"] = TaskGraph(Path(folder.name) / "graph", probe, method.graph)
+        chosen["task_graph"] = TaskGraph(folder, probe, method.graph)
     model = DWDModel.from_model(build(scenario), **chosen)
     if method.graph and strength > 0:
-        model._graph_folder = folder  # there for as long as the model is
+        model._graph_folder = temporary  # there for as long as the model is
 
-    if checkpoint_dir and (method.graph or isinstance(model.grouping, GroupingPolicy)):
-        raise ValueError(f"`checkpoint_dir`: what {method.name!r} has learned is not kept there.")
     adam = keras.optimizers.Adam(learning_rate)
     settings = {
         "optimizer": DWDOptimizer(adam) if method.decoupled else adam,
@@ -251,7 +254,9 @@ class _Progress(keras.callbacks.Callback):
     def restore(self) -> None:
         """Go on where the checkpoints end."""
         model = self.result.model
-        found = self.checkpoints.restore(model) if self.checkpoints is not None else None
+        if self.checkpoints is None:
+            return
+        found = self.checkpoints.restore(model, self._state(0.0))
         if found is None:
             return
         self.task, self.epoch = int(found["task"]), int(found["epoch"])
@@ -280,22 +285,21 @@ class _Progress(keras.callbacks.Callback):
         self._save(0.0)
 
     def _save(self, spent: float) -> None:
-        if self.checkpoints is None:
-            return
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.result.model, self._state(spent))
+
+    def _state(self, spent: float) -> Arrays:
         result = self.result
-        self.checkpoints.save(
-            result.model,
-            {
-                "task": np.array(self.task),
-                "epoch": np.array(self.epoch),
-                "spent": np.array(spent),
-                "steps": np.array(result.steps),
-                "train_seconds": np.array(result.train_seconds),
-                "boundary_seconds": np.array(result.boundary_seconds),
-                "after": result.matrix.after,
-                "before": result.matrix.before,
-            },
-        )
+        return {
+            "task": np.array(self.task),
+            "epoch": np.array(self.epoch),
+            "spent": np.array(spent),
+            "steps": np.array(result.steps),
+            "train_seconds": np.array(result.train_seconds),
+            "boundary_seconds": np.array(result.boundary_seconds),
+            "after": result.matrix.after,
+            "before": result.matrix.before,
+        }
 
 
 def _sample(data: Any, count: int) -> Any:

@@ -1,7 +1,6 @@
 """λ chosen for each method on validation data, with the same budget; runs side by side."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import threading
@@ -14,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
-from keras_dwd.evaluation.files import write_json
 from keras_dwd.evaluation.methods import method_named
+from keras_dwd.files import read_json, write_json
 
 VALIDATION = 0.2
 """The share of the training data that is held back to tune on."""
@@ -80,7 +79,7 @@ def tune(
     }
     earlier: dict[str, Any] = {}
     if out is not None and out.exists() and not fresh:
-        earlier = json.loads(out.read_text(encoding="utf-8"))
+        earlier = read_json(out)
         for key in ("protocol", "versions"):
             if earlier.get(key) != results[key]:
                 raise ValueError(

@@ -1,11 +1,7 @@
 """The task graph: which earlier tasks the current one has much in common with."""
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +11,12 @@ import tensorflow as tf
 
 from keras_dwd.checks import check_inputs, integer, number
 from keras_dwd.curvature.taps import Taps
-from keras_dwd.evaluation.files import write_json
+from keras_dwd.files import FileError, read_array, read_arrays, read_json, write_arrays, write_json
 from keras_dwd.tasks.similarity import linear_cka
 from keras_dwd.variables import Arrays, Variables, by_path
 
 _INDEX = "graph.json"
-_PROBE = "probe"
+_PROBE = "probe.safetensors"
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -91,7 +87,7 @@ class TaskGraph:
             self._weights, self._digests = self._read_index()
         if probe is not None:
             self._keep_probe(probe)
-        elif self.given is None and not (self.folder / _PROBE).is_dir():
+        elif self.given is None and not (self.folder / _PROBE).exists():
             raise ValueError(
                 f"`probe` is needed: {str(self.folder)!r} holds no probe inputs, and no `weights` "
                 "are given."
@@ -143,11 +139,13 @@ class TaskGraph:
         """
         row = self.weights_to(model).tolist()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(self.folder / f"task_{self.tasks}") as made:
-            for path, variable in _shared(by_path(model)).items():
-                np.save(made / _file(path), np.asarray(variable, "float32"))
-            if self.given is None:
-                np.save(made / "representation.npy", self.representation(model))
+        kept = {
+            f"weights/{path}": np.asarray(variable, "float32")
+            for path, variable in _shared(by_path(model)).items()
+        }
+        if self.given is None:
+            kept["representation"] = self.representation(model)
+        write_arrays(self._file(self.tasks), kept, {})
         weights, digests = [*self._weights, row], [*self._digests, digest.hex()]
         index = {"version": 1, "weights": weights, "digests": digests}
         write_json(self.folder / _INDEX, index)
@@ -163,7 +161,7 @@ class TaskGraph:
         now = self.representation(model)
         found = []
         for i in range(self.tasks):
-            then = np.load(self.folder / f"task_{i}" / "representation.npy", mmap_mode="r")
+            then = read_array(self._file(i), "representation")
             cka = linear_cka(then, now, batch_size=self.batch_size, unbiased=self.unbiased)
             found.append(max(cka, 0.0))
         return np.array(found)
@@ -190,12 +188,18 @@ class TaskGraph:
         for path, variable in trainable.items():
             center = np.zeros(variable.shape)
             for i, share in enumerate(shares):
-                file = self.folder / f"task_{i}" / _file(path)
-                if not file.exists():
-                    raise ValueError(f"`folder` {str(self.folder)!r} has no {path!r} of task {i}.")
-                center += share * np.load(file, mmap_mode="r")
+                then = read_array(self._file(i), f"weights/{path}")
+                if then.shape != center.shape:
+                    raise FileError(
+                        f"`folder` {str(self.folder)!r} has {path!r} of task {i} with the shape "
+                        f"{then.shape}. That of the model is {center.shape}."
+                    )
+                center += share * then
             centers[path] = center
         return self.strength * total, centers
+
+    def _file(self, task: int) -> Path:
+        return self.folder / f"task_{task}.safetensors"
 
     def representation(self, model: keras.Model) -> np.ndarray:
         """What the model makes of the probe inputs, `(n, d)`, in inference mode."""
@@ -269,7 +273,7 @@ class TaskGraph:
                 raise ValueError("`probe` must be finite. It has values that are NaN or Inf.")
         named = {str(name): np.asarray(part) for name, part in parts.items()}
         if self.tasks and self.given is None:
-            held = {_path(f): np.load(f) for f in sorted((self.folder / _PROBE).iterdir())}
+            held, _ = read_arrays(self.folder / _PROBE)
             if held.keys() != named.keys() or any(
                 not np.array_equal(held[name], named[name]) for name in held
             ):
@@ -279,14 +283,11 @@ class TaskGraph:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(self.folder / _PROBE) as made:
-            for name, array in named.items():
-                np.save(made / _file(name), array)
+        write_arrays(self.folder / _PROBE, named, {})
 
     def _probe(self) -> Any:
         """The probe inputs, in the structure that the model takes."""
-        files = sorted((self.folder / _PROBE).iterdir())
-        parts = {_path(file): np.load(file, mmap_mode="r") for file in files}
+        parts, _ = read_arrays(self.folder / _PROBE)
         if all(name.isdigit() for name in parts):
             ordered = tuple(parts[str(i)] for i in range(len(parts)))
             return ordered[0] if len(ordered) == 1 else ordered
@@ -302,14 +303,14 @@ class TaskGraph:
 
     def _read_index(self) -> tuple[list[list[float]], list[str]]:
         try:
-            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.folder / _INDEX)
             weights = [[number("w", w, 0) for w in row] for row in index["weights"]]
             digests = [bytes.fromhex(digest).hex() for digest in index["digests"]]
             lengths = [len(row) for row in weights]
             if index["version"] != 1 or lengths != list(range(len(digests))):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
+            raise FileError(
                 f"`folder`: {str(self.folder / _INDEX)!r} is no index of a task graph."
             ) from None
         return weights, digests
@@ -346,25 +347,3 @@ def _shared(variables: Variables) -> Variables:
 
 def _as_tuple(given: Any) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)
-
-
-def _file(path: str) -> str:
-    return path.replace("%", "%25").replace("/", "%2F") + ".npy"
-
-
-def _path(file: Path) -> str:
-    return file.name.removesuffix(".npy").replace("%2F", "/").replace("%25", "%")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when all of it is written."""
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield made
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(made, folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise

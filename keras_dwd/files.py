@@ -1,0 +1,130 @@
+"""Files that are there as a whole or not at all, and are believed only after a look at them."""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from keras_dwd.variables import Arrays
+
+
+class FileError(ValueError):
+    """A file that is damaged, or holds something else than it should. Nothing was changed."""
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once all of it is on the disk.
+
+    Raises:
+        OSError: If it cannot be: what was there before is there still.
+    """
+    number, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    os.close(number)
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or the name may be lost in a crash
+    finally:
+        os.close(folder)
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Remove what a process left that was killed while it wrote such a file."""
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never half of one."""
+    with replaced(path) as made:
+        made.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileError: If there is none in it.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes().decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{str(path)!r} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise FileError(f"{str(path)!r} must hold a JSON object. It has {type(content).__name__}.")
+    return content
+
+
+def write_arrays(path: Path, arrays: Arrays, about: Any) -> None:
+    """Write arrays, and what JSON can say about them, with a checksum: a `safetensors` file."""
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    text = json.dumps(about)
+    try:
+        with replaced(path) as made:
+            save_file(arrays, made, {"about": text, "checksum": _checksum(arrays, text)})
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def read_arrays(path: Path) -> tuple[Arrays, Any]:
+    """What `write_arrays` wrote: the arrays, and what is said about them.
+
+    Raises:
+        FileError: If it is another file, or not as it was written.
+        OSError: If it cannot be read.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            said = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(said["about"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileError(f"{str(path)!r} is damaged, or no file of arrays: {error}") from None
+    if said.get("checksum") != _checksum(arrays, said["about"]):
+        raise FileError(f"{str(path)!r} is damaged: its checksum is another one.")
+    return arrays, about
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One of the arrays in such a file, without reading the others or comparing the checksum.
+
+    Raises:
+        FileError: If there is none of that name, or it is another kind of file.
+        OSError: If it cannot be read.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise FileError(f"{str(path)!r} has no array {name!r} to read: {error}") from None
+
+
+def _checksum(arrays: Arrays, text: str) -> str:
+    found = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), found)
+        found = zlib.crc32(array.reshape(-1).view("uint8").data, found)
+    return f"{found:08x}"
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON.")
