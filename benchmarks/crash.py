@@ -61,16 +61,14 @@ def ended_with(folder):
     """A digest of each array of the last checkpoint, and of the files of the task graph."""
     from keras_dwd.files import read_arrays
 
-    arrays, _ = read_arrays(max(folder.glob("checkpoint-*")))
-    found = {
-        name: hashlib.sha256(array.tobytes()).hexdigest()
-        for name, array in arrays.items()
-        if name not in _OF_THE_CLOCK
-    }
-    for path in sorted((folder / "graph").rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(folder))
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = {}
+    for path in (max(folder.glob("checkpoint-*")), *(folder / "graph").glob("*.safetensors")):
+        prefix = "" if path.parent == folder else f"{path.name}: "
+        for name, array in read_arrays(path)[0].items():
+            if name not in _OF_THE_CLOCK:
+                found[prefix + name] = hashlib.sha256(array.tobytes()).hexdigest()
+    for path in (folder / "graph").glob("*.json"):
+        found[path.name] = path.read_text()
     return found
 
 
@@ -93,6 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/crash.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -104,6 +103,7 @@ def main():
     from keras_dwd.files import write_json
 
     rng = random.Random(options.seed)
+    methods = options.methods
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.processes) as pool:
 
         def whole(method):
@@ -111,10 +111,10 @@ def main():
             run(method, Path(made) / method)
             return ended_with(Path(made) / method), time.monotonic() - started
 
-        whole_runs = dict(zip(METHODS, pool.map(whole, METHODS), strict=True))
+        whole_runs = dict(zip(methods, pool.map(whole, methods), strict=True))
 
         def killed(index, share):
-            method = METHODS[index % len(METHODS)]
+            method = methods[index % len(methods)]
             expected, seconds = whole_runs[method]
             folder = Path(made) / f"killed {index}"
             while run(method, folder, share * seconds):  # it was faster this time

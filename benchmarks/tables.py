@@ -85,8 +85,8 @@ def ablation_table():
             lines.append([label, *cells])
     return (
         f"{rows(lines)}\n\nAverage accuracy in percent, mean ± std over three seeds; in "
-        "parentheses the difference to EWC and the p of a paired t-test. Under the protocols of the tables above; "
-        "λ is the default, 200, where it does not say that it was tuned."
+        "parentheses the difference to EWC and the p of a paired t-test. Under the protocols of "
+        "the tables above; λ is the default, 200, where it does not say that it was tuned."
     )
 
 

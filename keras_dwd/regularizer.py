@@ -132,12 +132,12 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         leaves = block.leaves()
         if {n: v.shape for n, v in held.items()} != {n: v.shape for n, v in leaves.items()}:
             held = {name: untracked(leaf, name) for name, leaf in leaves.items()}
-            self.precisions[key] = block.with_leaves(held)
+            _insert(self.precisions, key, block.with_leaves(held))
         for name, leaf in leaves.items():
             held[name].assign(leaf)
         for path, anchor in anchors.items():
             if path not in self.anchors:
-                self.anchors[path] = untracked(anchor, "anchor")
+                _insert(self.anchors, path, untracked(anchor, "anchor"))
             self.anchors[path].assign(anchor)
 
     def layout(self) -> Any:
@@ -168,7 +168,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         """
         for path, center in centers.items():
             if path not in self.centers:
-                self.centers[path] = untracked(center, "center")
+                _insert(self.centers, path, untracked(center, "center"))
             self.centers[path].assign(center)
         self.tie.assign(weight)
 
@@ -211,10 +211,10 @@ class DWDRegularizer(keras.regularizers.Regularizer):
 
     def follow(self, group_of: Mapping[str, int]) -> None:
         """Have a λ_k for each group of blocks that is adjusted while training, 1 at first."""
-        self.group_of |= group_of
-        for group in self.group_of.values():
+        for key, group in group_of.items():
+            _insert(self.group_of, key, group)
             if group not in self.levels:
-                self.levels[group] = untracked(np.ones(()), "level")
+                _insert(self.levels, group, untracked(np.ones(()), "level"))
 
     def balance(
         self,
@@ -325,3 +325,15 @@ class DWDRegularizer(keras.regularizers.Regularizer):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"strength": self.strength, "decay": self.decay, "anchor": self.anchor}
+
+
+def _insert(held: dict[Any, Any], key: Any, value: Any) -> None:
+    """Into a dictionary in the order of its keys.
+
+    Graphs made of it are the same whatever the order of insertion, as after loading, and sums in
+    them the same to the last bit.
+    """
+    held[key] = value
+    ordered = sorted(held.items())
+    held.clear()
+    held.update(ordered)

@@ -46,7 +46,7 @@ class Checkpoints:
         state.save(model, learned)
         if not model.workers.leads:
             return
-        held = (by_path(model), _optimizer(model), learned, progress)
+        held = (_weights(model), _optimizer(model), learned, progress)
         parts = dict(zip(_PARTS, held, strict=True))
         arrays = {
             f"{part}/{name}": np.asarray(array)
@@ -97,15 +97,15 @@ class Checkpoints:
         for name, array in found.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = array
-        variables, optimizer = by_path(model), _optimizer(model)
-        for part, expected in (("weights", variables), ("optimizer", optimizer)):
+        weights, optimizer = _weights(model), _optimizer(model)
+        for part, expected in (("weights", weights), ("optimizer", optimizer)):
             shapes = ({n: tuple(v.shape) for n, v in e.items()} for e in (parts[part], expected))
             self._check(part, *shapes)
         kinds = ({n: (a.ndim, a.dtype) for n, a in e.items()} for e in (parts["progress"], like))
         self._check("progress", *kinds)
         if parts["learned"]:
             state.restore(model, parts["learned"])
-        for part, held in (("weights", variables), ("optimizer", optimizer)):
+        for part, held in (("weights", weights), ("optimizer", optimizer)):
             for name, variable in held.items():
                 variable.assign(parts[part][name])
         return parts["progress"]
@@ -129,7 +129,9 @@ class Checkpoints:
             except (OSError, FileError, KeyError, TypeError) as error:
                 say(f"{path.name} is damaged: taking the one before it. ({error})")
                 continue
-            if version != _VERSION or settings != self.settings:
+            if version != _VERSION:
+                raise FileError(f"{str(path)!r} is of version {version}: this reads {_VERSION}.")
+            if settings != self.settings:
                 raise FileError(
                     f"{str(path)!r} is of a run with other settings: name another folder, or "
                     f"remove it. It has {settings}, asked for is {self.settings}."
@@ -140,6 +142,11 @@ class Checkpoints:
                 f"Every checkpoint in {str(self.folder)!r} is damaged. Remove them to begin anew."
             )
         return {}
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """By position: layers without a name of their own get another one when they are made again."""
+    return {str(i): v for i, v in enumerate(by_path(model).values())}
 
 
 def _optimizer(model: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,15 +128,14 @@ def run_sequence(
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
-        temporary = tempfile.TemporaryDirectory(prefix="task_graph_")
-        folder = Path(checkpoint_dir or temporary.name) / "graph"
+        folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
         if checkpoint_dir and not Checkpoints(checkpoint_dir, {}).files():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that did not get far
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
         chosen["task_graph"] = TaskGraph(folder, probe, method.graph)
     model = DWDModel.from_model(build(scenario), **chosen)
-    if method.graph and strength > 0:
-        model._graph_folder = temporary  # there for as long as the model is
+    if method.graph and strength > 0 and not checkpoint_dir:  # there for as long as the model is
+        weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
     adam = keras.optimizers.Adam(learning_rate)
     settings = {

@@ -1,0 +1,213 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import blobs
+from safetensors.numpy import save_file
+
+from keras_dwd import Scenario, run_sequence
+from keras_dwd.evaluation.checkpoint import Checkpoints
+from keras_dwd.files import FileError, read_arrays, write_arrays
+
+ROOT = Path(__file__).parent.parent
+TASKS, EPOCHS = 3, 2
+
+
+def build(scenario):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, "tanh", name="hidden"),
+            keras.layers.Dropout(0.2),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def scenario():
+    tasks = [(f"task {t}", blobs(60, seed=t), blobs(40, seed=10 + t)) for t in range(TASKS)]
+    return Scenario.from_tasks(tasks)
+
+
+class KilledError(Exception):
+    """In place of a signal."""
+
+
+class Kill(keras.callbacks.Callback):
+    def __init__(self, task, at):
+        super().__init__()
+        self.task, self.at, self.epoch = task, at, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.at == (self.task, self.epoch, batch):
+            raise KilledError
+
+
+def run(folder, method="dwd-online", at=None, **settings):
+    settings = {"epochs": EPOCHS, "batch_size": 8, "strength": 10.0} | settings
+    return run_sequence(
+        build,
+        scenario(),
+        method,
+        callbacks=lambda t, task: [Kill(t, at)],
+        compile_settings={"steps_per_execution": 1},
+        checkpoint_dir=folder,
+        **settings,
+    )
+
+
+def ended_with(folder):
+    arrays, _ = read_arrays(max(folder.glob("checkpoint-*")))
+    clocks = {"progress/train_seconds", "progress/boundary_seconds", "progress/spent"}
+    return {name: array.tobytes() for name, array in arrays.items() if name not in clocks}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run of a method ends with."""
+    known = {}
+
+    def of(method):
+        if method not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            result = run(folder, method)
+            known[method] = ended_with(folder), result.matrix.after
+        return known[method]
+
+    return of
+
+
+@pytest.mark.parametrize("at", [(0, 1, 2), (2, 0, 5)])
+def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_path, undisturbed, at):
+    with pytest.raises(KilledError):
+        run(tmp_path, at=at)
+    result = run(tmp_path)
+    found, after = undisturbed("dwd-online")
+    np.testing.assert_array_equal(result.matrix.after, after)
+    assert ended_with(tmp_path) == found
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["dwd-online+graph", "dwd-online+decoupled", "dwd:sampled", "dwd-online+one-budget", "ewc"],
+)
+def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):
+    with pytest.raises(KilledError):
+        run(tmp_path, method, at=(1, 1, 4))
+    run(tmp_path, method)
+    assert ended_with(tmp_path) == undisturbed(method)[0]
+
+
+def test_a_run_that_is_over_is_not_run_again(tmp_path, undisturbed):
+    run(tmp_path)
+    again = run(tmp_path, at=(2, 1, 0))
+    np.testing.assert_array_equal(again.matrix.after, undisturbed("dwd-online")[1])
+
+
+def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
+    """The files of the task graph are one task ahead of the newest checkpoint that is left."""
+    run(tmp_path, "dwd-online+graph", at=None)
+    newest, before = sorted(tmp_path.glob("checkpoint-*"), reverse=True)
+    assert "graph" in {p.name for p in tmp_path.iterdir()}
+    newest.unlink()
+    run(tmp_path, "dwd-online+graph")
+    assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
+    for path in (newest, before):
+        path.unlink(missing_ok=True)
+    for path in tmp_path.glob("checkpoint-*"):
+        path.unlink()
+    run(tmp_path, "dwd-online+graph")  # from the first task
+    assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
+
+
+def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(
+    tmp_path, undisturbed, capsys
+):
+    with pytest.raises(KilledError):
+        run(tmp_path, at=(1, 1, 4))
+    newest = max(tmp_path.glob("checkpoint-*"))
+    whole = bytearray(newest.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    newest.write_bytes(whole)
+    (tmp_path / f".{newest.name}.abc.tmp").write_bytes(b"what a killed process left")
+    run(tmp_path)
+    assert f"{newest.name} is damaged" in capsys.readouterr().out
+    assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_checkpoints_of_something_else_are_refused(tmp_path):
+    with pytest.raises(KilledError):
+        run(tmp_path, at=(1, 0, 4))
+    with pytest.raises(FileError, match="other settings"):
+        run(tmp_path, epochs=3)
+    newest, before = sorted(tmp_path.glob("checkpoint-*"), reverse=True)
+    arrays, about = read_arrays(newest)
+    lacking = {n: a for n, a in arrays.items() if n != "progress/after"}
+    scalar = {n: np.zeros(3) if n == "progress/task" else a for n, a in arrays.items()}
+    other = {n: a[:1] if n.startswith("weights/") else a for n, a in arrays.items()}
+    for changed, message in (
+        (lacking, "its progress do not fit, 'after'"),
+        (scalar, "its progress do not fit, 'task'"),
+        (other, "of another model: its weights do not fit"),
+    ):
+        write_arrays(newest, changed, about)
+        with pytest.raises(FileError, match=message):
+            run(tmp_path)
+    write_arrays(newest, arrays, about | {"version": 99})
+    with pytest.raises(FileError, match="version 99"):
+        run(tmp_path)
+    for path in (newest, before):
+        save_file({"w": np.zeros(2)}, path, {"about": "{}", "checksum": "0"})
+    with pytest.raises(FileError, match="Every checkpoint in"):
+        run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training():
+    trained = []
+    with pytest.raises(OSError, match="/proc/"):
+        run_sequence(
+            build,
+            scenario(),
+            callbacks=lambda t, task: trained.append(t) or [],
+            checkpoint_dir="/proc/no_folder_can_be_made_here",
+        )
+    assert not trained
+
+
+def test_a_disk_that_is_full_ends_the_run_which_can_go_on(tmp_path, undisturbed, monkeypatch):
+    saved = Checkpoints.save
+    count = []
+
+    def full(self, model, progress):
+        count.append(1)
+        if len(count) == 4:
+            raise OSError(28, "No space left on device")
+        saved(self, model, progress)
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path)
+    monkeypatch.undo()
+    run(tmp_path)
+    assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
+
+
+def test_killed_by_a_signal(tmp_path):
+    """As `benchmarks/crash.py` does it 50 times: real processes, a real SIGKILL."""
+    out = tmp_path / "crash.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--kills", "1"]
+    command += ["--methods", "dwd-online+graph", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert found["identical"] == 1, found["kills"]
