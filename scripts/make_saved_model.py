@@ -36,7 +36,7 @@ tags: [continual-learning, keras, keras_dwd]
 
 A small network that learned to tell apart five pairs of handwritten digits, one pair after another,
 without seeing earlier ones again: an example of what `DWDModel.export` writes. Made by
-`python scripts/make_saved_model.py`; every figure here is from the exported model.
+`make saved-model`; every figure here is from the exported model.
 
 | task | digits | test images | accuracy % |
 | --- | --- | ---: | ---: |

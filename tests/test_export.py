@@ -1,5 +1,6 @@
 """Exported and stripped models do what the `DWDModel` does, where there is no keras_dwd."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -320,7 +321,8 @@ def test_the_example_converts_to_tf_lite_and_onnx(tmp_path):
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert "SavedModel: predictions agree" in printed
     assert "TF Lite: predictions agree" in printed
-    assert "ONNX: predictions agree" in printed or "ONNX: left out" in printed
+    with_onnx = importlib.util.find_spec("tf2onnx") and importlib.util.find_spec("onnxruntime")
+    assert ("ONNX: predictions agree" if with_onnx else "ONNX: left out") in printed
     assert (tmp_path / "model.tflite").stat().st_size < 100_000
 
 
