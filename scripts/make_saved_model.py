@@ -1,12 +1,11 @@
 """Train, export and describe the model in `saved_models`.
 
-Usage: python scripts/make_saved_model.py [--epochs N] [FOLDER]
+Usage: python scripts/make_saved_model.py
 
 It learns five pairs of digits one after another, with a head for each. All figures in the model
 card are measured on the exported model.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from sklearn.model_selection import train_test_split
 from keras_dwd import DWDModel, TaskHeads, __version__
 from keras_dwd.evaluation.files import replaced
 
-ROOT = Path(__file__).parent.parent
+FOLDER = Path(__file__).parent.parent / "saved_models" / "split_digits"
+EPOCHS = 10
 TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 SPLIT = {"test_size": 0.25, "random_state": 0}
 
@@ -107,11 +107,6 @@ def parts(x: np.ndarray, y: np.ndarray) -> list[Any]:
 
 def main() -> None:
     """Learn the tasks, export, measure, write the card."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "saved_models/split_digits")
-    parser.add_argument("--epochs", type=int, default=10, help="of each task")
-    arguments = parser.parse_args()
-
     keras.utils.set_random_seed(0)
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, stratify=y, **SPLIT)
@@ -119,9 +114,9 @@ def main() -> None:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     for inputs, labels in parts(x_train, y_train):
         model.compile(keras.optimizers.Adam(1e-3), loss)
-        model.fit(inputs, labels, epochs=arguments.epochs, batch_size=32, verbose=0)
+        model.fit(inputs, labels, epochs=EPOCHS, batch_size=32, verbose=0)
         model.consolidate()
-    saved = arguments.folder / "1"
+    saved = FOLDER / "1"
     model.export(saved, verbose=False)
 
     serve = tf.saved_model.load(saved).signatures["serving_default"]
@@ -137,7 +132,7 @@ def main() -> None:
         "accuracy": mean,
         "accuracy_of_tasks": accuracies,
         "split": SPLIT,
-        "epochs": arguments.epochs,
+        "epochs": EPOCHS,
         "seed": 0,
         "versions": {
             "keras_dwd": __version__,
@@ -146,18 +141,18 @@ def main() -> None:
         },
     }
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    with replaced(arguments.folder / "README.md") as file:
+    with replaced(FOLDER / "README.md") as file:
         file.write(
             CARD.format(
                 rows="\n".join(rows),
-                epochs=arguments.epochs,
+                epochs=EPOCHS,
                 parameters=model.count_params(),
                 size=size,
                 facts=json.dumps(facts, indent=1),
                 **SPLIT,
             )
         )
-    print(f"{arguments.folder}: accuracy {100 * mean:.1f} %, {size:,} bytes")
+    print(f"{FOLDER.name}: accuracy {100 * mean:.1f} %, {size:,} bytes")
 
 
 if __name__ == "__main__":
