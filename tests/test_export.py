@@ -422,7 +422,9 @@ def test_a_model_from_a_file_is_the_first_task(tmp_path, make):
     base.fit(x, y, batch_size=16, verbose=0)
     base.save(tmp_path / "base.keras")
     model = DWDModel.from_model(
-        keras.models.load_model(tmp_path / "base.keras"), fisher=DiagonalFisher("exact")
+        keras.models.load_model(tmp_path / "base.keras"),
+        fisher=DiagonalFisher("exact"),
+        grouping=None,
     )
     model.compile("sgd", LOSS)
     model.consolidate((x, y))
