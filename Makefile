@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -29,6 +29,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/tables.py
 
+# The model in saved_models, with its card.
+saved-model: $(VENV)/.package
+	$(BIN)/python scripts/make_saved_model.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
@@ -41,7 +45,7 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) -e ".[dev,plots]"
+	$(PIP) -e ".[dev,export,plots]"
 	touch $@
 
 $(VENV)/.horovod: $(VENV)/.dev scripts/build_horovod.py

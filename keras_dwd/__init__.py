@@ -37,3 +37,4 @@ from keras_dwd.tasks.scenario import Task as Task
 from keras_dwd.tasks.similarity import linear_cka as linear_cka
 from keras_dwd.tasks.task_graph import TaskGraph as TaskGraph
 from keras_dwd.version import __version__ as __version__
+from keras_dwd.wrapping import strip_dwd as strip_dwd

@@ -31,7 +31,7 @@ class DWDModel(DistributedModel):
     Train it as any Keras model. After each task call `consolidate`: the Fisher information of the
     task, grouped and weighted, is folded into a quadratic pull towards the task's parameters,
     which every later training step adds to its gradient. Nothing else changes: losses, metrics,
-    optimizers, callbacks, saving and export are those of Keras.
+    optimizers, callbacks and saving are those of Keras.
 
     Fine-tuning, EWC and online EWC are settings of the same model:
 

@@ -1,6 +1,7 @@
 """A Keras model that several workers train together."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import keras
 from keras_dwd.distributed.communicator import Communicator, here
 from keras_dwd.distributed.fitting import check_compile, share_evaluation, share_fit
 from keras_dwd.distributed.workers import Workers
+from keras_dwd.export import SAVED_MODEL, export
 
 
 def arguments(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -118,9 +120,44 @@ class DistributedModel(keras.Model):
         """`keras.Model.save_weights`, by rank 0; with sharded state all workers must call it."""
         return super().save_weights(*args, **kwargs) if self.workers.leads else self.give_state()
 
-    def export(self, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.export`, by rank 0."""
-        return super().export(*args, **kwargs) if self.workers.leads else None
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = SAVED_MODEL,
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.export`, of the plain model without anything that is for training.
+
+        A SavedModel has the endpoint `serve`, which is also its default signature: it takes
+        batches of any size, by the names of the model's inputs, and needs TensorFlow alone. Its
+        size is that of the weights. What was at `filepath` is replaced once all is written, and
+        left as it was if that fails. With several workers rank 0 exports.
+
+        Args:
+            filepath: A new or empty folder, or one of a SavedModel, which is replaced; a file for
+                the other formats.
+            format: `"tf_saved_model"`, or another that Keras knows (`"onnx"`, `"litert"`, …).
+            verbose: Whether to print where the model is; yes by default.
+            input_signature: A `keras.InputSpec` for each input, in place of shapes and dtypes of
+                the model's own.
+            **kwargs: Of the other formats, see `keras.Model.export`.
+
+        Raises:
+            ValueError: If there is something else at `filepath`, or if `format` or
+                `input_signature` does not fit.
+
+        Example:
+
+        ```python
+        model.export("saved", verbose=False)
+        served = tf.saved_model.load("saved").signatures["serving_default"]
+        logits = served(image=x, task=ids)["output_0"]
+        ```
+        """
+        if self.workers.leads:
+            export(self, filepath, format, verbose, input_signature, **kwargs)
 
     def give_state(self) -> None:
         """Take part in saving what workers have divided."""
