@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from keras_dwd import DWDModel, TaskHeads, __version__
-from keras_dwd.evaluation.files import replaced
+from keras_dwd.files import replaced
 
 FOLDER = Path(__file__).parent.parent / "saved_models" / "split_digits"
 EPOCHS = 10
@@ -141,8 +141,8 @@ def main() -> None:
         },
     }
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    with replaced(FOLDER / "README.md") as file:
-        file.write(
+    with replaced(FOLDER / "README.md") as made:
+        made.write_text(
             CARD.format(
                 rows="\n".join(rows),
                 epochs=EPOCHS,

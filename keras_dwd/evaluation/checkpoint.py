@@ -72,7 +72,8 @@ class Checkpoints:
 
         Args:
             model: A compiled `DWDModel`, as new.
-            like: A `progress` of the names and kinds of numbers that it must have.
+            like: A `progress` of the names, kinds and shapes that it must have; what is empty in
+                it may be of any length.
             say: Told of checkpoints that are damaged.
 
         Returns:
@@ -87,7 +88,8 @@ class Checkpoints:
         found: Arrays = {}
         with communicator.together("checkpoint"):
             if model.workers.leads:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self.folder.is_dir():  # found now, not after hours of training
+                    self.folder.mkdir(parents=True)
                 remove_unfinished(self.folder, _NAME)
                 found = self._newest(say)
         found = communicator.from_first(found, "checkpoint.arrays")
@@ -101,7 +103,11 @@ class Checkpoints:
         for part, expected in (("weights", weights), ("optimizer", optimizer)):
             shapes = ({n: tuple(v.shape) for n, v in e.items()} for e in (parts[part], expected))
             self._check(part, *shapes)
-        kinds = ({n: (a.ndim, a.dtype) for n, a in e.items()} for e in (parts["progress"], like))
+        any_length = {name for name, array in like.items() if not array.size}
+        kinds = (
+            {n: (a.dtype, a.ndim if n in any_length else a.shape) for n, a in e.items()}
+            for e in (parts["progress"], like)
+        )
         self._check("progress", *kinds)
         if parts["learned"]:
             state.restore(model, parts["learned"])

@@ -20,6 +20,7 @@ from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.files import FileError
 from keras_dwd.grouping.policy import GroupingPolicy
 from keras_dwd.model import DWDModel
 from keras_dwd.optimizer import DWDOptimizer
@@ -260,6 +261,13 @@ class _Progress(keras.callbacks.Callback):
         if found is None:
             return
         self.task, self.epoch = int(found["task"]), int(found["epoch"])
+        done = len(found["boundary_seconds"])
+        trained = len(found["train_seconds"])
+        if self.task != done or trained != done or self.epoch < 0 or found["steps"] < 0:
+            raise FileError(
+                f"The checkpoint is of task {self.task} and epoch {self.epoch}, with {done} tasks "
+                "done."
+            )
         self._spent = float(found["spent"])
         self.result.steps = int(found["steps"])
         self.result.train_seconds[:] = found["train_seconds"].tolist()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.checks import number
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
 from keras_dwd.evaluation.methods import method_named
-from keras_dwd.files import read_json, write_json
+from keras_dwd.files import FileError, read_json, write_json
 
 VALIDATION = 0.2
 """The share of the training data that is held back to tune on."""
@@ -77,20 +78,11 @@ def tune(
             "validation_accuracy": {},
         },
     }
-    earlier: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    tuned: dict[str, Any] = {}
+    tuning = results["tuning"]
     if out is not None and out.exists() and not fresh:
-        earlier = read_json(out)
-        for key in ("protocol", "versions"):
-            if earlier.get(key) != results[key]:
-                raise ValueError(
-                    f"`out` {str(out)!r} holds results of other {key}: name another file, or "
-                    "remove it."
-                )
-    rows, tuning = dict(earlier.get("methods", {})), results["tuning"]
-    tuned = dict(earlier.get("tuning", {}).get("validation_accuracy", {}))
-    if earlier.get("tuning", {}).get("seeds") != tuning["seeds"]:
-        rows = {name: row for name, row in rows.items() if name not in tuned}
-        tuned = {}
+        rows, tuned = _earlier(out, results)
     order = list(dict.fromkeys([*rows, *methods]))
     order.sort(key=_is_reference)  # the upper reference comes last
     writing = threading.Lock()
@@ -133,6 +125,38 @@ def tune(
     if failed is not None:
         raise failed
     return results
+
+
+def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a file of results what can be taken over: rows, and validation accuracies by λ.
+
+    Raises:
+        FileError: If it is no such file, or one of another protocol or other versions.
+    """
+    found = read_json(out)
+    for key in ("protocol", "versions"):
+        if found.get(key) != results[key]:
+            raise FileError(
+                f"`out` {str(out)!r} holds results of other {key}: name another file, or remove it."
+            )
+    try:
+        rows = {name: row for name, row in found["methods"].items() if row["metrics"].values()}
+        for row in rows.values():
+            number("strength", row["settings"]["regularizer"]["strength"], 0)
+            for metric in row["metrics"].values():
+                values = [metric["mean"], metric["std"], *metric["per_seed"]]
+                if not all(isinstance(value, (int, float)) for value in values):
+                    raise TypeError
+        tuned = {
+            name: {float(s): number("accuracy", a, 0, 1) for s, a in tried.items()}
+            for name, tried in found["tuning"]["validation_accuracy"].items()
+        }
+        seeds = found["tuning"]["seeds"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"`out` {str(out)!r} is no file of results: {error!r}") from None
+    if seeds != results["tuning"]["seeds"]:
+        return {name: row for name, row in rows.items() if name not in tuned}, {}
+    return rows, tuned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,9 +126,12 @@ class TaskGraph:
                 f"task {self.tasks + 1}."
             )
         if self.given is None:
-            batch = next(self._pieces())
-            check_inputs(model, batch)
-            self._represented(model, batch)
+            try:
+                batch = next(self._pieces())
+                check_inputs(model, batch)
+                self._represented(model, batch)
+            except (ValueError, TypeError) as error:
+                raise FileError(f"`probe` in {str(self.folder)!r}: {error}") from None
 
     def add(self, model: keras.Model, digest: bytes) -> None:
         """Keep what a task has left: it is an earlier one from now on.
@@ -161,7 +164,7 @@ class TaskGraph:
         now = self.representation(model)
         found = []
         for i in range(self.tasks):
-            then = read_array(self._file(i), "representation")
+            then = self._kept(i, "representation", (len(now), None))
             cka = linear_cka(then, now, batch_size=self.batch_size, unbiased=self.unbiased)
             found.append(max(cka, 0.0))
         return np.array(found)
@@ -188,15 +191,22 @@ class TaskGraph:
         for path, variable in trainable.items():
             center = np.zeros(variable.shape)
             for i, share in enumerate(shares):
-                then = read_array(self._file(i), f"weights/{path}")
-                if then.shape != center.shape:
-                    raise FileError(
-                        f"`folder` {str(self.folder)!r} has {path!r} of task {i} with the shape "
-                        f"{then.shape}. That of the model is {center.shape}."
-                    )
-                center += share * then
+                center += share * self._kept(i, f"weights/{path}", center.shape)
             centers[path] = center
         return self.strength * total, centers
+
+    def _kept(self, task: int, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        """What a task has left, of a known shape."""
+        array = read_array(self._file(task), name)
+        fits = len(array.shape) == len(shape) and all(
+            expected in (None, size) for size, expected in zip(array.shape, shape, strict=True)
+        )
+        if not (fits and array.dtype == "float32" and np.isfinite(array).all()):
+            raise FileError(
+                f"`folder` {str(self.folder)!r} has {name!r} of task {task} as {array.dtype} of "
+                f"shape {array.shape}. Expected are finite float32 of {shape}."
+            )
+        return array
 
     def _file(self, task: int) -> Path:
         return self.folder / f"task_{task}.safetensors"
@@ -288,6 +298,9 @@ class TaskGraph:
     def _probe(self) -> Any:
         """The probe inputs, in the structure that the model takes."""
         parts, _ = read_arrays(self.folder / _PROBE)
+        sizes = {part.shape[:1] for part in parts.values()}
+        if len(sizes) != 1 or sizes & {(), (0,)}:
+            raise FileError(f"`folder`: {str(self.folder / _PROBE)!r} holds no probe inputs.")
         if all(name.isdigit() for name in parts):
             ordered = tuple(parts[str(i)] for i in range(len(parts)))
             return ordered[0] if len(ordered) == 1 else ordered
