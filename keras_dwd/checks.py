@@ -128,7 +128,7 @@ def check_labels(model: keras.Model, y: Any) -> None:
 
 
 def check_inputs(model: keras.Model, x: Any) -> None:
-    """Raise `ValueError` if `x` does not have the shapes of the model's inputs."""
+    """Raise `ValueError` if `x` does not have the shapes of the model's inputs, or is no number."""
     if isinstance(x, dict):  # matched by name, which Keras does; the order says nothing
         missing = [i.name for i in model.inputs if i.name not in x]
         if missing and len(x) != len(model.inputs):
@@ -140,6 +140,8 @@ def check_inputs(model: keras.Model, x: Any) -> None:
             f"The model has {len(model.inputs)} inputs, but the data has {len(given)} a batch."
         )
     for expected, tensor in zip(model.inputs, given, strict=True):
+        if tf.as_dtype(tensor.dtype) == tf.string != tf.as_dtype(expected.dtype):
+            raise ValueError(f"The model's input {expected.name!r} must be numbers, not text.")
         want, shape = tuple(expected.shape[1:]), tuple(tensor.shape[1:])
         if shape == want or (*want, 1) == shape or want == (*shape, 1):
             continue  # Keras adds or drops a last axis of one

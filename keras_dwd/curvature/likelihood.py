@@ -98,6 +98,7 @@ def drawn(model: Any, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
     logits = outputs if from_logits else _log(outputs)
     classes = outputs.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
+    rows = tf.where(tf.math.is_finite(rows), rows, 0.0)  # or labels may be of no class
     sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
     if kind == "categorical":
         sample = tf.one_hot(sample, classes)

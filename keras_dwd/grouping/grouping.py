@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import keras
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from threadpoolctl import threadpool_limits
 
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.grouping.strength import Budget, GroupStatistics, Strength, strength_from
@@ -208,7 +209,9 @@ class Partition(Grouping):
             for key, block in learned.blocks.items()
         }
         described = {key: self.describe(key, part) for key, part in parameters.items()}
-        found = self.fit(learned.of_all(described))
+        # Small problems, which more threads only slow down, and sum up in another order each time.
+        with threadpool_limits(1):
+            found = self.fit(learned.of_all(described))
         labels = {key: self.label(found, key, part) for key, part in parameters.items()}
         sums: Described = {
             key: (_sums(part, labels[key], self.strengths.by_movement),)

@@ -1,6 +1,6 @@
 """A grouping that learns which grouping retains best."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -61,6 +61,8 @@ class GroupingPolicy(Grouping):
         self.exploration = number("exploration", exploration, 0)
         d = self.FEATURES
         rewards = rewards or {}
+        if not isinstance(rewards, Mapping):
+            raise ValueError(f"`rewards` must be as of `get_config`. Received: {rewards!r}")
         self.counts = [integer("rewards", n, 0) for n in rewards.get("counts", [0] * len(made))]
         # Of each grouping the ridge regression of rewards: A = I + Σ x xᵀ and b = Σ r x.
         self._a = np.array(rewards.get("a", [np.eye(d)] * len(made)), "float64")

@@ -169,7 +169,7 @@ def strength_from(given: Any) -> Strength:
     known = {"importance": Importance, "evidence": Evidence, "budget": Budget}
     if isinstance(given, Strength):
         return given
-    if isinstance(given, dict):
+    if isinstance(given, dict) and "class_name" in given:
         return keras.saving.deserialize_keras_object(given)
     if isinstance(given, str) and given in known:
         return known[given]()

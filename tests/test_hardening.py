@@ -1,0 +1,217 @@
+"""What no user means to do, and some do: nonsense as arguments, threads, hundreds of tasks."""
+
+import inspect
+import resource
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import blobs, compiled, mlp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import keras_dwd
+from keras_dwd import DWDModel, KroneckerFisher
+from keras_dwd.state import state_of
+from keras_dwd.variables import by_path
+
+NONSENSE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from(
+        ["", "exact", "batch", "gmm", "element", "importance", "evidence", "latest", "bic", "λ"]
+    ),
+    st.lists(st.one_of(st.integers(-1, 2), st.floats(), st.text(max_size=2)), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
+    st.builds(lambda n: np.full(n, 0.5), st.integers(0, 3)),
+)
+# Constructors by what their required arguments may be.
+CONSTRUCTORS = {
+    "AccuracyMatrix": {"after": np.eye(2)},
+    "Budget": {},
+    "DWDOptimizer": {"optimizer": "adam"},
+    "DWDRegularizer": {},
+    "DiagonalFisher": {},
+    "Evidence": {},
+    "FixedGrouping": {"strengths": {"hidden/*": 2.0}},
+    "GaussianMixtureGrouping": {},
+    "GroupingPolicy": {"groupings": [keras_dwd.SingleGroup(), keras_dwd.LayerGrouping()]},
+    "Importance": {},
+    "KWinners": {"share": 0.5},
+    "KroneckerFisher": {},
+    "LayerGrouping": {},
+    "LearningRateWarmup": {"epochs": 2},
+    "SingleGroup": {},
+    "SpectralGrouping": {},
+    "TaskHeads": {"tasks": 2, "units": 3},
+}
+
+
+def test_all_constructors_are_looked_at():
+    public = {name for name, value in vars(keras_dwd).items() if inspect.isclass(value)}
+    # Abstract ones, results, and those that need a model, data or other processes.
+    others = {
+        *("Communicator", "DWDModel", "Grouping", "HorovodCommunicator", "Method", "Partition"),
+        *("PenaltyLogger", "Rule", "Scenario", "SequenceResult", "Strength", "Task", "TaskGraph"),
+        *("Flow", "FileError"),
+    }
+    assert public - others == set(CONSTRUCTORS)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_constructors_refuse_nonsense_or_come_back_from_their_config(name, data):
+    kind = getattr(keras_dwd, name)
+    names = [p for p in inspect.signature(kind).parameters if p not in ("kwargs", "name")]
+    arguments = dict(CONSTRUCTORS[name])
+    for each in (
+        data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)) if names else ()
+    ):
+        arguments[each] = data.draw(NONSENSE)
+    try:
+        made = kind(**arguments)
+    except (ValueError, TypeError):
+        return
+    if not hasattr(made, "get_config"):
+        return
+    config = made.get_config()
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))
+    assert repr(again.get_config()) == repr(config)
+
+
+SHAPES = st.sampled_from([(8, 6), (8, 5), (0, 6), (8,), (8, 6, 1), (7, 6), (1, 6)])
+LABELS = st.sampled_from([(8,), (8, 1), (7,), (0,), (1,), (8, 3)])
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=SHAPES,
+    labels=LABELS,
+    fill=st.sampled_from([0.5, np.nan, np.inf, -np.inf, 1e38]),
+    label=st.sampled_from([0, 2, 3, -1, 2**31]),
+    dtype=st.sampled_from(["float32", "float64", "int64", "float16", "object", "str"]),
+    batch_size=st.sampled_from([1, 4, 32]),
+)
+def test_consolidate_takes_data_or_leaves_the_model_as_it_was(
+    learner, shape, labels, fill, label, dtype, batch_size
+):
+    with np.errstate(all="ignore"):
+        x = np.full(shape, fill if np.isfinite(fill) or "int" not in dtype else 0).astype(dtype)
+    y = np.full(labels, label)
+    learner.fit(*blobs(16), verbose=0)
+    before = state_of(learner)
+    try:
+        learner.consolidate((x, y), batch_size=batch_size)
+    except (ValueError, TypeError):
+        after = state_of(learner)
+        assert before.keys() == after.keys()
+        for name, array in before.items():
+            np.testing.assert_array_equal(array, after[name])
+        return
+    for name, array in state_of(learner).items():
+        assert np.isfinite(array).all(), name
+
+
+@pytest.fixture(scope="module")
+def learner():
+    model = compiled(fisher=KroneckerFisher(gamma=None), grouping=None)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate(blobs())
+    return model
+
+
+def test_steps_beyond_32_bits():
+    model = compiled(strength=1.0, optimizer="adam")
+    model.optimizer.build(model.trainable_variables)
+    for start in (2**31 - 2, 2**32 - 2, 2**53 - 2):
+        model.optimizer.iterations.assign(start)
+        model.fit(*blobs(), batch_size=16, epochs=2, verbose=0)
+        assert int(model.optimizer.iterations) == start + 8
+        model.consolidate()
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    fisher = model.fisher
+    fisher.start(2**40 + 5)  # examples seen, of which only the order matters
+    assert 0 <= int(fisher.looked) < 2**31
+
+
+@pytest.mark.parametrize("fisher", [KroneckerFisher(every=1), KroneckerFisher("sampled", every=1)])
+def test_gradients_that_overflow_are_found_at_the_boundary(fisher):
+    model = compiled(fisher=fisher)
+    x, y = blobs()
+    model.fit(x, y, verbose=0)
+    kernel = model.get_layer("head").kernel
+    kernel.assign(tf.fill(kernel.shape, 3e38))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="not finite"):
+        model.consolidate((x, y))
+    for name, array in state_of(model).items():
+        np.testing.assert_array_equal(array, before[name])
+    assert model.tasks_learned == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks():
+    model = compiled(strength=1.0)
+    # One dataset for all: Keras keeps some of what it makes of each new one.
+    data = tf.data.Dataset.from_tensor_slices(blobs(32)).batch(16).repeat()
+    sizes = []
+    for task in range(200):
+        model.fit(data, steps_per_epoch=2, shuffle=False, verbose=0)
+        model.consolidate()
+        if task in (39, 199):
+            sizes.append(resident())
+    assert model.tasks_learned == 200
+    assert sum(a.size for a in state_of(model).values()) < 3000
+    assert sizes[1] - sizes[0] < 60, f"{sizes} MB"
+
+
+def resident():
+    """Of this process, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_predict_in_another_thread_while_fit_goes_on():
+    """Also while the step is traced, when layers are tapped."""
+    model = compiled(fisher=KroneckerFisher(every=1), optimizer=keras.optimizers.SGD(0.0))
+    x, y = blobs()
+    expected = model.predict(x, verbose=0)
+    copy = keras.models.clone_model(mlp())
+    copy.set_weights(model.get_weights())
+    wrong, runs, over = [], [], threading.Event()
+
+    def predict():
+        while not over.is_set():
+            for found in (model.predict_on_batch(x), model(x).numpy()):
+                runs.append(1)
+                if not np.allclose(found, expected, atol=1e-5):
+                    wrong.append(found)
+
+    thread = threading.Thread(target=predict)
+    thread.start()
+    try:
+        for _ in range(3):
+            model.fit(x, y, epochs=3, verbose=0)
+            model.tasks_learned, model.weights_digest = 0, b""  # nothing moves at this rate
+            model.consolidate()
+    finally:
+        over.set()
+        thread.join()
+    assert not wrong
+    assert len(runs) > 10
+    statistics = model.fisher.state()
+    model.fisher.reset()
+    alone = DWDModel.from_model(copy, fisher=KroneckerFisher(every=1))
+    alone.compile(keras.optimizers.SGD(0.0), model.loss)
+    alone.fit(x, y, epochs=3, verbose=0)
+    alone.consolidate()
+    for path, anchor in alone.regularizer.anchors.items():
+        np.testing.assert_allclose(anchor, model.regularizer.anchors[path])
+    assert statistics.keys() == alone.fisher.state().keys()
+    assert by_path(model).keys() == by_path(alone).keys()
