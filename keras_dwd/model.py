@@ -153,6 +153,7 @@ class DWDModel(SavedModel):
         if self.train_function is not None and not force:
             return self.train_function
         if self._learns_online:
+            self.fisher.forget_all_but(self.fisher.shapes(self, by_path(self)))
             shapes = self.kept(self.fisher.shapes(self, self._pulled_variables()))
             self.fisher.build(shapes, optimizer.find(self.optimizer))
         self.head_gate.build(self._trainable_by_path())

@@ -78,11 +78,11 @@ class SavedModel(DistributedModel):
     def quantize(self, mode: Any = None, config: Any = None, **kwargs: Any) -> None:
         """`keras.Model.quantize`; what is quantised stays as it is from then on."""
         chosen = mode or getattr(config, "mode", None)
-        if chosen not in ("int8", "float8") and state.state_of(self):
+        if chosen != "int8" and self.tasks_learned:
             raise ValueError(
-                "`mode` must be 'int8' or 'float8' for a model with consolidation state: others "
-                "replace variables that the state is about. Quantise what `export` or a clone "
-                f"with the same weights gives. Received: {chosen!r}"
+                "`mode` must be 'int8' for a model that has learned tasks: others replace what "
+                "these are about. Quantise a clone with the same weights, to be used and not "
+                f"trained. Received: {chosen!r}"
             )
         super().quantize(mode, config, **kwargs)
 

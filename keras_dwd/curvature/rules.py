@@ -256,6 +256,12 @@ def ruled_layers(model: keras.Model) -> list[RuledLayer]:
     cannot be followed (see `follow`), and those that compute their activations again in the
     backward pass.
     """
+    found = _layers_with_variables(model)
+    followed = follow(model, [ruled.layer for ruled in found])
+    return [ruled for ruled in found if id(ruled.layer) in followed]
+
+
+def _layers_with_variables(model: keras.Model) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
     found, owners = [], Counter[int]()
     for layer in model._flatten_layers(include_self=False):
@@ -267,9 +273,7 @@ def ruled_layers(model: keras.Model) -> list[RuledLayer]:
             names = {v.name: paths[id(v)] for v in own}
             found.append(RuledLayer(layer, rule_for(layer), names))
     shared = {path for i, path in paths.items() if owners[i] > 1}
-    found = [ruled for ruled in found if not shared & set(ruled.paths.values())]
-    followed = follow(model, [ruled.layer for ruled in found])
-    return [ruled for ruled in found if id(ruled.layer) in followed]
+    return [ruled for ruled in found if not shared & set(ruled.paths.values())]
 
 
 Matrix = tuple[tuple[str, ...], MatrixForm]
@@ -281,5 +285,5 @@ def matrices(model: keras.Model) -> dict[str, Matrix]:
 
     Also of layers that have become something else since, by LoRA or quantisation.
     """
-    found = {ruled: ruled.earlier_matrix for ruled in ruled_layers(model)}
+    found = {ruled: ruled.earlier_matrix for ruled in _layers_with_variables(model)}
     return {ruled.kernel: matrix for ruled, matrix in found.items() if matrix is not None}
