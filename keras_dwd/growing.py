@@ -15,9 +15,7 @@ from keras_dwd.variables import Arrays, Variables, by_path, digest_of
 _LEFT = {*state.STATISTICS, "in_use", "center", "value"}
 
 
-def inherit(
-    model: Any, previous: Any, names_of: Mapping[str, str], dropped: Sequence[str]
-) -> None:
+def inherit(model: Any, previous: Any, names_of: Mapping[str, str], dropped: Sequence[str]) -> None:
     """See `DWDModel.inherit`."""
     if not hasattr(previous, "regularizer") or previous is model:
         raise ValueError(f"`previous` must be another DWDModel. Received: {previous!r}")

@@ -44,7 +44,7 @@ def state_of(model: Any) -> Arrays:
         **model.regularizer.state(),
         **model.fisher.state(),
         **model.head_gate.state(),
-        **{f"value/{path}": np.asarray(v) for path, v in _merged_in_files(model).items()},
+        **{f"value/{path}": np.asarray(v) for path, v in _not_in_files(model).items()},
         **{f"{GROUPING}{name}": array for name, array in grouping.items()},
         "format": np.asarray(FORMAT, "int64"),
         "tasks_learned": np.asarray(model.tasks_learned, "int64"),
@@ -207,11 +207,14 @@ def json_array(content: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(content).encode(), "uint8")
 
 
-def _merged_in_files(model: Any) -> Variables:
-    """Variables of layers with LoRA: Keras saves them with the kernel and adapters as one."""
+def _not_in_files(model: Any) -> Variables:
+    """Variables that Keras does not save as they are.
+
+    The states of random generators it leaves out; LoRA it saves merged with the kernel.
+    """
     adapted = [x for x in model._flatten_layers() if getattr(x, "lora_enabled", False)]
-    own = {id(v) for layer in adapted for v in layer.variables}
-    return {path: v for path, v in by_path(model).items() if id(v) in own}
+    kept = {id(v) for v in model.weights} - {id(v) for x in adapted for v in x.variables}
+    return {path: v for path, v in by_path(model).items() if id(v) not in kept}
 
 
 def _unnumbered(path: str) -> str:
@@ -229,9 +232,7 @@ def groups_of(saved: np.ndarray) -> Summary:
             group["layers"] = {path: int(count) for path, count in group["layers"].items()}
         return list(groups)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(
-            f"The saved summary of groups cannot be read. {_UNCHANGED}"
-        ) from None
+        raise ValueError(f"The saved summary of groups cannot be read. {_UNCHANGED}") from None
 
 
 def _blocks(
