@@ -136,7 +136,8 @@ class SavedModel(DistributedModel):
         """A model like one loaded from a file of this one; it shares nothing with it."""
         types = {type(layer).__name__: type(layer) for layer in self._flatten_layers()}
         with keras.saving.custom_object_scope(types):
-            load, arguments = self.__reduce__()
+            from_file: Any = self.__reduce__()  # as Keras has it: a file in memory, no pickle
+            load, arguments = from_file
             memo[id(self)] = made = load(*arguments)
         return made
 

@@ -9,8 +9,16 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_dwd import DWDModel, DWDOptimizer, DWDRegularizer, GroupingPolicy, KroneckerFisher
-from keras_dwd import LayerGrouping, SingleGroup, __version__
+from keras_dwd import (
+    DWDModel,
+    DWDOptimizer,
+    DWDRegularizer,
+    GroupingPolicy,
+    KroneckerFisher,
+    LayerGrouping,
+    SingleGroup,
+    __version__,
+)
 
 FOLDER = Path(__file__).parent.parent / "tests" / "data"
 

@@ -216,9 +216,9 @@ def test_what_fits_nothing_is_refused(tmp_path):
         assert state_of(new).keys() == state.keys()
     with pytest.raises(ValueError, match="must be another DWDModel"):
         same.inherit(mlp())
+    one, other = (compiled(net(hidden=3, norm=False)) for _ in "ab")
     with pytest.raises(ValueError, match=r"gives 'head/bias' to two"):
-        three = compiled(net(hidden=3, norm=False))
-        compiled(net(hidden=3, norm=False)).inherit(three, {"hidden/bias": "head/bias"})
+        other.inherit(one, {"hidden/bias": "head/bias"})
 
 
 def test_nothing_learned_is_no_hindrance():
@@ -262,11 +262,10 @@ def adaptable():
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("exact"), KroneckerFisher()])
-def test_lora_between_tasks(fisher, tmp_path):
+def test_lora_between_tasks(tmp_path):
     rng = np.random.default_rng(0)
     data = [(rng.integers(0, 9, (32, 6)), rng.integers(0, 3, 32)) for _ in range(3)]
-    model = compiled(adaptable(), "adam", fisher=fisher)
+    model = compiled(adaptable(), "adam")
     model.fit(*data[0], verbose=0)
     model.consolidate()
     kernels = ["embedding/embeddings", "einsum/kernel", "head/kernel"]

@@ -168,14 +168,14 @@ def functional():
 
 @pytest.mark.parametrize("kind", [mlp, functional, subclassed])
 def test_weights_are_exchanged_with_plain_models(kind, tmp_path):
-    model = in_the_middle(compiled(kind(), "adam"))
+    model = in_the_middle(compiled(kind(), "adam", fisher=DiagonalFisher()))
     file = tmp_path / "model.weights.h5"
     model.save_weights(file)
     plain = kind()
     plain.load_weights(file)
     np.testing.assert_array_equal(plain.predict(X, verbose=0), model.predict(X, verbose=0))
     # And a new DWDModel takes all of it, the optimizer's state too.
-    again = compiled(kind(), "adam")
+    again = compiled(kind(), "adam", fisher=DiagonalFisher())
     again.optimizer.build(again.trainable_variables)
     again.load_weights(file)
     assert_same(model, again)
@@ -221,10 +221,9 @@ def test_a_clone_has_the_settings_and_no_state():
     assert DWDModel(clone.inputs, clone.outputs, strength=2.0).regularizer.strength == 2.0
 
 
-@pytest.mark.parametrize("kind", [mlp, subclassed])
-@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy])
+@pytest.mark.parametrize(("kind", "how"), [(mlp, copy.copy), (subclassed, copy.deepcopy)])
 def test_a_copy_has_all_and_shares_nothing(kind, how):
-    model = in_the_middle(compiled(kind(), "adam"))
+    model = in_the_middle(compiled(kind(), "adam", fisher=DiagonalFisher()))
     copied = how(model)
     assert type(copied) is DWDModel
     assert_same(model, copied)
@@ -238,7 +237,8 @@ def test_a_copy_has_all_and_shares_nothing(kind, how):
 
 
 def test_a_task_graph_is_not_shared_by_two_models(tmp_path):
-    model = compiled(task_graph=TaskGraph(tmp_path / "graph", X[:16]))
+    graph = TaskGraph(tmp_path / "graph", X[:16])
+    model = compiled(fisher=DiagonalFisher(), task_graph=graph)
     learn(model, 0)
     copied = copy.deepcopy(model)
     learn(model, 1)
@@ -256,7 +256,7 @@ def test_a_format_without_room_for_the_state_is_refused(tmp_path):
 
 
 def test_formats_are_told_apart():
-    model = in_the_middle(compiled())
+    model = in_the_middle(compiled(fisher=DiagonalFisher()))
     store = {}
     save(model, store)
     assert store["format"] == FORMAT == 1
@@ -272,7 +272,7 @@ def test_formats_are_told_apart():
 
 def test_state_of_another_grouping_is_refused():
     store = {}
-    model = in_the_middle(compiled(grouping=policy()))
+    model = in_the_middle(compiled(fisher=DiagonalFisher(), grouping=policy()))
     save(model, store)
     three = compiled(grouping=GroupingPolicy([SingleGroup(), LayerGrouping(), SingleGroup()]))
     for other in (compiled(), three):
@@ -287,7 +287,7 @@ def test_state_of_another_grouping_is_refused():
 
 def test_weights_of_another_architecture_are_refused_by_name():
     store = {}
-    save(in_the_middle(compiled()), store)
+    save(in_the_middle(compiled(fisher=DiagonalFisher())), store)
     other = compiled(
         keras.Sequential([keras.Input((6,)), layers.Dense(8, name="a"), layers.Dense(3, name="b")])
     )
