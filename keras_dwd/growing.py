@@ -14,6 +14,9 @@ from keras_dwd.variables import Arrays, Variables, by_path, digest_of
 # What is of the task that is being learned, of the task graph, or of files alone.
 _LEFT = {*state.STATISTICS, "in_use", "center", "value"}
 
+# All directions of as many rows are made explicit, where that is needed.
+_MANY = 4096
+
 
 def inherit(model: Any, previous: Any, names_of: Mapping[str, str], dropped: Sequence[str]) -> None:
     """See `DWDModel.inherit`."""
@@ -175,7 +178,10 @@ def _grown_factors(path: str, kept: Arrays, before: Matrix, after: Matrix) -> Ar
         if len(places) == size:
             continue
         vectors, values, rest = (kept[f"{side}_{p}/{path}"] for p in ("vectors", "values", "rest"))
-        if rest > 0:  # it is that of the old ones alone: their other directions become explicit
+        left = np.zeros(())
+        if rest > 0 and len(places) > _MANY:  # its trace is spread over the new ones too
+            left = rest * (len(places) - len(values)) / (size - len(values))
+        elif rest > 0:  # it is that of the old ones alone: their directions become explicit
             others = np.linalg.svd(vectors.astype("float64"))[0][:, vectors.shape[1] :]
             values = np.concatenate([values, np.full(others.shape[1], rest)])
             vectors = np.concatenate([vectors, others], 1)
@@ -183,5 +189,5 @@ def _grown_factors(path: str, kept: Arrays, before: Matrix, after: Matrix) -> Ar
         whole[places] = vectors
         found[f"{side}_vectors/{path}"] = whole
         found[f"{side}_values/{path}"] = np.asarray(values)
-        found[f"{side}_rest/{path}"] = np.zeros(())
+        found[f"{side}_rest/{path}"] = left
     return found

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd import growing, state
-from keras_dwd.distributed.model import DistributedModel
+from keras_dwd.distributed.model import DistributedModel, arguments
 from keras_dwd.distributed.workers import Workers
 from keras_dwd.variables import Arrays
 
@@ -75,16 +75,17 @@ class SavedModel(DistributedModel):
             else:
                 plain.load_weights(filepath, *args, **kwargs)
 
-    def quantize(self, mode: Any = None, config: Any = None, **kwargs: Any) -> None:
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
         """`keras.Model.quantize`; what is quantised stays as it is from then on."""
-        chosen = mode or getattr(config, "mode", None)
+        given = arguments(keras.Model.quantize, *args, **kwargs)
+        chosen = given.get("mode") or getattr(given.get("config"), "mode", None)
         if chosen != "int8" and self.tasks_learned:
             raise ValueError(
                 "`mode` must be 'int8' for a model that has learned tasks: others replace what "
                 "these are about. Quantise a clone with the same weights, to be used and not "
                 f"trained. Received: {chosen!r}"
             )
-        super().quantize(mode, config, **kwargs)
+        super().quantize(*args, **kwargs)
 
     def inherit(
         self,
@@ -96,8 +97,9 @@ class SavedModel(DistributedModel):
 
         For a model that has grown: with more layers, more heads, more classes. A variable goes
         by its path, layers and name, and may have become larger along any axis: what was there
-        comes first in it and is pulled as before. All that is new is free. The online estimate of
-        a task that `previous` has not consolidated starts anew.
+        comes first in it and is pulled as before. All that is new is free (in matrices of more than
+        4,096 rows nearly so). The online estimate of a task that `previous` has not consolidated
+        starts anew. What this model has learned so far is replaced.
 
         Args:
             previous: A `DWDModel`, which stays as it is. It may share layers with this one.
@@ -184,5 +186,5 @@ def cloned_settings(outputs: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for tensor in tf.nest.flatten(outputs):
-        found = tensor.__dict__.pop("_settings_of_clone", found)
+        found = getattr(tensor, "__dict__", {}).pop("_settings_of_clone", found)
     return found

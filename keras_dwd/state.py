@@ -72,13 +72,14 @@ def restore(model: Any, saved: Arrays) -> None:
     """
     ordered = list(by_path(model))
     found = {key: key.split("|", 2) for key in saved if "|" in key}
+    # A subclassed model numbers its layers anew in each process: go by their order.
+    numbered = any(path.replace("|", "/") not in ordered for _, _, path in found.values())
     names: dict[str, str] = {}
     for _, position, saved_path in found.values():
         path = saved_path.replace("|", "/")
         at = int(position) if position.isdigit() else len(ordered)
         other = ordered[at] if at < len(ordered) else ""
-        # A subclassed model numbers its layers anew in each process: go by their order.
-        alike = path not in ordered and _unnumbered(other) == _unnumbered(path)
+        alike = numbered and _unnumbered(other) == _unnumbered(path)
         names[path] = other if alike else path
     taken = {f"{kind}/{path.replace('|', '/')}": saved[k] for k, (kind, _, path) in found.items()}
     taken |= {key: array for key, array in saved.items() if "|" not in key}

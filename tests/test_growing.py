@@ -123,6 +123,18 @@ def test_what_has_become_wider_is_pulled_where_it_was_and_free_where_it_is_new(f
     assert new.tasks_learned == 3
 
 
+def test_a_matrix_of_many_rows_grows_without_making_all_directions_explicit(monkeypatch):
+    old = learned(compiled(net(norm=False), fisher=KroneckerFisher(rank=2), grouping=None))
+    new = compiled(net(11, norm=False), fisher=KroneckerFisher(rank=2), grouping=None)
+    monkeypatch.setattr("keras_dwd.growing._MANY", 4)
+    new.inherit(old)
+    blocks = [model.regularizer.precisions["hidden/kernel"] for model in (old, new)]
+    vectors, rests = ([getattr(b.g, name).numpy() for b in blocks] for name in ("vectors", "rest"))
+    assert [v.shape[1] for v in vectors] == [2, 2]
+    assert rests[1] == pytest.approx(rests[0] * (8 - 2) / (11 - 2))
+    assert rests[0] > 0
+
+
 def test_inputs_that_were_never_active_may_become_more():
     def sparse(hidden):
         return net(hidden, between=[KWinners(0.05)], norm=False)

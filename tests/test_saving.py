@@ -25,6 +25,7 @@ from keras_dwd import (
     TaskHeads,
 )
 from keras_dwd.state import FORMAT, restore, save, state_of
+from keras_dwd.variables import by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 X, Y = blobs()
@@ -283,6 +284,25 @@ def test_state_of_another_grouping_is_refused():
     restore(model, store)
     assert model.grouping.picked == 0
     assert model.grouping.counts == [0, 0]
+
+
+def test_layers_that_are_numbered_anew_are_found_by_their_order(tmp_path):
+    def square():
+        inputs = keras.Input((6,))
+        return keras.Model(inputs, layers.Dense(6)(layers.Dense(6)(inputs)))
+
+    model = in_the_middle(compiled(square(), fisher=DiagonalFisher()))
+    assert "anchor/dense_1/kernel" in state_of(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    keras.utils.clear_session()
+    layers.Dense(1)  # then the first one is called as the second was
+    again = compiled(square(), fisher=DiagonalFisher())
+    assert "dense_1/kernel" in by_path(again)
+    again.load_weights(tmp_path / "model.weights.h5")
+    for before, after in (("dense", "dense_1"), ("dense_1", "dense_2")):
+        np.testing.assert_array_equal(
+            state_of(again)[f"anchor/{after}/kernel"], state_of(model)[f"anchor/{before}/kernel"]
+        )
 
 
 def test_weights_of_another_architecture_are_refused_by_name():
