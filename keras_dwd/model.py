@@ -6,26 +6,27 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import optimizer, state
+from keras_dwd import optimizer
 from keras_dwd.checks import check_fit, check_weights
 from keras_dwd.curvature.boundary_pass import BoundaryPass
 from keras_dwd.curvature.fisher import Block, Fisher, Statistics
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.distributed.communicator import Communicator
-from keras_dwd.distributed.model import DistributedModel, arguments
-from keras_dwd.distributed.workers import Workers, block_sizes
+from keras_dwd.distributed.model import arguments
+from keras_dwd.distributed.workers import block_sizes
 from keras_dwd.gradients import all_finite, data_gradients, loss_scale
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
 from keras_dwd.grouping.grouping import Grouping, Learned, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
 from keras_dwd.regularizer import DWDRegularizer, Folded
+from keras_dwd.saving import SavedModel, cloned_settings
 from keras_dwd.tasks.task_graph import TaskGraph
 from keras_dwd.variables import Arrays, Variables, by_path, digest_of, kinds_of
 from keras_dwd.wrapping import copied, wrapped
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDModel(DistributedModel):
+class DWDModel(SavedModel):
     """A Keras model that keeps what it knew while `fit` trains it on the next task.
 
     Train it as any Keras model. After each task call `consolidate`: the Fisher information of the
@@ -79,6 +80,11 @@ class DWDModel(DistributedModel):
             raise TypeError(
                 "DWDModel is built from `inputs` and `outputs`. "
                 "Use `DWDModel.from_model(model)` for a sequential or subclassed model."
+            )
+        clone = cloned_settings(args[1:])
+        if clone:
+            regularizer, fisher, grouping, task_graph = (
+                clone[name] for name in ("regularizer", "fisher", "grouping", "task_graph")
             )
         if strength is not None:
             if regularizer is not None:
@@ -147,6 +153,7 @@ class DWDModel(DistributedModel):
         if self.train_function is not None and not force:
             return self.train_function
         if self._learns_online:
+            self.fisher.forget_all_but(self.fisher.shapes(self, by_path(self)))
             shapes = self.kept(self.fisher.shapes(self, self._pulled_variables()))
             self.fisher.build(shapes, optimizer.find(self.optimizer))
         self.head_gate.build(self._trainable_by_path())
@@ -295,7 +302,7 @@ class DWDModel(DistributedModel):
         return self.workers.total(self.regularizer.value(by_path(self)))
 
     def get_config(self) -> dict[str, Any]:
-        """Configuration of the model, its settings included; state is in the weights file."""
+        """Configuration of the model, its settings included; its state is next to the weights."""
         serialize = keras.saving.serialize_keras_object
         return super().get_config() | {
             "regularizer": serialize(self.regularizer),
@@ -303,34 +310,6 @@ class DWDModel(DistributedModel):
             "grouping": None if self.grouping is None else serialize(self.grouping),
             "task_graph": None if self.task_graph is None else serialize(self.task_graph),
         }
-
-    def save_own_variables(self, store: Any) -> None:
-        """Write the consolidation state next to the weights."""
-        super().save_own_variables(store)
-        state.save(self, store)
-
-    def give_state(self) -> None:
-        """Take part in saving what workers have divided."""
-        state.save(self, {})
-
-    def divide_state(self, workers: Workers) -> None:
-        """Go on with other workers, each with its share of the state."""
-        learned: Arrays = {}
-        if self.workers.sharded != workers.sharded:
-            state.save(self, learned)
-        self.workers = workers
-        if learned:
-            state.restore(self, learned)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Take over weights and consolidation state, whichever of the two are there."""
-        keys = list(store.keys())  # of a file, which cannot be iterated over itself
-        own = {key: store[key] for key in keys if key.isdigit()}
-        if own:
-            super().load_own_variables(own)
-        saved = {key: np.asarray(store[key]) for key in keys if not key.isdigit()}
-        if saved:
-            state.restore(self, saved)
 
     # Below: how it is done.
 

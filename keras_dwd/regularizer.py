@@ -153,7 +153,9 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             level = self._level(key)
             for path, pull in pulls:
                 if self.strength_of(variables[path]):
-                    found[path] = pull if level is None else level * pull
+                    pull = pull if level is None else level * pull
+                    # A bias may have been in a layer's matrix first and on its own since.
+                    found[path] = found[path] + pull if path in found else pull
         for path, distance in self._from_centers(variables).items():
             pull = self.tie.value * distance
             found[path] = found[path] + pull if path in found else pull
@@ -231,14 +233,14 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             scale: What the loss was scaled by before it was differentiated, if it was.
             budget: The rule.
         """
+        blocks = self.precisions.items()
+        groups = {path: self.group_of.get(key) for key, block in blocks for path in block.paths}
         for group, level in self.levels.items():
             squares = [tf.zeros(()), tf.zeros(())]
-            for key, block in self.precisions.items():
-                for path in block.paths if self.group_of.get(key) == group else ():
-                    if path in pulls and gradients.get(path) is not None:
-                        both = pulls[path], tf.convert_to_tensor(gradients[path])
-                        for i, part in enumerate(both):
-                            squares[i] += tf.reduce_sum(tf.cast(part, "float32") ** 2)
+            for path, gradient in gradients.items():
+                if groups.get(path) == group and path in pulls and gradient is not None:
+                    for i, part in enumerate((pulls[path], tf.convert_to_tensor(gradient))):
+                        squares[i] += tf.reduce_sum(tf.cast(part, "float32") ** 2)
             pull, gradient = tf.sqrt(squares[0]), tf.sqrt(squares[1])
             gradient = gradient if scale is None else gradient / tf.cast(scale, "float32")
             share = tf.math.divide_no_nan(pull, pull + gradient)
@@ -299,10 +301,13 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         return self.levels[self.group_of[key]].value if key in self.group_of else None
 
     def _differences(self, block: Block, variables: Variables) -> list[tf.Tensor]:
-        return [
-            tf.cast(variables[path].value, "float32") - self.anchors[path].value
-            for path in block.paths
-        ]
+        return [self._difference(variables[path], self.anchors[path]) for path in block.paths]
+
+    @staticmethod
+    def _difference(variable: keras.Variable, anchor: keras.Variable) -> tf.Tensor:
+        if not keras.backend.is_float_dtype(variable.dtype):  # quantised: it moves no more
+            return tf.zeros_like(anchor.value)
+        return tf.cast(variable.value, "float32") - anchor.value
 
     def state(self) -> Arrays:
         """All slots as arrays, by `kind/PATH`; `level` is a group's number and its λ_k."""

@@ -1,6 +1,8 @@
 """Saving and restoring what a model consolidated, next to its weights."""
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -10,33 +12,45 @@ from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.curvature.kronecker import Kronecker, KroneckerFisher
 from keras_dwd.curvature.low_rank import LowRank
-from keras_dwd.curvature.rules import RuledLayer, ruled_layers
+from keras_dwd.curvature.rules import Matrix, matrices
+from keras_dwd.files import FileError
 from keras_dwd.grouping.grouping import Summary
-from keras_dwd.variables import Arrays, by_path
+from keras_dwd.variables import Arrays, Variables, by_path
 
-_SCALARS = {"tasks_learned", "weights_digest", "fisher_weight", "fisher_looked", "groups", "tie"}
+# Raised when a later version could no longer be read by an earlier one.
+FORMAT = 1
+_SCALARS = {
+    *("format", "tasks_learned", "weights_digest"),
+    *("fisher_weight", "fisher_looked", "groups", "tie"),
+}
+GROUPING = "grouping."
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
-_LEAVES = {
+LEAVES = {
     "precision",
     "correction",
     "input_rows",
     *(f"{side}_{part}" for side in _SIDES for part in _PARTS),
 }
-_STATISTICS = {"fisher", "sketch", "margin", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
+STATISTICS = {"fisher", "sketch", "margin", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
+_UNCHANGED = "The model's consolidation state was left as it was."
 
 
 def state_of(model: Any) -> Arrays:
     """All of a `DWDModel`'s consolidation state, by `kind/PATH` or by name."""
     if not (model.tasks_learned or model.fisher.slots or float(model.fisher.weight)):
         return {}
+    grouping = {} if model.grouping is None else model.grouping.state()
     return {
         **model.regularizer.state(),
         **model.fisher.state(),
         **model.head_gate.state(),
+        **{f"value/{path}": np.asarray(v) for path, v in _not_in_files(model).items()},
+        **{f"{GROUPING}{name}": array for name, array in grouping.items()},
+        "format": np.asarray(FORMAT, "int64"),
         "tasks_learned": np.asarray(model.tasks_learned, "int64"),
         "weights_digest": np.frombuffer(model.weights_digest, "uint8"),
-        "groups": np.frombuffer(json.dumps(model.groups).encode(), "uint8"),
+        "groups": json_array(model.groups),
     }
 
 
@@ -55,72 +69,100 @@ def restore(model: Any, saved: Arrays) -> None:
     """Take over a saved state, after all of it was found to fit the model.
 
     Raises:
-        ValueError: If it does not. The model's state is then as before.
+        FileError: If it does not. The model's state is then as before.
     """
+    ordered = list(by_path(model))
+    found = {key: key.split("|", 2) for key in saved if "|" in key}
+    for key, parts in found.items():
+        if len(parts) != 3:
+            refuse(parts[0], key, saved[key])
+    # A subclassed model numbers its layers anew in each process: go by their order.
+    numbered = any(path.replace("|", "/") not in ordered for _, _, path in found.values())
+    names: dict[str, str] = {}
+    for _, position, saved_path in found.values():
+        path = saved_path.replace("|", "/")
+        at = int(position) if position.isdigit() else len(ordered)
+        other = ordered[at] if at < len(ordered) else ""
+        alike = numbered and _unnumbered(other) == _unnumbered(path)
+        names[path] = other if alike else path
+    taken = {f"{kind}/{path.replace('|', '/')}": saved[k] for k, (kind, _, path) in found.items()}
+    taken |= {key: array for key, array in saved.items() if "|" not in key}
+    take(model, renamed(taken, names))
+
+
+def renamed(arrays: Arrays, names: Mapping[str, str]) -> Arrays:
+    """A state with other paths, also in the summary of groups."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        kind, _, path = name.partition("/")
+        key = f"{kind}/{names.get(path, path)}" if path else name
+        if key in found:
+            refuse(kind, path, array)
+        found[key] = array
+    if "groups" in found:
+        groups = groups_of(found["groups"])
+        for group in groups:
+            group["layers"] = {names.get(path, path): n for path, n in group["layers"].items()}
+        found["groups"] = json_array(groups)
+    return found
+
+
+def take(model: Any, state: Arrays) -> None:
+    """Take over a state by `kind/PATH`, as of `state_of`, see `restore`."""
     variables = by_path(model)
-    scalars = {key: array for key, array in saved.items() if "|" not in key}
-    found = [(key.split("|", 2), array) for key, array in saved.items() if "|" in key]
-    paths = [path.replace("|", "/") for (_, _, path), _ in found]
-    if any(path not in variables for path in paths):
-        # A subclassed model does not keep the names of its layers: go by their order.
-        ordered = dict(enumerate(variables))
-        paths = [ordered.get(int(p) if p.isdigit() else -1, "") for (_, p, _), _ in found]
-    if set(scalars) != _SCALARS:
-        raise ValueError(
-            f"The file holds an incomplete or unknown consolidation state: {sorted(scalars)}. "
-            "That of the model was left as it was."
+    scalars = {name: array for name, array in state.items() if "/" not in name}
+    grouping = {n: scalars.pop(n) for n in list(scalars) if n.startswith(GROUPING)}
+    version = scalars.get("format", np.ones(()))
+    if version.shape != () or version > FORMAT:
+        raise FileError(
+            f"The consolidation state was saved by a newer version of keras_dwd, in format "
+            f"{version}: this one reads formats up to {FORMAT}. Install that version. {_UNCHANGED}"
         )
-    names = {saved.replace("|", "/"): p for ((_, _, saved), _), p in zip(found, paths, strict=True)}
-    groups = _groups(scalars["groups"], names)
+    if scalars.keys() | {"format"} != _SCALARS:
+        raise FileError(
+            "The file holds an incomplete or unknown consolidation state: "
+            f"{sorted(scalars)}. {_UNCHANGED}"
+        )
+    missing = {name.partition("/")[2] for name in state if "/" in name} - set(variables)
+    if missing:
+        raise FileError(
+            f"The saved state is about {', '.join(map(repr, sorted(missing)))}, which the model "
+            "has not. Load it into a model with the same layers, of the same names; another one "
+            f"can then `inherit` from that. {_UNCHANGED}"
+        )
+    groups = groups_of(scalars["groups"])
     statistics = model.fisher.shapes(model, variables)
-    anchors: Arrays = {}
-    levels: Arrays = {}
-    centers: Arrays = {}
-    online: Arrays = {}
-    in_use: Arrays = {}
+    kinds: dict[str, Arrays] = {
+        kind: {} for kind in ("level", "anchor", "center", "in_use", "value", "online")
+    }
     leaves: dict[str, Arrays] = {}
     foreign = False  # the file's online estimate is of another kind than this model keeps
-    for ((kind, _, saved_path), array), path in zip(found, paths, strict=True):
-        shape = tuple(variables[path].shape) if path in variables else None
-        name = f"{kind}/{path}"
-        if shape is not None and kind in _LEAVES:
+    for name, array in state.items():
+        kind, _, path = name.partition("/")
+        if not path:
+            continue
+        shape: tuple[int, ...] | None = tuple(variables[path].shape)
+        if kind in LEAVES:
             leaves.setdefault(path, {})[kind] = array
             continue
-        if kind == "level" and shape is not None:
-            expected, held, key = (2,), levels, path
-        elif kind == "anchor" and shape is not None:
-            expected, held, key = shape, anchors, path
-        elif kind == "center" and shape is not None:
-            expected, held, key = shape, centers, path
-        elif kind == "in_use" and shape:
-            expected, held, key = shape[:1], in_use, path
-        elif kind in _STATISTICS and shape is not None:
-            expected, held, key = statistics.get(name, array.shape), online, name
+        held = kinds.get(kind, {})
+        if kind == "level":
+            shape = (2,)
+        elif kind == "in_use":
+            shape = shape[:1] if shape else None
+        elif kind in STATISTICS:
+            shape, held, path = statistics.get(name, array.shape), kinds["online"], name
             foreign |= name not in statistics
-        else:
-            expected, held, key = None, {}, ""
-        if array.shape != expected or key in held:
-            _refuse(kind, saved_path, array.shape)
-        held[key] = array
-    matrices = {r.kernel: r for r in ruled_layers(model) if r.form is not None}
-    rank = getattr(model.fisher, "rank", KroneckerFisher().rank)
-    correction = getattr(model.fisher, "correction", 1)
-    blocks: dict[str, Block] = {}
-    for path, parts in leaves.items():
-        try:
-            shape = tuple(variables[path].shape)
-            blocks[path] = _block(path, parts, shape, matrices.get(path), rank, correction)
-        except ValueError:
-            kind, array = next(iter(parts.items()))
-            _refuse(kind, path, array.shape)
-        missing = [p for p in blocks[path].paths if p not in anchors]
-        if missing:
-            raise ValueError(
-                f"The saved precision of {missing[0]!r} has no anchor. The model's consolidation "
-                "state was left as it was."
-            )
+        elif kind not in kinds:
+            shape = None
+        if array.shape != shape:
+            refuse(kind, path, array)
+        held[path] = array
+    blocks = _blocks(model, variables, leaves, kinds["anchor"])
+    if model.grouping is not None:
+        model.grouping.restore({n.removeprefix(GROUPING): a for n, a in grouping.items()})
     # All of it fits: from here on nothing can fail.
-    online = model.kept(online)
+    online = model.kept(kinds["online"])
     emptied: tuple[dict[Any, Any], ...] = (
         model.regularizer.precisions,
         model.regularizer.anchors,
@@ -134,49 +176,95 @@ def restore(model: Any, saved: Arrays) -> None:
         slots.clear()
     for path, block in blocks.items():
         if model.workers.keeps(path):
-            model.regularizer.hold(path, block, {p: anchors[p] for p in block.paths})
+            model.regularizer.hold(path, block, {p: kinds["anchor"][p] for p in block.paths})
     if model.fisher.gamma is not None and online and not foreign:
         model.fisher.build({name: array.shape for name, array in online.items()})
         for name, array in online.items():
             model.fisher.slots[name].assign(array)
     model.fisher.weight.assign(0.0 if foreign else scalars["fisher_weight"])
     model.fisher.looked.assign(scalars["fisher_looked"])
-    model.head_gate.build({p: variables[p] for p in in_use})
-    for path, array in in_use.items():
+    model.head_gate.build({p: variables[p] for p in kinds["in_use"]})
+    for path, array in kinds["in_use"].items():
         if path in model.head_gate.in_use:
             model.head_gate.in_use[path].assign(array)
+    for path, array in kinds["value"].items():
+        variables[path].assign(array)
     model.tasks_learned = int(scalars["tasks_learned"])
     model.weights_digest = scalars["weights_digest"].tobytes()
     model.groups = groups
-    model.regularizer.tie_to(float(scalars["tie"]), centers)
-    for key, (group, level) in levels.items():
+    model.regularizer.tie_to(float(scalars["tie"]), kinds["center"])
+    for key, (group, level) in kinds["level"].items():
         model.regularizer.follow({key: int(group)})
         model.regularizer.levels[int(group)].assign(level)
     model.retrace()
 
 
-def _groups(saved: np.ndarray, names: dict[str, str]) -> Summary:
-    """The summary of groups, from JSON, with the paths of this model for those of the file."""
+def refuse(kind: str, path: str, array: np.ndarray) -> NoReturn:
+    """Raise `FileError`: a part of a state has no place in the model."""
+    raise FileError(
+        f"The saved {kind} of {path!r}, of shape {array.shape}, fits no variable of the model. "
+        f"{_UNCHANGED}"
+    )
+
+
+def json_array(content: Any) -> np.ndarray:
+    """What is no array, as one."""
+    return np.frombuffer(json.dumps(content).encode(), "uint8")
+
+
+def _not_in_files(model: Any) -> Variables:
+    """Variables that Keras does not save as they are.
+
+    The states of random generators it leaves out; LoRA it saves merged with the kernel.
+    """
+    adapted = [x for x in model._flatten_layers() if getattr(x, "lora_enabled", False)]
+    kept = {id(v) for v in model.weights} - {id(v) for x in adapted for v in x.variables}
+    return {path: v for path, v in by_path(model).items() if id(v) not in kept}
+
+
+def _unnumbered(path: str) -> str:
+    """A path without the numbers that Keras appends to names."""
+    return re.sub(r"_\d+(?=/|$)", "", path)
+
+
+def groups_of(saved: np.ndarray) -> Summary:
+    """The summary of groups, from JSON."""
     try:
         groups = json.loads(saved.tobytes())
         for group in groups:
             for name in ("group", "size", "mean_fisher", "magnitude", "strength"):
                 float(group[name])
-            members = group["layers"].items()
-            group["layers"] = {names.get(path, path): int(count) for path, count in members}
+            group["layers"] = {path: int(count) for path, count in group["layers"].items()}
         return list(groups)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(
-            "The saved summary of groups cannot be read. The model's consolidation state was left "
-            "as it was."
-        ) from None
+        raise FileError(f"The saved summary of groups cannot be read. {_UNCHANGED}") from None
+
+
+def _blocks(
+    model: Any, variables: Variables, leaves: dict[str, Arrays], anchors: Arrays
+) -> dict[str, Block]:
+    known = matrices(model)
+    rank = getattr(model.fisher, "rank", KroneckerFisher().rank)
+    correction = getattr(model.fisher, "correction", 1)
+    blocks: dict[str, Block] = {}
+    for path, parts in leaves.items():
+        try:
+            shape = tuple(variables[path].shape)
+            blocks[path] = _block(path, parts, shape, known.get(path), rank, correction)
+        except ValueError:
+            kind, array = next(iter(parts.items()))
+            refuse(kind, path, array)
+        missing = [p for p in blocks[path].paths if p not in anchors]
+        if missing:
+            raise FileError(f"The saved precision of {missing[0]!r} has no anchor. {_UNCHANGED}")
+    return blocks
 
 
 def _block(
     path: str,
     parts: Arrays,
     shape: tuple[int, ...],
-    matrix: RuledLayer | None,
+    matrix: Matrix | None,
     rank: int,
     correction: int,
 ) -> Block:
@@ -186,20 +274,13 @@ def _block(
         if "correction" not in parts:
             return Diagonal(path, parts["precision"])
         return LowRank(path, np.zeros(shape), np.zeros((1, 1)), correction).with_leaves(parts)
-    if matrix is None or matrix.form is None:
+    if matrix is None:
         raise ValueError
+    paths, form = matrix
     if "input_rows" in parts:
         rows = np.asarray(parts["input_rows"])
-        within = rows.ndim == 1 and rows.size and rows[0] >= 0 and rows[-1] < matrix.form.rows
+        within = rows.ndim == 1 and rows.size and rows[0] >= 0 and rows[-1] < form.rows
         if not within or np.any(np.diff(rows) < 1) or np.any(rows != np.floor(rows)):
             raise ValueError
     nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))
-    empty = Kronecker(matrix.matrix_paths, matrix.form, nothing, nothing, rank)
-    return empty.with_leaves(parts)
-
-
-def _refuse(kind: str, path: str, shape: tuple[int, ...]) -> NoReturn:
-    raise ValueError(
-        f"The saved {kind} of {path.replace('|', '/')!r}, of shape {shape}, fits no variable of "
-        "the model. Its consolidation state was left as it was."
-    )
+    return Kronecker(paths, form, nothing, nothing, rank).with_leaves(parts)

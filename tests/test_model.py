@@ -14,7 +14,7 @@ from keras_dwd import (
     KroneckerFisher,
     PenaltyLogger,
 )
-from keras_dwd.state import state_of
+from keras_dwd.state import restore, save, state_of
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -351,7 +351,7 @@ def test_state_that_fits_no_variable_is_refused(tmp_path):
     model = compiled(strength=1.0)
     model.fit(*blobs(), verbose=0)
     store = {}
-    model.save_own_variables(store)
+    save(model, store)
     before = state_of(model)
     for bad in (
         {**store, "precision|9|elsewhere": np.zeros(3)},
@@ -360,7 +360,7 @@ def test_state_that_fits_no_variable_is_refused(tmp_path):
         {key: array for key, array in store.items() if key != "tasks_learned"},
     ):
         with pytest.raises(ValueError, match="left as it was"):
-            model.load_own_variables(bad)
+            restore(model, bad)
     for name, array in state_of(model).items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -441,10 +441,10 @@ def test_loading_replaces_the_state_as_a_whole():
     early = compiled(strength=1.0)
     early.fit(*blobs(), verbose=0)
     store = {}
-    early.save_own_variables(store)
+    save(early, store)
     late = compiled(strength=1.0, fisher=DiagonalFisher("exact", gamma=None))
     late.consolidate(blobs())
-    late.load_own_variables(store)
+    restore(late, store)
     assert late.tasks_learned == 0
     assert not late.regularizer.precisions
     assert not late.fisher.slots

@@ -150,6 +150,11 @@ class Fisher:
             self.slots |= {name: untracked(np.zeros(shapes[name]), "fisher") for name in missing}
             self.reset()
 
+    def forget_all_but(self, names: Iterable[str]) -> None:
+        """Drop slots of what there is no more: that of a layer which LoRA has made another."""
+        for name in set(self.slots) - set(names):
+            del self.slots[name]
+
     def update(self, statistics: Statistics, valid: tf.Tensor | None = None) -> None:
         """One step of the moving average; graph code.
 

@@ -178,11 +178,16 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
 def rule_for(layer: keras.Layer) -> Rule:
     """The rule of a layer: its closed form, or the generic, slower one."""
     # With these a layer computes with something other than its variables as they are.
-    if not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)):
-        for parent in type(layer).__mro__:
-            if parent in _RULES:
-                same = getattr(type(layer), "call", None) is getattr(parent, "call", None)
-                return _RULES[parent] if same and _RULES[parent].supports(layer) else GENERIC
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return GENERIC
+    return _rule_of_type(layer)
+
+
+def _rule_of_type(layer: keras.Layer) -> Rule:
+    for parent in type(layer).__mro__:
+        if parent in _RULES:
+            same = getattr(type(layer), "call", None) is getattr(parent, "call", None)
+            return _RULES[parent] if same and _RULES[parent].supports(layer) else GENERIC
     return GENERIC
 
 
@@ -216,8 +221,17 @@ class RuledLayer:
     @property
     def matrix_paths(self) -> tuple[str, ...]:
         """The variables that are in the matrix."""
-        has_bias = self.form is not None and self.form.bias_shape is not None
+        return self._paths_in(self.form)
+
+    def _paths_in(self, form: MatrixForm | None) -> tuple[str, ...]:
+        has_bias = form is not None and form.bias_shape is not None
         return (self.kernel, self.paths["bias"]) if has_bias else (self.kernel,)
+
+    @property
+    def earlier_matrix(self) -> "Matrix | None":
+        """The matrix that the layer is, or was before LoRA or quantisation, and what is in it."""
+        form = _rule_of_type(self.layer).matrix(self.layer)
+        return None if form is None else (self._paths_in(form), form)
 
     @property
     def beside(self) -> bool:
@@ -242,6 +256,12 @@ def ruled_layers(model: keras.Model) -> list[RuledLayer]:
     cannot be followed (see `follow`), and those that compute their activations again in the
     backward pass.
     """
+    found = _layers_with_variables(model)
+    followed = follow(model, [ruled.layer for ruled in found])
+    return [ruled for ruled in found if id(ruled.layer) in followed]
+
+
+def _layers_with_variables(model: keras.Model) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
     found, owners = [], Counter[int]()
     for layer in model._flatten_layers(include_self=False):
@@ -253,6 +273,17 @@ def ruled_layers(model: keras.Model) -> list[RuledLayer]:
             names = {v.name: paths[id(v)] for v in own}
             found.append(RuledLayer(layer, rule_for(layer), names))
     shared = {path for i, path in paths.items() if owners[i] > 1}
-    found = [ruled for ruled in found if not shared & set(ruled.paths.values())]
-    followed = follow(model, [ruled.layer for ruled in found])
-    return [ruled for ruled in found if id(ruled.layer) in followed]
+    return [ruled for ruled in found if not shared & set(ruled.paths.values())]
+
+
+Matrix = tuple[tuple[str, ...], MatrixForm]
+"""The paths of a kernel and, where it is part of the matrix, its bias, and how they are one."""
+
+
+def matrices(model: keras.Model) -> dict[str, Matrix]:
+    """What Kronecker factors may be held of, by the path of the kernel.
+
+    Also of layers that have become something else since, by LoRA or quantisation.
+    """
+    found = {ruled: ruled.earlier_matrix for ruled in _layers_with_variables(model)}
+    return {ruled.kernel: matrix for ruled, matrix in found.items() if matrix is not None}

@@ -135,8 +135,8 @@ def _inputs(given: inspect.BoundArguments) -> tuple[Any, ...]:
     return tuple(tf.convert_to_tensor(value) for value in named if tf.is_tensor(value))
 
 
-# Of a model: the ids of layers that were asked about, and of those that can be followed.
-_followed: weakref.WeakKeyDictionary[keras.Model, tuple[set[int], set[int]]]
+# Of a model: the layers that were asked about, and the ids of those that can be followed.
+_followed: weakref.WeakKeyDictionary[keras.Model, tuple[dict[int, Any], set[int]]]
 _followed = weakref.WeakKeyDictionary()
 
 
@@ -149,7 +149,8 @@ def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
     is seen by running the model with batches of two sizes, where it has none of its own.
     """
     layers = list(layers)
-    asked = {id(layer) for layer in layers}
+    # Quantised, a layer is called in another way.
+    asked = {id(layer): getattr(layer, "quantization_mode", None) for layer in layers}
     if model not in _followed or _followed[model][0] != asked:
         owners = {id(v.value): id(layer) for layer in layers for v in layer._trainable_variables}
         values = [v.value for layer in layers for v in layer._trainable_variables]

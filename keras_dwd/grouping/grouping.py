@@ -118,6 +118,23 @@ class Grouping(ABC):
     def commit(self) -> None:  # noqa: B027
         """Told when what `apply` gave last has become part of the model."""
 
+    def state(self) -> Arrays:
+        """What was learned from task to task, by name; saved with the model, not with settings."""
+        return {}
+
+    def restore(self, state: Arrays) -> None:
+        """Take over what `state` gave; of nothing, be as new.
+
+        Raises:
+            ValueError: If it is not that of a grouping of these settings. Nothing changes then.
+        """
+        if state:
+            raise ValueError(
+                f"The saved state of a grouping, {', '.join(sorted(state))}, is not of a "
+                f"{type(self).__name__}: load it into a model with the grouping it was saved with. "
+                "The model's consolidation state was left as it was."
+            )
+
     @abstractmethod
     def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
         """Weigh the Fisher information by the λ_k of its groups.

@@ -9,7 +9,7 @@ import numpy as np
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.grouping.grouping import Described, Grouping, Learned, Summary
-from keras_dwd.variables import Variables
+from keras_dwd.variables import Arrays, Variables
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -20,13 +20,14 @@ class GroupingPolicy(Grouping):
     boundary (whether there was one before, how far parameters moved since, how unequal their Fisher
     information is) and picks the one with the highest upper confidence bound (LinUCB). The
     reward is what you say it is, between 0 and 1: in the end the accuracy on validation data
-    of all tasks so far. Give it after the next task, before `consolidate`. What was learned is part
-    of the configuration: it is saved with the model, and `get_config` carries it to the next.
+    of all tasks so far. Give it after the next task, before `consolidate`. What was learned is
+    saved with the model; `rewards` carries it to the policy of another one.
 
     Args:
         groupings: To pick from, two or more.
         exploration: ≥ 0, the width of the bound: how much is tried out.
-        rewards: How often each was rewarded and what was learned from it, as of `get_config`.
+        rewards: How often each was rewarded and what was learned from it: the `rewards` of another
+            policy with these groupings.
 
     Example:
 
@@ -59,26 +60,28 @@ class GroupingPolicy(Grouping):
             )
         self.groupings = made
         self.exploration = number("exploration", exploration, 0)
-        d = self.FEATURES
-        rewards = rewards or {}
-        if not isinstance(rewards, Mapping):
-            raise ValueError(f"`rewards` must be as of `get_config`. Received: {rewards!r}")
-        self.counts = [integer("rewards", n, 0) for n in rewards.get("counts", [0] * len(made))]
+        if rewards is not None and not isinstance(rewards, Mapping):
+            raise ValueError(f"`rewards` must be what another policy's has. Received: {rewards!r}")
+        self._given = rewards
+        self._begin()
+
+    def _begin(self) -> None:
+        rewards, number_of, d = self._given or {}, len(self.groupings), self.FEATURES
+        self.counts = [integer("rewards", n, 0) for n in rewards.get("counts", [0] * number_of)]
         # Of each grouping the ridge regression of rewards: A = I + Σ x xᵀ and b = Σ r x.
-        self._a = np.array(rewards.get("a", [np.eye(d)] * len(made)), "float64")
-        self._b = np.array(rewards.get("b", [np.zeros(d)] * len(made)), "float64")
-        if (len(self.counts), self._a.shape, self._b.shape) != (
-            len(made),
-            (len(made), d, d),
-            (len(made), d),
-        ):
-            raise ValueError(f"`rewards` must be those of {len(made)} groupings.")
+        self._a = np.array(rewards.get("a", [np.eye(d)] * number_of), "float64")
+        self._b = np.array(rewards.get("b", [np.zeros(d)] * number_of), "float64")
+        shapes = len(self.counts), self._a.shape, self._b.shape
+        if shapes != (number_of, (number_of, d, d), (number_of, d)):
+            raise ValueError(f"`rewards` must be those of {number_of} groupings.")
         self._next: tuple[int, np.ndarray] | None = None
         # The pick that waits for its reward, and the context it was made in.
         self._open: tuple[int, np.ndarray] | None = None
-        if rewards.get("open"):
-            picked, context = rewards["open"]
-            self._open = int(picked), np.array(context, "float64")
+
+    @property
+    def rewards(self) -> dict[str, Any]:
+        """What was learned so far, in numbers and lists."""
+        return {"counts": list(self.counts), "a": self._a.tolist(), "b": self._b.tolist()}
 
     @property
     def picked(self) -> int | None:
@@ -127,6 +130,40 @@ class GroupingPolicy(Grouping):
         """What was picked last has become part of the model."""
         self._open = self._next
 
+    def state(self) -> Arrays:
+        """What was learned, and the pick that waits for its reward."""
+        picked, context = (-1, np.zeros(self.FEATURES)) if self._open is None else self._open
+        return {
+            "counts": np.array(self.counts, "int64"),
+            "a": self._a,
+            "b": self._b,
+            "picked": np.array(picked, "int64"),
+            "context": context,
+        }
+
+    def restore(self, state: Arrays) -> None:
+        """Take over what `state` gave; of nothing, be as new.
+
+        Raises:
+            ValueError: If it is not that of as many groupings. Nothing changes then.
+        """
+        if not state:
+            self._begin()
+            return
+        shapes = {name: array.shape for name, array in state.items()}
+        expected = {name: array.shape for name, array in self.state().items()}
+        finite = all(np.isfinite(array).all() for array in state.values())
+        if shapes != expected or not finite or not -1 <= state["picked"] < len(self.groupings):
+            raise ValueError(
+                f"The saved state of a grouping is not of a policy of {len(self.groupings)} "
+                f"groupings: {shapes}, expected are {expected}. The model's consolidation state "
+                "was left as it was."
+            )
+        self.counts = [int(n) for n in state["counts"]]
+        self._a, self._b = (np.array(state[name], "float64") for name in "ab")
+        picked = int(state["picked"])
+        self._open = None if picked < 0 else (picked, np.array(state["context"], "float64"))
+
     def context(self, learned: Learned) -> np.ndarray:
         """What is known at a boundary, `(FEATURES,)`, each of the order of one."""
         mine: Described = {}
@@ -147,14 +184,9 @@ class GroupingPolicy(Grouping):
         return np.array([1.0, float(size > 0), distance, spread / 10])
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, with what was learned."""
+        """The constructor's arguments."""
         return {
             "groupings": [keras.saving.serialize_keras_object(g) for g in self.groupings],
             "exploration": self.exploration,
-            "rewards": {
-                "counts": list(self.counts),
-                "a": self._a.tolist(),
-                "b": self._b.tolist(),
-                "open": self._open and [self._open[0], self._open[1].tolist()],
-            },
+            "rewards": self._given,
         }

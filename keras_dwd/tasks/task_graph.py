@@ -85,6 +85,7 @@ class TaskGraph:
         self._digests: list[str] = []  # of the model's weights after each task
         if (self.folder / _INDEX).exists():
             self._weights, self._digests = self._read_index()
+        self._there = list(self._digests)  # in the folder, when last seen
         if probe is not None:
             self._keep_probe(probe)
         elif self.given is None and not (self.folder / _PROBE).exists():
@@ -109,6 +110,11 @@ class TaskGraph:
     def check(self, model: Any) -> None:
         """Raise `ValueError` if these settings, or what is in `folder`, do not fit a model."""
         learned = model.tasks_learned
+        if (self.folder / _INDEX).exists() and self._read_index()[1] != self._there:
+            raise ValueError(
+                f"`folder` {str(self.folder)!r} holds other tasks than when this graph was made: "
+                "another model has gone on in it. Each needs a folder of its own."
+            )
         if 0 < learned < self.tasks and self._digests[learned - 1] == model.weights_digest.hex():
             # The model is an earlier one, saved before tasks that were learned and lost.
             del self._weights[learned:], self._digests[learned:]
@@ -153,6 +159,7 @@ class TaskGraph:
         index = {"version": 1, "weights": weights, "digests": digests}
         write_json(self.folder / _INDEX, index)
         self._weights, self._digests = weights, digests
+        self._there = list(digests)
 
     def weights_to(self, model: keras.Model) -> np.ndarray:
         """w_ij between each earlier task and what the model is now, of shape `(tasks,)`."""
