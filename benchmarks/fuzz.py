@@ -237,7 +237,7 @@ class Subject:
         result = runner.SequenceResult(empty, 0, [], [], 0, self.model)
         checkpoints = Checkpoints(self.run, self.about["settings"])
         restored, checkpoints.restore = checkpoints.restore, None
-        checkpoints.restore = lambda model, like: restored(model, like, say=lambda line: None)
+        checkpoints.restore = lambda model, check: restored(model, check, say=lambda line: None)
         runner._Progress(result, checkpoints).restore()
 
     def a_state(self, rng):

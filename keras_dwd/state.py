@@ -23,6 +23,7 @@ _SCALARS = {
     *("format", "tasks_learned", "weights_digest"),
     *("fisher_weight", "fisher_looked", "groups", "tie"),
 }
+_TEXTS = {"weights_digest", "groups"}
 GROUPING = "grouping."
 _SIDES = ("input", "output")
 _PARTS = ("vectors", "values", "rest")
@@ -118,7 +119,8 @@ def take(model: Any, state: Arrays) -> None:
             f"The consolidation state was saved by a newer version of keras_dwd, in format "
             f"{version}: this one reads formats up to {FORMAT}. Install that version. {_UNCHANGED}"
         )
-    if scalars.keys() | {"format"} != _SCALARS:
+    odd = {n for n, a in scalars.items() if n not in _TEXTS and (a.shape or not np.all(a >= 0))}
+    if scalars.keys() | {"format"} != _SCALARS or odd:
         raise FileError(
             "The file holds an incomplete or unknown consolidation state: "
             f"{sorted(scalars)}. {_UNCHANGED}"
@@ -230,7 +232,7 @@ def _unnumbered(path: str) -> str:
 def groups_of(saved: np.ndarray) -> Summary:
     """The summary of groups, from JSON."""
     try:
-        groups = json.loads(saved.tobytes())
+        groups = json.loads(saved.tobytes().decode())
         for group in groups:
             for name in ("group", "size", "mean_fisher", "magnitude", "strength"):
                 float(group[name])

@@ -1,12 +1,12 @@
 """What workers tell each other: one interface, for one worker or for several."""
 
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import tensorflow as tf
+from safetensors.numpy import load, save
 
 from keras_dwd.variables import Arrays
 
@@ -53,14 +53,16 @@ class Communicator:
 
     def from_first(self, arrays: Mapping[str, np.ndarray] | None, name: str) -> Arrays:
         """The arrays of rank 0, whatever the others have."""
-        mine = packed(arrays or {}) if self.rank == 0 else b""
-        return unpacked(self.messages(mine, name)[0])
+        if self.size == 1:
+            return dict(arrays or {})
+        mine = _packed(arrays or {}) if self.rank == 0 else b""
+        return load(self.messages(mine, name)[0])
 
     def of_all(self, arrays: Mapping[str, np.ndarray], name: str) -> Arrays:
         """The arrays of all workers, each of which has others."""
         found: Arrays = {}
-        for message in self.messages(packed(arrays), name):
-            found |= unpacked(message)
+        for message in self.messages(_packed(arrays), name):
+            found |= load(message)
         return found
 
     @contextmanager
@@ -87,17 +89,8 @@ class Communicator:
                 raise RuntimeError(f"Worker {rank} failed with {message.decode()}")
 
 
-def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays by name as bytes."""
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **{f"/{name}": a for name, a in arrays.items()})
-    return file.getvalue()
-
-
-def unpacked(message: bytes) -> Arrays:
-    """The inverse of `packed`."""
-    with np.load(io.BytesIO(message), allow_pickle=False) as arrays:
-        return {name.removeprefix("/"): arrays[name] for name in arrays.files}
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    return save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
 def here() -> Communicator:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,17 @@ class Checkpoints:
         """The checkpoints there are, the newest last."""
         return sorted(p for p in self.folder.glob(_NAME) if p.stem.split("-")[1].isdigit())
 
-    def restore(self, model: Any, like: Arrays, say: Any = print) -> Arrays | None:
+    def restore(
+        self, model: Any, check: Callable[[Arrays], None], say: Callable[[str], None] = print
+    ) -> Arrays | None:
         """Set a model to the newest checkpoint that can be read; all workers call it together.
 
         Only rank 0 reads files.
 
         Args:
             model: A compiled `DWDModel`, as new.
-            like: A `progress` of the names, kinds and shapes that it must have; what is empty in
-                it may be of any length.
+            check: Told of `progress` before the model is changed; raises `FileError` if it cannot
+                be that of this run.
             say: Told of checkpoints that are damaged.
 
         Returns:
@@ -103,12 +106,7 @@ class Checkpoints:
         for part, expected in (("weights", weights), ("optimizer", optimizer)):
             shapes = ({n: tuple(v.shape) for n, v in e.items()} for e in (parts[part], expected))
             self._check(part, *shapes)
-        any_length = {name for name, array in like.items() if not array.size}
-        kinds = (
-            {n: (a.dtype, a.ndim if n in any_length else a.shape) for n, a in e.items()}
-            for e in (parts["progress"], like)
-        )
-        self._check("progress", *kinds)
+        check(parts["progress"])
         if parts["learned"]:
             state.restore(model, parts["learned"])
         for part, held in (("weights", weights), ("optimizer", optimizer)):

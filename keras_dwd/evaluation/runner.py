@@ -257,23 +257,29 @@ class _Progress(keras.callbacks.Callback):
         model = self.result.model
         if self.checkpoints is None:
             return
-        found = self.checkpoints.restore(model, self._state(0.0))
+        found = self.checkpoints.restore(model, self._check)
         if found is None:
             return
         self.task, self.epoch = int(found["task"]), int(found["epoch"])
-        done = len(found["boundary_seconds"])
-        trained = len(found["train_seconds"])
-        if self.task != done or trained != done or self.epoch < 0 or found["steps"] < 0:
-            raise FileError(
-                f"The checkpoint is of task {self.task} and epoch {self.epoch}, with {done} tasks "
-                "done."
-            )
         self._spent = float(found["spent"])
         self.result.steps = int(found["steps"])
         self.result.train_seconds[:] = found["train_seconds"].tolist()
         self.result.boundary_seconds[:] = found["boundary_seconds"].tolist()
         self.result.matrix.after[:] = found["after"]
         self.result.matrix.before[:] = found["before"]
+
+    def _check(self, found: Arrays) -> None:
+        """Raise `FileError` if this cannot be the progress of this run."""
+        like = self._state(0.0)
+        lists = ("train_seconds", "boundary_seconds")  # of as many tasks as are done
+        for name in like.keys() | found.keys():
+            first = 1 if name in lists else 0
+            pair = [arrays[name] for arrays in (like, found) if name in arrays]
+            if len(pair) != 2 or len({(a.dtype, a.ndim, a.shape[first:]) for a in pair}) != 1:
+                raise FileError(f"The checkpoint's {name!r} does not fit: is it of this run?")
+        counts = {int(found["task"]), *(len(found[name]) for name in lists)}
+        if len(counts) != 1 or found["epoch"] < 0 or found["steps"] < 0:
+            raise FileError("The checkpoint's progress contradicts itself.")
 
     def begin(self) -> None:
         """A task begins, or goes on."""
