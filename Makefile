@@ -27,6 +27,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py --parts
 	$(BIN)/python benchmarks/crash.py
+	$(BIN)/python benchmarks/fuzz.py
+	$(BIN)/python benchmarks/checkpoint_cost.py
 	$(BIN)/python benchmarks/tables.py
 
 # The model in saved_models, with its card.

@@ -131,7 +131,40 @@ def groupings_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
-OF_ALL = {"untouched": untouched_table, "ablation": ablation_table}
+def faults_table():
+    """What became of runs that were killed, and of files that were damaged; what it costs."""
+    crash, fuzz, cost = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("crash", "fuzz", "checkpoint_cost")
+    )
+    refused = sum(n for outcome, n in fuzz["outcomes"].items() if outcome.endswith("refused"))
+    kills = len(crash["kills"])
+    lines = [
+        ["what was done", "how it ended"],
+        [
+            f"{kills} runs of three tasks, killed at random moments and gone on with",
+            f"{crash['identical']} of {kills} bit-identical to the undisturbed run",
+        ],
+        [
+            f"{fuzz['files']:,} files damaged, or made to do harm, and read",
+            f"{refused:,} refused, the others read as they were meant; {len(fuzz['failures'])} "
+            f"failures; memory {fuzz['peak_memory_rise_mb']:+.0f} MB",
+        ],
+        [
+            f"a checkpoint after each epoch, {cost['largest_megabytes']:.1f} MB",
+            f"{cost['share_of_run']:.1%} of the run's time, {1000 * cost['median_seconds']:.0f} ms "
+            "each",
+        ],
+    ]
+    return (
+        f"{rows(lines)}\n\nKilled: {crash['protocol']}; methods "
+        f"{', '.join(sorted({kill['method'] for kill in crash['kills']}))}. Files: checkpoints, "
+        "consolidation state, task graphs, results; a failure is any other error, anything written "
+        "or opened elsewhere, code that is loaded. Checkpoints: split:cifar100, `cpu` profile."
+    )
+
+
+OF_ALL = {"untouched": untouched_table, "ablation": ablation_table, "faults": faults_table}
 # By what a file of results has.
 TABLES = {
     "methods": methods_table,

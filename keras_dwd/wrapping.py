@@ -48,11 +48,11 @@ def wrapped(kind: Any, model: keras.Model, inputs: Any, settings: dict[str, Any]
 
 def copied(name: str, given: Any, kind: Any) -> Any:
     """A setting as given or as `get_config` wrote it, copied: it will hold this model's state."""
-    if isinstance(given, dict):
-        return keras.saving.deserialize_keras_object(given)
-    if given is not None and not isinstance(given, kind):
+    written = isinstance(given, dict) and "class_name" in given
+    made = keras.saving.deserialize_keras_object(given) if written else given
+    if made is not None and not isinstance(made, kind):
         raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
-    return given if given is None else type(given).from_config(given.get_config())
+    return made if written or made is None else type(made).from_config(made.get_config())
 
 
 def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:

@@ -2,6 +2,7 @@
 
 import inspect
 import resource
+import tempfile
 import threading
 
 import keras
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_dwd
-from keras_dwd import DWDModel, KroneckerFisher
+from keras_dwd import DWDModel, KroneckerFisher, TaskGraph
 from keras_dwd.state import state_of
 from keras_dwd.variables import by_path
 
@@ -29,6 +30,8 @@ NONSENSE = st.one_of(
     st.dictionaries(st.text(max_size=3), st.floats(), max_size=2),
     st.builds(lambda n: np.full(n, 0.5), st.integers(0, 3)),
 )
+# What Keras looks at itself.
+OF_KERAS = {"kwargs", "name", "activation", "kernel_initializer", "kernel_regularizer", "optimizer"}
 # Constructors by what their required arguments may be.
 CONSTRUCTORS = {
     "AccuracyMatrix": {"after": np.eye(2)},
@@ -67,7 +70,7 @@ def test_all_constructors_are_looked_at():
 @given(data=st.data())
 def test_constructors_refuse_nonsense_or_come_back_from_their_config(name, data):
     kind = getattr(keras_dwd, name)
-    names = [p for p in inspect.signature(kind).parameters if p not in ("kwargs", "name")]
+    names = [p for p in inspect.signature(kind).parameters if p not in OF_KERAS]
     arguments = dict(CONSTRUCTORS[name])
     for each in (
         data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)) if names else ()
@@ -82,6 +85,44 @@ def test_constructors_refuse_nonsense_or_come_back_from_their_config(name, data)
     config = made.get_config()
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made))
     assert repr(again.get_config()) == repr(config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["strength", "regularizer", "fisher", "grouping", "task_graph", "name"]),
+        NONSENSE,
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_so_does_the_model(given_settings):
+    try:
+        model = DWDModel.from_model(mlp(), **given_settings)
+    except (ValueError, TypeError):
+        return
+    again = DWDModel.from_config(model.get_config())
+    assert again.regularizer.get_config() == model.regularizer.get_config()
+    assert again.fisher.get_config() == model.fisher.get_config()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["probe", "strength", "layer", "weights", "batch_size", "unbiased"]),
+        NONSENSE,
+        max_size=3,
+    )
+)
+def test_so_does_the_task_graph(given_settings):
+    with tempfile.TemporaryDirectory() as folder:
+        given_settings = {"probe": np.ones((8, 6), "float32")} | given_settings
+        try:
+            graph = TaskGraph(folder, **given_settings)
+        except (ValueError, TypeError):
+            return
+        again = TaskGraph.from_config(graph.get_config())
+        assert again.get_config() == graph.get_config()
 
 
 SHAPES = st.sampled_from([(8, 6), (8, 5), (0, 6), (8,), (8, 6, 1), (7, 6), (1, 6)])

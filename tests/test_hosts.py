@@ -115,7 +115,7 @@ def test_two_hosts_a_lost_link_and_going_on(hosts, tmp_path):
     environment = {"CHECKPOINTS": str(kept), "SHARDED": "1"}
     workers = hosts.start("sequence", tmp_path / "two", **environment, **IMPATIENT)
     deadline = time.monotonic() + 120
-    while not list(kept.glob("checkpoint-00000001.npz")) and time.monotonic() < deadline:
+    while not list(kept.glob("checkpoint-00000001.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
     ip("-n", hosts.names[1], "link", "set", hosts.links[1], "down")
     lost = time.monotonic()
