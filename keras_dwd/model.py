@@ -402,7 +402,11 @@ class DWDModel(SavedModel):
 
     def _estimate(self, data: Any, batch_size: int) -> Arrays:
         communicator = self.workers.communicator
-        found = self._pass(self, self._pulled_variables(), data, batch_size, communicator)
+        looked = int(np.asarray(self.fisher.looked))
+        try:
+            found = self._pass(self, self._pulled_variables(), data, batch_size, communicator)
+        finally:
+            self.fisher.start(looked)  # also where the pass fails: then nothing has changed
         return self.kept(found)
 
     def kept(self, of_blocks: dict[str, Any]) -> dict[str, Any]:

@@ -35,20 +35,6 @@ class BoundaryPass:
             batch_size: Examples per batch.
             communicator: The workers that share the batches, each of which has all data.
         """
-        looked = int(np.asarray(model.fisher.looked))
-        try:
-            return self._means(model, variables, data, batch_size, communicator)
-        finally:
-            model.fisher.start(looked)  # the pass may have failed: then nothing is changed
-
-    def _means(
-        self,
-        model: Any,
-        variables: Variables,
-        data: Any,
-        batch_size: int,
-        communicator: Communicator,
-    ) -> Arrays:
         sums: dict[str, tf.Tensor] = {}
         examples = 0
         chunk = model.fisher.chunk(variables, batch_size)
