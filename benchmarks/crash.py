@@ -9,9 +9,11 @@ Usage: python benchmarks/crash.py [--kills 50] [--processes N]
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 
 METHODS = (
     "dwd-online",
+    "dwd-online/ema",  # the optimizer keeps averages of the weights
     "dwd-online+graph",
     "dwd-online+policy",
     "dwd-online+decoupled",
@@ -33,11 +36,18 @@ TASKS, EPOCHS = 3, 4
 _OF_THE_CLOCK = {"progress/train_seconds", "progress/boundary_seconds", "progress/spent"}
 
 
-def sequence(method, folder):
-    """The run itself, with dropout, which draws at random."""
+def sequence(method, folder, moment):
+    """The run itself, with dropout, which draws at random.
+
+    Args:
+        method: Name of a method, `/ema` for an optimizer that keeps averages.
+        folder: Of its checkpoints.
+        moment: Kill it just before (even) or after (odd) the n-th file that it puts in place, n
+            the half of this; or never, if negative.
+    """
     import keras
 
-    from keras_dwd import run_sequence
+    from keras_dwd import files, run_sequence
     from keras_dwd.tasks import datasets
     from keras_dwd.tasks.scenario import permuted
 
@@ -53,8 +63,23 @@ def sequence(method, folder):
             ]
         )
 
+    put, count = os.replace, itertools.count()
+
+    def put_and_die(source, target):
+        now = 2 * next(count)
+        if now == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(source, target)
+        if now + 1 == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    files.os.replace = put_and_die
+    method, _, ema = method.partition("/")
+    adam = {"optimizer": keras.optimizers.Adam(use_ema=True)} if ema else {}
     scenario = permuted(datasets.load("digits"), TASKS)
-    run_sequence(build, scenario, method, epochs=EPOCHS, checkpoint_dir=folder)
+    run_sequence(
+        build, scenario, method, epochs=EPOCHS, checkpoint_dir=folder, compile_settings=adam
+    )
 
 
 def ended_with(folder):
@@ -72,15 +97,17 @@ def ended_with(folder):
     return found
 
 
-def run(method, folder, killed_after=None):
+def run(method, folder, killed_after=None, moment=-1):
     """Start the run, wait for its end or end it; whether it ended by itself."""
-    command = [sys.executable, __file__, "--child", method, str(folder)]
+    command = [sys.executable, __file__, "--child", method, str(folder), str(moment)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         _, errors = process.communicate(timeout=killed_after)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        return False
+    if process.returncode == -signal.SIGKILL and moment >= 0:
         return False
     if process.returncode:
         raise RuntimeError(f"{method} failed:\n{errors.decode()[-3000:]}")
@@ -94,10 +121,10 @@ def main():
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/crash.json")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return sequence(options.child[0], Path(options.child[1]))
+        return sequence(options.child[0], Path(options.child[1]), int(options.child[2]))
 
     from keras_dwd.evaluation.experiment import versions
     from keras_dwd.files import write_json
@@ -108,8 +135,8 @@ def main():
 
         def whole(method):
             started = time.monotonic()
-            run(method, Path(made) / method)
-            return ended_with(Path(made) / method), time.monotonic() - started
+            run(method, Path(made) / method.replace("/", "-"))
+            return ended_with(Path(made) / method.replace("/", "-")), time.monotonic() - started
 
         whole_runs = dict(zip(methods, pool.map(whole, methods), strict=True))
 
@@ -117,7 +144,11 @@ def main():
             method = methods[index % len(methods)]
             expected, seconds = whole_runs[method]
             folder = Path(made) / f"killed {index}"
-            while run(method, folder, share * seconds):  # it was faster this time
+            # Every other one where the windows are narrow: as a file is put in place.
+            by_clock = (index // len(methods)) % 2 == 0
+            moment = -1 if by_clock else int(share * 2 * TASKS * EPOCHS)
+            while run(method, folder, share * seconds if by_clock else None, moment):
+                shutil.rmtree(folder)  # it was faster this time
                 share *= 0.9
             checkpoints = len(list(folder.glob("checkpoint-*"))) if folder.exists() else 0
             run(method, folder)
@@ -125,7 +156,7 @@ def main():
             missing = sorted(set(expected) - set(ended_with(folder)))
             row = {
                 "method": method,
-                "killed_after_share": share,
+                **({"after_share_of_time": share} if by_clock else {"at_file": moment / 2}),
                 "checkpoints_then": checkpoints,
                 "differing": differing + missing,
             }
@@ -133,7 +164,7 @@ def main():
             return row
 
         # From the first moment on: what comes before the first checkpoint starts anew.
-        shares = [rng.uniform(0.2, 0.99) for _ in range(options.kills)]
+        shares = [rng.uniform(0.2, 0.95) for _ in range(options.kills)]
         rows = list(pool.map(killed, range(options.kills), shares))
     identical = sum(not row["differing"] for row in rows)
     print(f"{identical} of {options.kills} ended bit-identical to the undisturbed run")
@@ -141,7 +172,8 @@ def main():
         options.out,
         {
             "protocol": f"permuted digits, {TASKS} tasks of {EPOCHS} epochs, a network with dropout"
-            " and batch normalization; SIGKILL at a random moment, then started again",
+            " and batch normalization; SIGKILL at a random moment by the clock, or just before or"
+            " after a random file is put in place, then started again",
             "versions": versions(),
             "identical": identical,
             "kills": rows,

@@ -22,7 +22,7 @@ from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
 from keras_dwd.evaluation.report import plan_table, table
-from keras_dwd.files import write_json
+from keras_dwd.files import FileError, write_json
 from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(
@@ -149,9 +149,9 @@ def run(
         )
     if not leads:
         return
+    _show(results, as_json, console)
     if out is not None:
         write_json(out, results)
-    _show(results, as_json, console)
 
 
 def _again(context: typer.Context, **changed: Any) -> list[str]:
@@ -396,7 +396,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if type(error) not in (ValueError, FileNotFoundError) and str(error) != INSTALL:
+        known = (ValueError, FileError, FileNotFoundError)
+        if type(error) not in known and str(error) != INSTALL:
             raise
         Console(stderr=True).print(
             f"keras-dwd: {error}", style="red", highlight=False, markup=False

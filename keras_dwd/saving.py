@@ -53,7 +53,7 @@ class SavedModel(DistributedModel):
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.save`, as `.keras`, with the consolidation state."""
-        if os.fspath(filepath).endswith((".h5", ".hdf5")) and state.state_of(self):
+        if os.fspath(filepath).endswith((".h5", ".hdf5")) and state.has_learned(self):
             raise ValueError(
                 "`filepath` must end in '.keras': the older HDF5 format has no place for the "
                 f"consolidation state. Received: {filepath!r}"

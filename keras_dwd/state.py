@@ -37,9 +37,14 @@ STATISTICS = {"fisher", "sketch", "margin", *_SIDES, *(f"{side}_trace" for side 
 _UNCHANGED = "The model's consolidation state was left as it was."
 
 
+def has_learned(model: Any) -> bool:
+    """Whether there is an estimate, or anything that tasks have left."""
+    return bool(model.tasks_learned or model.fisher.slots or float(model.fisher.weight))
+
+
 def state_of(model: Any) -> Arrays:
     """All of a `DWDModel`'s consolidation state, by `kind/PATH` or by name."""
-    if not (model.tasks_learned or model.fisher.slots or float(model.fisher.weight)):
+    if not (has_learned(model) or _not_in_files(model)):
         return {}
     grouping = {} if model.grouping is None else model.grouping.state()
     return {
@@ -119,7 +124,7 @@ def take(model: Any, state: Arrays) -> None:
             f"The consolidation state was saved by a newer version of keras_dwd, in format "
             f"{version}: this one reads formats up to {FORMAT}. Install that version. {_UNCHANGED}"
         )
-    odd = {n for n, a in scalars.items() if n not in _TEXTS and (a.shape or not np.all(a >= 0))}
+    odd = {n for n, a in scalars.items() if n not in _TEXTS and (a.shape or not 0 <= a < 2**63)}
     if scalars.keys() | {"format"} != _SCALARS or odd:
         raise FileError(
             "The file holds an incomplete or unknown consolidation state: "
@@ -160,6 +165,10 @@ def take(model: Any, state: Arrays) -> None:
         if array.shape != shape:
             refuse(kind, path, array)
         held[path] = array
+    for name, array in state.items():
+        real = array.dtype.kind not in "fV" or np.isfinite(np.asarray(array, "float64")).all()
+        if not real or (name.startswith("level/") and array[0] != np.floor(array[0])):
+            raise FileError(f"The saved {name!r} has numbers that cannot be. {_UNCHANGED}")
     blocks = _blocks(model, variables, leaves, kinds["anchor"])
     if model.grouping is not None:
         model.grouping.restore({n.removeprefix(GROUPING): a for n, a in grouping.items()})

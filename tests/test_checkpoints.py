@@ -10,6 +10,7 @@ from conftest import blobs
 from safetensors.numpy import save_file
 
 from keras_dwd import Scenario, run_sequence
+from keras_dwd.evaluation import runner
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.files import FileError, read_arrays, write_arrays
 
@@ -29,8 +30,9 @@ def build(scenario):
     )
 
 
-def scenario():
-    tasks = [(f"task {t}", blobs(60, seed=t), blobs(40, seed=10 + t)) for t in range(TASKS)]
+def scenario(first=0):
+    seeds = range(first, first + TASKS)
+    tasks = [(f"task {s - first}", blobs(60, seed=s), blobs(40, seed=10 + s)) for s in seeds]
     return Scenario.from_tasks(tasks)
 
 
@@ -51,14 +53,15 @@ class Kill(keras.callbacks.Callback):
             raise KilledError
 
 
-def run(folder, method="dwd-online", at=None, **settings):
+def run(folder, method="dwd-online", at=None, shown=(), first_seed=0, **settings):
     settings = {"epochs": EPOCHS, "batch_size": 8, "strength": 10.0} | settings
+    compiled = {"steps_per_execution": 1} | settings.pop("compile_settings", {})
     return run_sequence(
         build,
-        scenario(),
+        scenario(first_seed),
         method,
-        callbacks=lambda t, task: [Kill(t, at)],
-        compile_settings={"steps_per_execution": 1},
+        callbacks=lambda t, task: [Kill(t, at), *shown],
+        compile_settings=compiled,
         checkpoint_dir=folder,
         **settings,
     )
@@ -138,6 +141,58 @@ def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
     assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
 
 
+@pytest.mark.parametrize(
+    ("of", "where", "method"),
+    [
+        (runner._Progress, "boundary", "dwd-online+graph"),
+        (runner.DWDModel, "consolidate", "dwd-online"),
+    ],
+)
+def test_a_run_that_ends_at_its_first_boundary_goes_on(tmp_path, monkeypatch, of, where, method):
+    """After the files of the task graph were written; after `fit` has put averages in place."""
+
+    def run_in(folder):
+        optimizer = keras.optimizers.Adam(use_ema=True, ema_momentum=0.9)
+        return run(folder, method, compile_settings={"optimizer": optimizer})
+
+    whole = run_in(tmp_path / "whole")
+
+    def killed(*args, **kwargs):
+        raise KilledError
+
+    monkeypatch.setattr(of, where, killed)
+    with pytest.raises(KilledError):
+        run_in(tmp_path / "killed")
+    monkeypatch.undo()
+    result = run_in(tmp_path / "killed")
+    np.testing.assert_array_equal(result.matrix.after, whole.matrix.after)
+    assert ended_with(tmp_path / "killed") == ended_with(tmp_path / "whole")
+
+
+def test_stopping_early_is_not_undone(tmp_path, monkeypatch):
+    stop = keras.callbacks.EarlyStopping("accuracy", patience=0, restore_best_weights=True)
+
+    def killed(*args, **kwargs):
+        raise KilledError
+
+    monkeypatch.setattr(runner.DWDModel, "consolidate", killed)
+    with pytest.raises(KilledError):
+        run(tmp_path, shown=[stop], epochs=50)
+    monkeypatch.undo()
+    epochs = []
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    with pytest.raises(KilledError):
+        run(tmp_path, at=(1, 0, 0), shown=[note], epochs=50)
+    assert epochs == [0]  # of the second task
+
+
+def test_other_data_are_refused(tmp_path):
+    with pytest.raises(KilledError):
+        run(tmp_path, at=(1, 0, 0))
+    with pytest.raises(FileError, match=r"data: '\w+', asked for is '\w+'"):
+        run(tmp_path, first_seed=5)
+
+
 def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(
     tmp_path, undisturbed, capsys
 ):
@@ -149,7 +204,8 @@ def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(
     newest.write_bytes(whole)
     (tmp_path / f".{newest.name}.abc.tmp").write_bytes(b"what a killed process left")
     run(tmp_path)
-    assert f"{newest.name} is damaged" in capsys.readouterr().out
+    assert f"{newest.name} is damaged" in capsys.readouterr().err
+    assert newest.with_suffix(".damaged").read_bytes() == whole
     assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
     assert not list(tmp_path.glob(".*"))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ _VERSION = 2
 _KEPT = 2
 _NAME = "checkpoint-*.safetensors"
 _PARTS = ("weights", "optimizer", "learned", "progress")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class Checkpoints:
@@ -67,7 +72,7 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob(_NAME) if p.stem.split("-")[1].isdigit())
 
     def restore(
-        self, model: Any, check: Callable[[Arrays], None], say: Callable[[str], None] = print
+        self, model: Any, check: Callable[[Arrays], None], say: Callable[[str], None] = _say
     ) -> Arrays | None:
         """Set a model to the newest checkpoint that can be read; all workers call it together.
 
@@ -77,7 +82,7 @@ class Checkpoints:
             model: A compiled `DWDModel`, as new.
             check: Told of `progress` before the model is changed; raises `FileError` if it cannot
                 be that of this run.
-            say: Told of checkpoints that are damaged.
+            say: Told of checkpoints that are damaged, which are put aside.
 
         Returns:
             The `progress` it was saved with, `None` if there is no checkpoint.
@@ -122,8 +127,9 @@ class Checkpoints:
                 f"fit, {odd[0]!r} among them."
             )
 
-    def _newest(self, say: Any) -> Arrays:
+    def _newest(self, say: Callable[[str], None]) -> Arrays:
         files = self.files()
+        damaged = []
         for path in reversed(files):
             try:
                 arrays, about = read_arrays(path)
@@ -132,20 +138,31 @@ class Checkpoints:
                     raise FileError(f"{str(path)!r} has parts that are unknown.")
             except (OSError, FileError, KeyError, TypeError) as error:
                 say(f"{path.name} is damaged: taking the one before it. ({error})")
+                damaged.append(path)
                 continue
             if version != _VERSION:
                 raise FileError(f"{str(path)!r} is of version {version}: this reads {_VERSION}.")
             if settings != self.settings:
                 raise FileError(
                     f"{str(path)!r} is of a run with other settings: name another folder, or "
-                    f"remove it. It has {settings}, asked for is {self.settings}."
+                    f"remove it. {_difference(settings, self.settings)}"
                 )
+            for other in damaged:  # or they would count as those that are kept
+                other.rename(other.with_suffix(".damaged"))
             return arrays
         if files:
             raise FileError(
                 f"Every checkpoint in {str(self.folder)!r} is damaged. Remove them to begin anew."
             )
         return {}
+
+
+def _difference(found: Any, asked: dict[str, Any]) -> str:
+    """What of two settings is not the same."""
+    if not isinstance(found, dict):
+        return f"It has {found!r}."
+    odd = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
+    return "; ".join(f"{k}: {found.get(k)!r}, asked for is {asked.get(k)!r}" for k in odd) + "."
 
 
 def _weights(model: Any) -> dict[str, Any]:

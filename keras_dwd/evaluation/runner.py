@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,8 @@ def run_sequence(
             (Adam, sparse categorical cross-entropy on logits, accuracy).
         checkpoint_dir: A folder to keep the run's progress in after each epoch and each boundary.
             One that is there already is gone on from, with any number of workers, and ends as the
-            run would have without interruption. Tasks must be arrays.
+            run would have without interruption. Tasks must be arrays. What callbacks remember, and
+            layers that draw at random from Keras' global generator, begin anew.
         sharded: Whether workers divide the consolidation state, see `DWDModel.compile`.
 
     Several workers (see `DWDModel.compile`) share each batch: `batch_size` is that of all.
@@ -130,8 +132,6 @@ def run_sequence(
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
-        if checkpoint_dir and not Checkpoints(checkpoint_dir, {}).files():
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that did not get far
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
         chosen["task_graph"] = TaskGraph(folder, probe, method.graph)
     model = DWDModel.from_model(build(scenario), **chosen)
@@ -169,9 +169,13 @@ def run_sequence(
         "learning_rate": learning_rate,
         "fisher_examples": fisher_examples,
         "seed": seed,
+        "data": _checksum(scenario) if checkpoint_dir else "",
     }
-    progress = _Progress(result, Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None)
+    checkpoints = Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None
+    progress = _Progress(result, checkpoints, epochs)
     progress.restore()
+    if model.task_graph is not None:
+        model.task_graph.rewind(model.tasks_learned)
     memory = _PeakMemory()
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
         if t < progress.task:
@@ -193,6 +197,7 @@ def run_sequence(
                 verbose=0,
                 callbacks=[*own, *shown, progress],
             )
+            progress.trained()
         progress.end()
         result.steps += int(model.optimizer.iterations)
 
@@ -246,9 +251,9 @@ class _Progress(keras.callbacks.Callback):
         epoch: How many of its epochs are done.
     """
 
-    def __init__(self, result: SequenceResult, checkpoints: Checkpoints | None):
+    def __init__(self, result: SequenceResult, checkpoints: Checkpoints | None, epochs: int):
         super().__init__()
-        self.result, self.checkpoints = result, checkpoints
+        self.result, self.checkpoints, self._epochs = result, checkpoints, epochs
         self.task = self.epoch = 0
         self._spent = 0.0  # on the task, before it was interrupted
 
@@ -285,13 +290,23 @@ class _Progress(keras.callbacks.Callback):
         """A task begins, or goes on."""
         self._started = time.perf_counter()
 
-    def end(self) -> None:
-        """It was trained on."""
-        self.result.train_seconds.append(self._spent + time.perf_counter() - self._started)
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self.epoch = epoch + 1
-        self._save(self._spent + time.perf_counter() - self._started)
+        # After the last epoch `fit` does more: averages of weights, callbacks that restore some.
+        if self.epoch < self._epochs and not self.model.stop_training:
+            self._save(self._seconds())
+
+    def trained(self) -> None:
+        """`fit` has ended, after its last epoch or before."""
+        self.epoch = self._epochs
+        self._save(self._seconds())
+
+    def end(self) -> None:
+        """It was trained on."""
+        self.result.train_seconds.append(self._seconds())
+
+    def _seconds(self) -> float:
+        return self._spent + time.perf_counter() - self._started
 
     def boundary(self) -> None:
         """It was learned and evaluated."""
@@ -314,6 +329,16 @@ class _Progress(keras.callbacks.Callback):
             "after": result.matrix.after,
             "before": result.matrix.before,
         }
+
+
+def _checksum(scenario: Scenario) -> str:
+    """Of all arrays: a run cannot go on with other data."""
+    found = 0
+    for task in scenario.tasks:
+        for array in map(np.ascontiguousarray, tf.nest.flatten((task.train, task.test))):
+            found = zlib.crc32(f"{array.dtype} {array.shape}".encode(), found)
+            found = zlib.crc32(array.reshape(-1).view("uint8").data, found)
+    return f"{found:08x}"
 
 
 def _sample(data: Any, count: int) -> Any:

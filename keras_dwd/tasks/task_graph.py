@@ -117,7 +117,7 @@ class TaskGraph:
             )
         if 0 < learned < self.tasks and self._digests[learned - 1] == model.weights_digest.hex():
             # The model is an earlier one, saved before tasks that were learned and lost.
-            del self._weights[learned:], self._digests[learned:]
+            self.rewind(learned)
         if self.tasks != learned:
             raise ValueError(
                 f"`folder` {str(self.folder)!r} holds {self.tasks} tasks, but the model has "
@@ -138,6 +138,10 @@ class TaskGraph:
                 self._represented(model, batch)
             except (ValueError, TypeError) as error:
                 raise FileError(f"`probe` in {str(self.folder)!r}: {error}") from None
+
+    def rewind(self, tasks: int) -> None:
+        """Forget all but the first tasks: those after them were lost with the model."""
+        del self._weights[tasks:], self._digests[tasks:]
 
     def add(self, model: keras.Model, digest: bytes) -> None:
         """Keep what a task has left: it is an earlier one from now on.
