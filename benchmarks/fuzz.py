@@ -178,7 +178,12 @@ class Subject:
         scenario = Scenario.from_tasks(tasks)
         self.run = folder / "run"
         result = run_sequence(
-            build, scenario, "dwd-online+graph", epochs=1, strength=1.0, checkpoint_dir=self.run
+            build,
+            scenario,
+            "dwd-online+budget+graph",
+            epochs=1,
+            strength=1.0,
+            checkpoint_dir=self.run,
         )
         self.model = result.model
         newest = max(self.run.glob("checkpoint-*"))
@@ -238,7 +243,7 @@ class Subject:
         checkpoints = Checkpoints(self.run, self.about["settings"])
         restored, checkpoints.restore = checkpoints.restore, None
         checkpoints.restore = lambda model, check: restored(model, check, say=lambda line: None)
-        runner._Progress(result, checkpoints).restore()
+        runner._Progress(result, checkpoints, 1).restore()
 
     def a_state(self, rng):
         changed = changed_arrays(rng, self.learned)

@@ -56,6 +56,8 @@ def untouched_table():
     ]
     for results in of_all_scenarios().values():
         methods = results["methods"]
+        if DEFAULT not in methods:
+            continue
         cells = [cell(key, methods[DEFAULT]["metrics"][key]) for key in shown]
         cells += [
             cell(shown[0], methods[m]["metrics"][shown[0]]) if m in methods else "" for m in tuned

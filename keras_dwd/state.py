@@ -124,7 +124,11 @@ def take(model: Any, state: Arrays) -> None:
             f"The consolidation state was saved by a newer version of keras_dwd, in format "
             f"{version}: this one reads formats up to {FORMAT}. Install that version. {_UNCHANGED}"
         )
-    odd = {n for n, a in scalars.items() if n not in _TEXTS and (a.shape or not 0 <= a < 2**63)}
+    odd = {
+        n
+        for n, a in scalars.items()
+        if n not in _TEXTS and (a.shape or not 0 <= float(a) < 2.0**63)
+    }
     if scalars.keys() | {"format"} != _SCALARS or odd:
         raise FileError(
             "The file holds an incomplete or unknown consolidation state: "
