@@ -147,9 +147,11 @@ def main():
             # Every other one where the windows are narrow: as a file is put in place.
             by_clock = (index // len(methods)) % 2 == 0
             moment = -1 if by_clock else int(share * 2 * TASKS * EPOCHS)
+            started = time.monotonic()
             while run(method, folder, share * seconds if by_clock else None, moment):
-                shutil.rmtree(folder)  # it was faster this time
-                share *= 0.9
+                seconds = time.monotonic() - started  # it was faster this time
+                shutil.rmtree(folder)
+                started = time.monotonic()
             checkpoints = len(list(folder.glob("checkpoint-*"))) if folder.exists() else 0
             run(method, folder)
             differing = [n for n, d in ended_with(folder).items() if expected.get(n) != d]

@@ -224,7 +224,7 @@ def test_errors_have_no_traceback():
 
 def test_split_cifar100_by_the_command_line(data_dir, tmp_path):
     result = invoke(
-        *("--scenario", "split:cifar100", "--tasks", "10", "--methods", "dwd", "--seeds", "1"),
+        *("--scenario", "split:cifar100", "--tasks", "10", "--methods", "finetune", "--seeds", "1"),
         *("--epochs", "1", "--data-dir", str(data_dir), "--out", str(tmp_path / "c.json")),
     )
     assert result.exit_code == 0, result.output

@@ -320,8 +320,8 @@ def test_a_bias_is_pulled_by_its_matrix_and_on_its_own():
     model.consolidate()
     blocks = model.regularizer.precisions
     assert [key for key, block in blocks.items() if "hidden/bias" in block.paths] == [
-        "hidden/kernel",
         "hidden/bias",
+        "hidden/kernel",
     ]
     moved(model)
     difference = np.array(model.get_layer("hidden").bias - model.regularizer.anchors["hidden/bias"])

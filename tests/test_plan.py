@@ -46,7 +46,7 @@ def test_state_is_divided_by_the_number_of_workers(curvature):
 def test_numbers_of_a_model_are_those_of_its_matrices():
     parameters, statistics, precision = plan.of_model(dense(10, 1), KroneckerFisher())
     assert parameters == 110
-    assert statistics == 11 * 11 + 10 * 10
+    assert statistics == 11 * 11 + 10 * 10 + 1  # and the margin
     assert precision == (11 * 11 + 11 + 1) + (10 * 10 + 10 + 1)
     assert plan.of_model(dense(10, 1), DiagonalFisher("exact")) == (110, 110, 110)
 
