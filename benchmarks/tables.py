@@ -149,7 +149,7 @@ def faults_table():
         ],
         [
             f"{fuzz['files']:,} files damaged, or made to do harm, and read",
-            f"{refused:,} refused, the others read as they were meant; {len(fuzz['failures'])} "
+            f"{refused:,} refused, what the others hold fits the model; {len(fuzz['failures'])} "
             f"failures; memory {fuzz['peak_memory_rise_mb']:+.0f} MB",
         ],
         [
