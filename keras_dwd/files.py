@@ -74,56 +74,59 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, arrays: Arrays, about: Any) -> None:
-    """Write arrays, and what JSON can say about them, with a checksum: a `safetensors` file."""
+    """Write arrays, and what JSON can say about them, with checksums: a `safetensors` file."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    text = json.dumps(about)
+    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    said = {"about": json.dumps(about), "checksums": json.dumps(checksums)}
+    said["checksum"] = _checksum_of(said)
     try:
         with replaced(path) as made:
-            save_file(arrays, made, {"about": text, "checksum": _checksum(arrays, text)})
+            save_file(arrays, made, said)
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
 
 
-def read_arrays(path: Path) -> tuple[Arrays, Any]:
+def read_arrays(path: Path, *names: str) -> tuple[Arrays, Any]:
     """What `write_arrays` wrote: the arrays, and what is said about them.
 
+    Args:
+        path: Of the file.
+        *names: Of the arrays to read; all by default.
+
     Raises:
-        FileError: If it is another file, or not as it was written.
+        FileError: If it is another file, or not as it was written, as far as it was read.
         OSError: If it cannot be read.
     """
     try:
         with safe_open(path, "numpy") as file:
             said = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(said["about"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            arrays = {name: file.get_tensor(name) for name in names or file.keys()}
+        about, checksums = json.loads(said["about"]), json.loads(said["checksums"])
+        whole = said.get("checksum") == _checksum_of(said) and (
+            names or arrays.keys() == checksums.keys()
+        )
+        whole = whole and all(checksums[name] == _checksum(a) for name, a in arrays.items())
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise FileError(f"{str(path)!r} is damaged, or no file of arrays: {error}") from None
-    if said.get("checksum") != _checksum(arrays, said["about"]):
+    if not whole:
         raise FileError(f"{str(path)!r} is damaged: its checksum is another one.")
     return arrays, about
 
 
-def read_array(path: Path, name: str) -> np.ndarray:
-    """One of the arrays in such a file, without reading the others or comparing the checksum.
-
-    Raises:
-        FileError: If there is none of that name, or it is another kind of file.
-        OSError: If it cannot be read.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, TypeError, ValueError) as error:
-        raise FileError(f"{str(path)!r} has no array {name!r} to read: {error}") from None
+def _checksum(array: np.ndarray) -> int:
+    found = zlib.crc32(f"{array.dtype} {array.shape}".encode())
+    return zlib.crc32(array.reshape(-1).view("uint8").data, found)
 
 
-def _checksum(arrays: Arrays, text: str) -> str:
-    found = zlib.crc32(text.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        found = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), found)
-        found = zlib.crc32(array.reshape(-1).view("uint8").data, found)
-    return f"{found:08x}"
+def _checksum_of(said: dict[str, str]) -> str:
+    return f"{zlib.crc32((said['about'] + said['checksums']).encode()):08x}"
 
 
 def _no_number(name: str) -> Any:

@@ -458,3 +458,20 @@ def test_lora_and_shared_variables_take_the_generic_path():
     assert [ruled.kernel for ruled in rules.ruled_layers(model)] == ["head/kernel"]
     model = keras.Model(inputs, head(Tied(first._kernel)(first(inputs))))
     assert [ruled.kernel for ruled in rules.ruled_layers(model)] == ["head/kernel"]
+
+
+def _gives(*names):
+    return type("Odd", (Rule,), dict.fromkeys(names, lambda self, *args: None))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [((), "none of these"), (("matrix",), "matrix"), (("rows", "squares"), "rows, squares")],
+)
+def test_rules_that_lack_a_part_are_refused_when_registered(names, said):
+    class Unknown(keras.layers.Layer):
+        pass
+
+    with pytest.raises(ValueError, match=f"Odd defines {said}"):
+        register_rule(Unknown)(_gives(*names))
+    assert rules.rule_for(Unknown()) is rules.GENERIC

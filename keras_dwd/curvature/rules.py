@@ -57,7 +57,7 @@ class Rule:
         Returns:
             By `variable.name`, of shape `(batch, *variable.shape)`.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines neither this nor `squares`.")
+        raise TypeError(f"{type(self).__name__} gives squares alone, no gradients.")
 
     def squares(
         self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
@@ -85,7 +85,7 @@ class Rule:
         Returns:
             `(batch, positions, fan_in)` and `(batch, positions, fan_out)`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a `matrix` but no `rows`.")
+        raise TypeError(f"{type(self).__name__} is no rule of a matrix product.")
 
 
 class GenericRule(Rule):
@@ -159,16 +159,29 @@ class MatrixForm:
 _RULES: dict[type, Rule] = {}
 
 
+_FORMS = ("gradients", "squares", "matrix", "rows")
+
+
 def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule]]:
     """Class decorator: use this `Rule` for layers of these types.
 
     It also holds for their subclasses, unless those have a `call` of their own.
+
+    Raises:
+        ValueError: If a type is no layer's, or the rule has neither `gradients` nor `squares`, or of
+            `matrix` and `rows` only one.
     """
     for layer_type in types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):
             raise ValueError(f"`types` must be types of Keras layers. Received: {layer_type!r}")
 
     def register(rule: type[Rule]) -> type[Rule]:
+        own = {name for name in _FORMS if getattr(rule, name) is not getattr(Rule, name)}
+        if not own & {"gradients", "squares"} or len(own & {"matrix", "rows"}) == 1:
+            raise ValueError(
+                "A rule must define `gradients` or `squares`, and both or none of `matrix` and "
+                f"`rows`. {rule.__name__} defines {', '.join(sorted(own)) or 'none of these'}."
+            )
         _RULES.update(dict.fromkeys(types, rule()))
         return rule
 

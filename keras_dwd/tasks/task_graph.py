@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import check_inputs, integer, number
 from keras_dwd.curvature.taps import Taps
-from keras_dwd.files import FileError, read_array, read_arrays, read_json, write_arrays, write_json
+from keras_dwd.files import FileError, read_arrays, read_json, write_arrays, write_json
 from keras_dwd.tasks.similarity import linear_cka
 from keras_dwd.variables import Arrays, Variables, by_path
 
@@ -208,7 +208,7 @@ class TaskGraph:
 
     def _kept(self, task: int, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """What a task has left, of a known shape."""
-        array = read_array(self._file(task), name)
+        array = read_arrays(self._file(task), name)[0][name]
         fits = len(array.shape) == len(shape) and all(
             expected in (None, size) for size, expected in zip(array.shape, shape, strict=True)
         )
