@@ -168,7 +168,7 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
     It also holds for their subclasses, unless those have a `call` of their own.
 
     Raises:
-        ValueError: If a type is no layer's, or the rule has neither `gradients` nor `squares`, or of
+        ValueError: If a type is no layer, or the rule has neither `gradients` nor `squares`, or of
             `matrix` and `rows` only one.
     """
     for layer_type in types:
