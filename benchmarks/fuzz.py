@@ -40,6 +40,8 @@ NAMES = (
     "a" * 10_000,
     "weights/0",
     "learned/anchor|0",
+    "grouping.a",
+    "learned/grouping.a",
 )
 VALUES = (None, -1, 2**70, 1e308, "x", "../../x", [], {}, True, [[[]]], "A" * 100_000)
 EVENTS = ("exec", "compile", "import", "pickle.find_class", "subprocess.Popen", "os.system")

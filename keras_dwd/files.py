@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_arrays(path: Path, arrays: Arrays, about: Any) -> None:
     """Write arrays, and what JSON can say about them, with checksums: a `safetensors` file."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    checksums = {name: checksum(array) for name, array in arrays.items()}
     said = {"about": json.dumps(about), "checksums": json.dumps(checksums)}
     said["checksum"] = _checksum_of(said)
     try:
@@ -86,42 +86,61 @@ def write_arrays(path: Path, arrays: Arrays, about: Any) -> None:
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
 
 
-def read_arrays(path: Path, *names: str) -> tuple[Arrays, Any]:
-    """What `write_arrays` wrote: the arrays, and what is said about them.
+class ArrayFile:
+    """What `write_arrays` wrote, mapped to memory: arrays are read when they are asked for.
 
     Args:
         path: Of the file.
-        *names: Of the arrays to read; all by default.
+
+    Attributes:
+        names: Of the arrays.
+        about: What is said about them.
 
     Raises:
-        FileError: If it is another file, or not as it was written, as far as it was read.
+        FileError: If it is another file, or not as it was written; of an array, when that is read.
         OSError: If it cannot be read.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            said = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in names or file.keys()}
-        about, checksums = json.loads(said["about"]), json.loads(said["checksums"])
-        whole = said.get("checksum") == _checksum_of(said) and (
-            names or arrays.keys() == checksums.keys()
-        )
-        whole = whole and all(checksums[name] == _checksum(a) for name, a in arrays.items())
-    except (
-        SafetensorError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
-        raise FileError(f"{str(path)!r} is damaged, or no file of arrays: {error}") from None
-    if not whole:
-        raise FileError(f"{str(path)!r} is damaged: its checksum is another one.")
-    return arrays, about
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, "numpy")
+            said = self._file.metadata()
+            whole = said["checksum"] == _checksum_of(said)
+            self.about, self._checksums = json.loads(said["about"]), json.loads(said["checksums"])
+            self.names = list(self._file.keys())
+            whole = whole and self._checksums.keys() == set(self.names)
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FileError(f"{str(path)!r} is damaged, or no file of arrays: {error}") from None
+        if not whole:
+            raise self._damaged("its header")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._checksums:
+            raise FileError(f"{str(self.path)!r} has no array {name!r}.")
+        array = self._file.get_tensor(name)
+        if self._checksums[name] != checksum(array):
+            raise self._damaged(repr(name))
+        return array
+
+    def _damaged(self, part: str) -> FileError:
+        return FileError(f"{str(self.path)!r} is damaged: the checksum of {part} is another one.")
 
 
-def _checksum(array: np.ndarray) -> int:
-    found = zlib.crc32(f"{array.dtype} {array.shape}".encode())
+def read_arrays(path: Path) -> tuple[Arrays, Any]:
+    """All arrays of such a file, and what is said about them; see `ArrayFile`."""
+    file = ArrayFile(path)
+    return {name: file[name] for name in file.names}, file.about
+
+
+def checksum(array: np.ndarray, before: int = 0) -> int:
+    """A CRC-32 of a contiguous array, its shape and kind included.
+
+    Args:
+        array: The array.
+        before: That of what comes before it.
+    """
+    found = zlib.crc32(f"{array.dtype} {array.shape}".encode(), before)
     return zlib.crc32(array.reshape(-1).view("uint8").data, found)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
 
-from keras_dwd.files import FileError, read_arrays, read_json, write_arrays, write_json
+from keras_dwd.files import ArrayFile, FileError, read_arrays, read_json, write_arrays, write_json
 
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint32", "uint8", "bool")
 
@@ -40,7 +40,7 @@ def test_arrays_come_back_as_they_were(tmp_path_factory, held, about):
     for name, array in held.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
         assert found[name].tobytes() == array.tobytes()
-        assert read_arrays(path, name)[0][name].tobytes() == array.tobytes()
+        assert ArrayFile(path)[name].tobytes() == array.tobytes()
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 
 
@@ -57,7 +57,7 @@ def test_a_file_with_any_bit_turned_is_refused(tmp_path):
                 read_arrays(path)
             if at >= len(whole) - 32:  # of the array itself, though it is not read as a whole
                 with pytest.raises(FileError, match="damaged"):
-                    read_arrays(path, "w")
+                    ArrayFile(path)["w"]
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(FileError, match="damaged"):
@@ -73,8 +73,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileError, match="damaged"):
         read_arrays(path)
     write_arrays(path, {"w": np.zeros(2)}, {})
-    with pytest.raises(FileError, match="does not contain tensor v"):
-        read_arrays(path, "v")
+    with pytest.raises(FileError, match="no array 'v'"):
+        ArrayFile(path)["v"]
     with pytest.raises(OSError, match="No such file"):
         read_arrays(tmp_path / "none")
 

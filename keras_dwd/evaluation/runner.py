@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import time
 import weakref
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
-from keras_dwd.files import FileError
+from keras_dwd.files import FileError, checksum
 from keras_dwd.grouping.policy import GroupingPolicy
 from keras_dwd.model import DWDModel
 from keras_dwd.optimizer import DWDOptimizer
@@ -336,8 +335,7 @@ def _checksum(scenario: Scenario) -> str:
     found = 0
     for task in scenario.tasks:
         for array in map(np.ascontiguousarray, tf.nest.flatten((task.train, task.test))):
-            found = zlib.crc32(f"{array.dtype} {array.shape}".encode(), found)
-            found = zlib.crc32(array.reshape(-1).view("uint8").data, found)
+            found = checksum(array, found)
     return f"{found:08x}"
 
 

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
 from keras_dwd.curvature.fisher import Block
+from keras_dwd.files import FileError
 from keras_dwd.grouping.strength import Budget, GroupStatistics, Strength, strength_from
 from keras_dwd.variables import Arrays, Variables
 
@@ -126,10 +127,10 @@ class Grouping(ABC):
         """Take over what `state` gave; of nothing, be as new.
 
         Raises:
-            ValueError: If it is not that of a grouping of these settings. Nothing changes then.
+            FileError: If it is not that of a grouping of these settings. Nothing changes then.
         """
         if state:
-            raise ValueError(
+            raise FileError(
                 f"The saved state of a grouping, {', '.join(sorted(state))}, is not of a "
                 f"{type(self).__name__}: load it into a model with the grouping it was saved with. "
                 "The model's consolidation state was left as it was."

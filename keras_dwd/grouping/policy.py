@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.fisher import Block
+from keras_dwd.files import FileError
 from keras_dwd.grouping.grouping import Described, Grouping, Learned, Summary
 from keras_dwd.variables import Arrays, Variables
 
@@ -145,7 +146,7 @@ class GroupingPolicy(Grouping):
         """Take over what `state` gave; of nothing, be as new.
 
         Raises:
-            ValueError: If it is not that of as many groupings. Nothing changes then.
+            FileError: If it is not that of as many groupings. Nothing changes then.
         """
         if not state:
             self._begin()
@@ -154,7 +155,7 @@ class GroupingPolicy(Grouping):
         expected = {name: array.shape for name, array in self.state().items()}
         finite = all(np.isfinite(array).all() for array in state.values())
         if shapes != expected or not finite or not -1 <= state["picked"] < len(self.groupings):
-            raise ValueError(
+            raise FileError(
                 f"The saved state of a grouping is not of a policy of {len(self.groupings)} "
                 f"groupings: {shapes}, expected are {expected}. The model's consolidation state "
                 "was left as it was."

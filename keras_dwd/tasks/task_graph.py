@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import check_inputs, integer, number
 from keras_dwd.curvature.taps import Taps
-from keras_dwd.files import FileError, read_arrays, read_json, write_arrays, write_json
+from keras_dwd.files import ArrayFile, FileError, read_arrays, read_json, write_arrays, write_json
 from keras_dwd.tasks.similarity import linear_cka
 from keras_dwd.variables import Arrays, Variables, by_path
 
@@ -158,7 +158,7 @@ class TaskGraph:
         }
         if self.given is None:
             kept["representation"] = self.representation(model)
-        write_arrays(self._file(self.tasks), kept, {})
+        write_arrays(self._path(self.tasks), kept, {})
         weights, digests = [*self._weights, row], [*self._digests, digest.hex()]
         index = {"version": 1, "weights": weights, "digests": digests}
         write_json(self.folder / _INDEX, index)
@@ -175,7 +175,7 @@ class TaskGraph:
         now = self.representation(model)
         found = []
         for i in range(self.tasks):
-            then = self._kept(i, "representation", (len(now), None))
+            then = self._kept(self._file(i), "representation", (len(now), None))
             cka = linear_cka(then, now, batch_size=self.batch_size, unbiased=self.unbiased)
             found.append(max(cka, 0.0))
         return np.array(found)
@@ -199,27 +199,31 @@ class TaskGraph:
         shares = weights / total if total else weights
         centers: Arrays = {}
         trainable = {path: v for path, v in _shared(variables).items() if v.trainable}
-        for path, variable in trainable.items():
-            center = np.zeros(variable.shape)
-            for i, share in enumerate(shares):
-                center += share * self._kept(i, f"weights/{path}", center.shape)
-            centers[path] = center
+        for i, share in enumerate(shares):
+            file = self._file(i)
+            for path, variable in trainable.items():
+                shape = tuple(variable.shape)
+                then = share * self._kept(file, f"weights/{path}", shape).astype("float64")
+                centers[path] = centers[path] + then if i else then
         return self.strength * total, centers
 
-    def _kept(self, task: int, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    def _kept(self, file: ArrayFile, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """What a task has left, of a known shape."""
-        array = read_arrays(self._file(task), name)[0][name]
+        array = file[name]
         fits = len(array.shape) == len(shape) and all(
             expected in (None, size) for size, expected in zip(array.shape, shape, strict=True)
         )
         if not (fits and array.dtype == "float32" and np.isfinite(array).all()):
             raise FileError(
-                f"`folder` {str(self.folder)!r} has {name!r} of task {task} as {array.dtype} of "
-                f"shape {array.shape}. Expected are finite float32 of {shape}."
+                f"`folder`: {str(file.path)!r} has {name!r} as {array.dtype} of shape "
+                f"{array.shape}. Expected are finite float32 of {shape}."
             )
         return array
 
-    def _file(self, task: int) -> Path:
+    def _file(self, task: int) -> ArrayFile:
+        return ArrayFile(self._path(task))
+
+    def _path(self, task: int) -> Path:
         return self.folder / f"task_{task}.safetensors"
 
     def representation(self, model: keras.Model) -> np.ndarray:
