@@ -11,8 +11,9 @@ from keras_dwd import state
 from keras_dwd.curvature.rules import Matrix, matrices
 from keras_dwd.variables import Arrays, Variables, by_path, digest_of
 
-# What is of the task that is being learned, of the task graph, or of files alone.
-_LEFT = {*state.STATISTICS, "in_use", "center", "value"}
+# What is of the task that is being learned, of the task graph, of files alone, or of a basis that
+# will be another one.
+_LEFT = {*state.STATISTICS, "in_use", "center", "value", "group"}
 
 # All directions of as many rows are made explicit, where that is needed.
 _MANY = 4096

@@ -16,7 +16,7 @@ from keras_dwd.distributed.model import arguments
 from keras_dwd.distributed.workers import block_sizes
 from keras_dwd.gradients import all_finite, data_gradients, loss_scale
 from keras_dwd.grouping.gmm import GaussianMixtureGrouping
-from keras_dwd.grouping.grouping import Grouping, Learned, Summary
+from keras_dwd.grouping.grouping import Grouped, Grouping, Learned, Summary
 from keras_dwd.layers.task_heads import HeadGate, check_task_ids
 from keras_dwd.regularizer import DWDRegularizer, Folded
 from keras_dwd.saving import SavedModel, cloned_settings
@@ -106,7 +106,9 @@ class DWDModel(SavedModel):
                 "`fisher=DiagonalFisher(...)` with it."
             )
         self.tasks_learned = 0
-        self.groups: Summary = []  # of the last boundary
+        # Of the last boundary.
+        self.groups: Summary = []
+        self.assignments: Arrays = {}
         # The weights at the last boundary, as a digest: nothing to fold before they change.
         self.weights_digest = b""
         self.head_gate = HeadGate()
@@ -251,7 +253,7 @@ class DWDModel(SavedModel):
             self.task_graph.check(self)
         variables = self._pulled_variables()
         check_weights(variables)
-        summary: Summary = []
+        grouped = Grouped({}, [], {})
         folded: list[Folded] = []
         if variables:
             if data is None:
@@ -262,7 +264,8 @@ class DWDModel(SavedModel):
             self.fisher.check(statistics)
             blocks = self.fisher.blocks(self, variables, statistics)
             if self.grouping is not None:
-                blocks, summary = self.grouping.apply(self._learned(blocks))
+                grouped = self.grouping.apply(self._learned(blocks))
+                blocks = grouped.blocks
             folded = self.regularizer.folded(by_path(self), blocks)
         if self.task_graph is not None:
             self.task_graph.add(self, digest)
@@ -271,13 +274,14 @@ class DWDModel(SavedModel):
         for part in folded:
             self.regularizer.hold(*part)
         if self.grouping is not None and self.grouping.budget is not None:
-            self.regularizer.follow({key: g["group"] for g in summary for key in g["layers"]})
-            for g in summary:
+            groups = grouped.groups
+            self.regularizer.follow({key: g["group"] for g in groups for key in g["layers"]})
+            for g in groups:
                 g["strength"] = float(self.regularizer.levels[g["group"]])
         self.fisher.reset()
         self.head_gate.reset()
         self.tasks_learned += 1
-        self.groups = summary
+        self.groups, self.assignments = grouped.groups, grouped.assignments
         self.weights_digest = digest
         if self.grouping is not None:
             self.grouping.commit()

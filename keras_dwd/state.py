@@ -53,6 +53,7 @@ def state_of(model: Any) -> Arrays:
         **model.head_gate.state(),
         **{f"value/{path}": np.asarray(v) for path, v in _not_in_files(model).items()},
         **{f"{GROUPING}{name}": array for name, array in grouping.items()},
+        **{f"group/{path}": array for path, array in model.assignments.items()},
         "format": np.asarray(FORMAT, "int64"),
         "tasks_learned": np.asarray(model.tasks_learned, "int64"),
         "weights_digest": np.frombuffer(model.weights_digest, "uint8"),
@@ -142,9 +143,11 @@ def take(model: Any, state: Arrays) -> None:
             f"can then `inherit` from that. {_UNCHANGED}"
         )
     groups = groups_of(scalars["groups"])
+    numbers = {-1, *(group["group"] for group in groups)}
+    known = matrices(model)
     statistics = model.fisher.shapes(model, variables)
     kinds: dict[str, Arrays] = {
-        kind: {} for kind in ("level", "anchor", "center", "in_use", "value", "online")
+        kind: {} for kind in ("level", "anchor", "center", "in_use", "value", "online", "group")
     }
     leaves: dict[str, Arrays] = {}
     foreign = False  # the file's online estimate is of another kind than this model keeps
@@ -157,7 +160,11 @@ def take(model: Any, state: Arrays) -> None:
             leaves.setdefault(path, {})[kind] = array
             continue
         held = kinds.get(kind, {})
-        if kind == "level":
+        if kind == "group":
+            if path in known and array.ndim == 2:  # of directions of its matrix
+                shape = (known[path][1].rows, known[path][1].shape[1])
+            shape = array.shape if _assigns(array, shape or (), numbers) else None
+        elif kind == "level":
             shape = (2,)
         elif kind == "in_use":
             shape = shape[:1] if shape else None
@@ -173,7 +180,7 @@ def take(model: Any, state: Arrays) -> None:
         real = array.dtype.kind not in "fV" or np.isfinite(np.asarray(array, "float64")).all()
         if not real or (name.startswith("level/") and array[0] != np.floor(array[0])):
             raise FileError(f"The saved {name!r} has numbers that cannot be. {_UNCHANGED}")
-    blocks = _blocks(model, variables, leaves, kinds["anchor"])
+    blocks = _blocks(model, variables, known, leaves, kinds["anchor"])
     if model.grouping is not None:
         model.grouping.restore({n.removeprefix(GROUPING): a for n, a in grouping.items()})
     # All of it fits: from here on nothing can fail.
@@ -207,6 +214,7 @@ def take(model: Any, state: Arrays) -> None:
     model.tasks_learned = int(scalars["tasks_learned"])
     model.weights_digest = scalars["weights_digest"].tobytes()
     model.groups = groups
+    model.assignments = {p: a for p, a in kinds["group"].items() if model.workers.keeps(p)}
     model.regularizer.tie_to(float(scalars["tie"]), kinds["center"])
     for key, (group, level) in kinds["level"].items():
         model.regularizer.follow({key: int(group)})
@@ -255,10 +263,21 @@ def groups_of(saved: np.ndarray) -> Summary:
         raise FileError(f"The saved summary of groups cannot be read. {_UNCHANGED}") from None
 
 
+def _assigns(array: np.ndarray, shape: tuple[int, ...], numbers: set[int]) -> bool:
+    """Whether an array says of parameters, or of at most as many directions, their groups."""
+    small = array.ndim <= len(shape) and all(
+        a <= b for a, b in zip(array.shape, shape[len(shape) - array.ndim :], strict=True)
+    )
+    return small and array.dtype.kind == "i" and set(np.unique(array).tolist()) <= numbers
+
+
 def _blocks(
-    model: Any, variables: Variables, leaves: dict[str, Arrays], anchors: Arrays
+    model: Any,
+    variables: Variables,
+    known: Mapping[str, Matrix],
+    leaves: dict[str, Arrays],
+    anchors: Arrays,
 ) -> dict[str, Block]:
-    known = matrices(model)
     rank = getattr(model.fisher, "rank", KroneckerFisher().rank)
     correction = getattr(model.fisher, "correction", 1)
     blocks: dict[str, Block] = {}

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import keras
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def flat(arrays):
 def divided(grouping, fisher, values, **learned):
     """λ_k of each parameter, and the summary."""
     blocks = {path: Diagonal(path, f) for path, f in fisher.items()}
-    weighted, summary = grouping.apply(Learned(blocks, values, **learned))
+    weighted, summary, _ = grouping.apply(Learned(blocks, values, **learned))
     shares = {
         p: np.divide(weighted[p].values, f, where=f > 0, out=np.zeros(f.shape))
         for p, f in fisher.items()
@@ -304,7 +306,7 @@ def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
         model.fit(x, y, verbose=0)
         statistics = model._estimate((x, y), 32)
         blocks = model.fisher.blocks(model, model._pulled_variables(), statistics)
-        weighted, summary = model.grouping.apply(model._learned(blocks))
+        weighted, summary, assignments = model.grouping.apply(model._learned(blocks))
         model.consolidate((x, y))
         total += sum(2 * b.spectrum().sum() for b in weighted.values())
         assert model.groups == summary
@@ -313,9 +315,26 @@ def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
         held = sum(np.sum(b.spectrum()) for b in model.regularizer.precisions.values())
         assert held == pytest.approx(total, rel=1e-4)
         assert sum(g["size"] for g in summary) == model.count_params()
+    sizes, fishers = Counter(), Counter()
+    for key, block in blocks.items():
+        spectrum = block.spectrum()
+        assigned = np.broadcast_to(model.assignments[key], spectrum.shape)
+        assert assigned.dtype == "int8"
+        np.testing.assert_array_equal(model.assignments[key], assignments[key])
+        for group in np.unique(assigned[spectrum > 0]):
+            members = spectrum[(assigned == group) & (spectrum > 0)]
+            assert {g["group"]: g["layers"] for g in summary}[group][key] == members.size
+            sizes[group] += members.size
+            fishers[group] += members.sum(dtype="float64")
+    assert dict(sizes) == {g["group"]: g["size"] for g in summary}
+    for g in summary:
+        assert fishers[g["group"]] / g["size"] == pytest.approx(g["mean_fisher"], rel=1e-5)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.groups == model.groups
+    assert {k: (a.dtype, a.tolist()) for k, a in again.assignments.items()} == {
+        k: (a.dtype, a.tolist()) for k, a in model.assignments.items()
+    }
     assert again.grouping.get_config() == model.grouping.get_config()
 
 

@@ -81,8 +81,8 @@ def test_what_is_picked_is_applied_and_a_reward_needs_a_pick():
     policy.reward(1.0)
     assert policy.counts == [0, 0, 0]
     what = learned()
-    weighted, summary = policy.apply(what)
-    expected, alike = ARMS[0].apply(what)
+    weighted, summary, _ = policy.apply(what)
+    expected, alike, _ = ARMS[0].apply(what)
     np.testing.assert_array_equal(weighted["a"].values, expected["a"].values)
     assert summary == alike
     assert policy.picked is None  # until the model has taken it

@@ -24,6 +24,7 @@ from keras_dwd import (
     TaskGraph,
     TaskHeads,
 )
+from keras_dwd.files import FileError
 from keras_dwd.state import FORMAT, restore, save, state_of
 from keras_dwd.variables import by_path
 
@@ -284,6 +285,21 @@ def test_state_of_another_grouping_is_refused():
     restore(model, store)
     assert model.grouping.picked == 0
     assert model.grouping.counts == [0, 0]
+
+
+@pytest.mark.parametrize("fisher", [DiagonalFisher(), KroneckerFisher()])
+def test_assignments_that_fit_no_group_or_no_variable_are_refused(fisher):
+    store = {}
+    model = in_the_middle(compiled(fisher=fisher))
+    save(model, store)
+    (name,) = (name for name in store if name.startswith("group|") and "hidden|kernel" in name)
+    before, groups = store[name], state_of(model)
+    of_no_group = np.where(before == 0, 4, before).astype(before.dtype)
+    for bad in (of_no_group, np.zeros((99, 8), "int8"), before[None], before.astype("float32")):
+        with pytest.raises(FileError, match="saved group of 'hidden/kernel'"):
+            restore(model, {**store, name: bad})
+        for key, array in state_of(model).items():
+            np.testing.assert_array_equal(array, groups[key])
 
 
 def test_layers_that_are_numbered_anew_are_found_by_their_order(tmp_path):

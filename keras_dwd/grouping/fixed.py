@@ -11,6 +11,7 @@ from keras_dwd.checks import number
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.grouping.grouping import (
     Described,
+    Grouped,
     Grouping,
     Learned,
     Parameters,
@@ -105,7 +106,7 @@ class FixedGrouping(Grouping):
                     f"{', '.join(variables)}."
                 )
 
-    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+    def apply(self, learned: Learned) -> Grouped:
         """Weigh the Fisher information by the λ_k of its groups."""
         weighted: dict[str, Block] = {}
         mine: Described = {}
@@ -136,7 +137,9 @@ class FixedGrouping(Grouping):
                     "layers": {path: int(sums[0]) for path, sums in members[pattern].items()},
                 }
             )
-        return weighted, summary
+        of_group = {path: group["group"] for group in summary for path in group["layers"]}
+        numbers = {key: np.array(of_group[key], "int16") for key in weighted}
+        return Grouped(weighted, summary, numbers)
 
     def _group_of(self, path: str) -> str:
         """The pattern of a variable's group, `"*"` where it is in none."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import keras
 import numpy as np
@@ -23,6 +23,22 @@ Summary = list[dict[str, Any]]
 
 Described = dict[str, tuple[np.ndarray, ...]]
 """What there is to say of blocks, by block: a few small arrays each."""
+
+
+class Grouped(NamedTuple):
+    """What a grouping makes of the Fisher information of a task.
+
+    Attributes:
+        blocks: It, weighted by the λ_k of its groups.
+        groups: The summary of these.
+        assignments: The number of the group that each parameter is in, −1 for none: by block, small
+            integers of a shape that broadcasts to that of its eigenvalues.
+    """
+
+    blocks: dict[str, Block]
+    groups: Summary
+    assignments: Arrays
+
 
 # As many parameters at a time: what is computed of them stays in the processor's cache.
 _CHUNK = 2**16
@@ -137,12 +153,8 @@ class Grouping(ABC):
             )
 
     @abstractmethod
-    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
-        """Weigh the Fisher information by the λ_k of its groups.
-
-        Returns:
-            The weighted blocks, and a summary of the groups.
-        """
+    def apply(self, learned: Learned) -> Grouped:
+        """Weigh the Fisher information by the λ_k of its groups."""
 
     @abstractmethod
     def get_config(self) -> dict[str, Any]:
@@ -214,13 +226,10 @@ class Partition(Grouping):
         """What the training step is to adjust the λ_k by, if it is."""
         return self.strengths if isinstance(self.strengths, Budget) else None
 
-    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+    def apply(self, learned: Learned) -> Grouped:
         """Weigh the Fisher information by the λ_k of its groups.
 
         Of Kronecker factors the result is the nearest pair of factors: its total differs a little.
-
-        Returns:
-            The weighted blocks, and a summary of the groups.
         """
         parameters = {
             key: Parameters(block.spectrum(), block, learned)
@@ -272,7 +281,11 @@ class Partition(Grouping):
             key: part.block.scaled(np.broadcast_to(table[labels[key]], part.fisher.shape))
             for key, part in parameters.items()
         }
-        return weighted, sorted(summary, key=lambda group: group["group"])
+        final = np.full(count + 1, -1)
+        final[used] = numbers
+        final = final.astype(np.min_scalar_type(-int(final.max()) - 2))
+        assignments = {key: final[part] for key, part in labels.items()}
+        return Grouped(weighted, sorted(summary, key=lambda group: group["group"]), assignments)
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -7,9 +7,8 @@ import keras
 import numpy as np
 
 from keras_dwd.checks import integer, number
-from keras_dwd.curvature.fisher import Block
 from keras_dwd.files import FileError
-from keras_dwd.grouping.grouping import Described, Grouping, Learned, Summary
+from keras_dwd.grouping.grouping import Described, Grouped, Grouping, Learned
 from keras_dwd.variables import Arrays, Variables
 
 
@@ -117,7 +116,7 @@ class GroupingPolicy(Grouping):
             widths.append(np.sqrt(context @ inverse @ context))
         return np.array(means), self.exploration * np.array(widths)
 
-    def apply(self, learned: Learned) -> tuple[dict[str, Block], Summary]:
+    def apply(self, learned: Learned) -> Grouped:
         """Weigh the Fisher information by the grouping that is picked."""
         context = self.context(learned)
         means, widths = self.expected(context)
