@@ -49,7 +49,7 @@ def main() -> None:
     for task in range(3):
         model.fit(np.roll(x, task, 1), y, epochs=3, batch_size=8, verbose=0)
         if task < 2:
-            model.grouping.reward(0.5)
+            model.grouping.reward([0.5] * (model.tasks_learned + 1))
             model.consolidate()
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"model_{__version__}.keras"

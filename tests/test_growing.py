@@ -192,7 +192,7 @@ def test_layers_are_renamed_and_dropped():
 def test_what_a_policy_learned_goes_on():
     policy = GroupingPolicy([SingleGroup(), LayerGrouping()])
     old = learned(compiled(fisher=DiagonalFisher(), grouping=policy), more=False)
-    old.grouping.reward(0.7)
+    old.grouping.reward([0.7])
     old.fit(X, Y, verbose=0)
     old.consolidate()
     new = compiled(fisher=DiagonalFisher(), grouping=policy)

@@ -16,6 +16,14 @@ from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.evaluation.methods import Method
 from keras_dwd.grouping.grouping import Learned
 
+
+def worth(policy, value):
+    """Reward it with `value`, on a new task and on all there were."""
+    tasks = max(policy.state()["accuracies"].size, 1)
+    policy._accuracies = np.ones(tasks)
+    policy.reward([value] * (tasks + 1))
+
+
 ARMS = [SingleGroup(), LayerGrouping(), GaussianMixtureGrouping(2)]
 
 
@@ -28,13 +36,13 @@ def learned(seed=0, moved=0.1):
 
 def test_it_tries_each_and_then_takes_the_best():
     policy = GroupingPolicy(ARMS)
-    worth = [0.2, 0.9, 0.4]
+    of_each = [0.2, 0.9, 0.4]
     picks = []
     for seed in range(30):
         policy.apply(learned(seed))
         policy.commit()
         picks.append(policy.picked)
-        policy.reward(worth[policy.picked])
+        worth(policy, of_each[policy.picked])
     assert picks[:3] == [0, 1, 2]
     assert picks.count(1) > 20
     assert policy.picked is None
@@ -46,7 +54,7 @@ def test_the_context_decides():
         far = seed % 2
         policy.apply(learned(seed, moved=2.0 if far else 0.01))
         policy.commit()
-        policy.reward(0.9 if policy.picked == far else 0.3)
+        worth(policy, 0.9 if policy.picked == far else 0.3)
     chosen = []
     for moved in (0.01, 2.0):
         policy.apply(learned(100, moved))
@@ -67,7 +75,7 @@ def test_the_expectation_is_ridge_regression():
         if policy.picked == 0:
             contexts.append(policy.context(what))
             rewards.append(reward)
-        policy.reward(reward)
+        worth(policy, reward)
     x = np.array(contexts)
     now = policy.context(learned(9))
     gram = x.T @ x + np.eye(4)
@@ -76,9 +84,29 @@ def test_the_expectation_is_ridge_regression():
     assert widths[0] == pytest.approx(0.5 * np.sqrt(now @ np.linalg.solve(gram, now)))
 
 
+def test_the_reward_is_what_is_left_and_what_was_learned():
+    policy = GroupingPolicy(ARMS[:2])
+    policy.reward([0.8])
+    policy.apply(learned())
+    policy.commit()
+    policy.reward([0.6, 0.9])
+    context = policy.context(learned())
+    first = (0.6 / 0.8 + 0.9) / 2
+    np.testing.assert_allclose(policy.state()["b"][0], first * context)
+    policy.apply(learned())
+    policy.commit()
+    policy.reward([0.7, 0.0, 0.5, 0.7])  # of two more; the first is better than it was
+    np.testing.assert_allclose(policy.state()["b"][1], (0.5 * 1 + 0.6) / 2 * context)
+    policy.apply(learned())
+    policy.commit()
+    policy.reward([0.7, 0.3, 0.0, 0.7, 1.0])  # what was at nothing cannot fall
+    third = (3 / 4 + 1.0) / 2
+    np.testing.assert_allclose(policy.state()["b"].sum(0), (first + 0.55 + third) * context)
+
+
 def test_what_is_picked_is_applied_and_a_reward_needs_a_pick():
     policy = GroupingPolicy(ARMS)
-    policy.reward(1.0)
+    policy.reward([1.0])
     assert policy.counts == [0, 0, 0]
     what = learned()
     weighted, summary, _ = policy.apply(what)
@@ -94,14 +122,16 @@ def test_it_is_saved_with_what_it_learned(tmp_path):
     model = compiled(fisher=DiagonalFisher("exact"), grouping=GroupingPolicy(ARMS))
     for seed in range(2):
         model.fit(*blobs(seed=seed), verbose=0)
-        model.grouping.reward(0.7)
+        model.grouping.reward([0.7] * (seed + 1))
         model.consolidate()
     assert model.grouping.counts == [1, 0, 0]
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.grouping.get_config() == model.grouping.get_config()
     assert again.grouping.picked == 1
-    again.grouping.reward(0.5)
+    with pytest.raises(ValueError, match="more than the 2 tasks of the last call"):
+        again.grouping.reward([0.5, 0.5])
+    again.grouping.reward([0.5] * 3)
     assert again.grouping.counts == [1, 1, 0]
 
 
@@ -135,5 +165,5 @@ def test_bad_arguments_are_named(arguments):
     name = list(arguments)[-1]
     with pytest.raises(ValueError, match=f"`{name}`"):
         GroupingPolicy(**arguments)
-    with pytest.raises(ValueError, match="`value`"):
-        GroupingPolicy(ARMS).reward(2.0)
+    with pytest.raises(ValueError, match="`accuracies`"):
+        GroupingPolicy(ARMS).reward([2.0])

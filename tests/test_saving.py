@@ -75,7 +75,7 @@ def learn(model, number):
     """A whole task."""
     model.fit(*task(model, number), verbose=0)
     if isinstance(model.grouping, GroupingPolicy):
-        model.grouping.reward(0.5 + 0.1 * number)
+        model.grouping.reward([0.5] * number + [0.5 + 0.1 * number])
     model.consolidate()
 
 
@@ -281,7 +281,7 @@ def test_state_of_another_grouping_is_refused():
         with pytest.raises(ValueError, match="state of a grouping"):
             restore(other, store)
         assert not state_of(other)
-    model.grouping.reward(1.0)
+    model.grouping.reward([0.5, 1.0])
     restore(model, store)
     assert model.grouping.picked == 0
     assert model.grouping.counts == [0, 0]

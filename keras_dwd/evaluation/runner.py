@@ -202,7 +202,7 @@ def run_sequence(
 
         started = time.perf_counter()
         if policy is not None:
-            policy.reward(float(_accuracies(model, held_back[: t + 1]).mean()))
+            policy.reward(_accuracies(model, held_back[: t + 1]).tolist())
         sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
         model.consolidate(sample, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)

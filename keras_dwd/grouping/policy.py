@@ -18,10 +18,11 @@ class GroupingPolicy(Grouping):
 
     A contextual bandit: it expects of each grouping a reward that is linear in what is known at the
     boundary (whether there was one before, how far parameters moved since, how unequal their Fisher
-    information is) and picks the one with the highest upper confidence bound (LinUCB). The
-    reward is what you say it is, between 0 and 1: in the end the accuracy on validation data
-    of all tasks so far. Give it after the next task, before `consolidate`. What was learned is
-    saved with the model; `rewards` carries it to the policy of another one.
+    information is) and picks the one with the highest upper confidence bound (LinUCB). What a pick
+    is worth shows when the next task was learned: half of it is how much of the accuracy on
+    earlier tasks is left, half the accuracy on the new one, both on validation data, which you give
+    before `consolidate`. What was learned is saved with the model; `rewards` carries it to the
+    policy of another one.
 
     Args:
         groupings: To pick from, two or more.
@@ -34,9 +35,9 @@ class GroupingPolicy(Grouping):
     ```python
     policy = GroupingPolicy([SingleGroup(), GaussianMixtureGrouping(4), LayerGrouping()])
     model = DWDModel.from_model(network, grouping=policy)
-    for x, y, validation in tasks:
-        model.fit(x, y)
-        model.grouping.reward(accuracy_on_all(validation))
+    for t, task in enumerate(tasks):
+        model.fit(*task.train)
+        model.grouping.reward([accuracy(model, each.validation) for each in tasks[: t + 1]])
         model.consolidate()
     ```
 
@@ -74,6 +75,7 @@ class GroupingPolicy(Grouping):
         shapes = len(self.counts), self._a.shape, self._b.shape
         if shapes != (number_of, (number_of, d, d), (number_of, d)):
             raise ValueError(f"`rewards` must be those of {number_of} groupings.")
+        self._accuracies = np.zeros(0)  # on the tasks so far
         self._next: tuple[int, np.ndarray] | None = None
         # The pick that waits for its reward, and the context it was made in.
         self._open: tuple[int, np.ndarray] | None = None
@@ -88,19 +90,31 @@ class GroupingPolicy(Grouping):
         """Which of `groupings` the last boundary took, if it was not rewarded yet."""
         return None if self._open is None else self._open[0]
 
-    def reward(self, value: float) -> None:
-        """Say what the pick of the last boundary was worth; of none there is nothing to learn.
+    def reward(self, accuracies: Sequence[float]) -> None:
+        """Say what is known at the end of a task, by which the pick of the last boundary is judged.
 
         Args:
-            value: In [0, 1].
+            accuracies: In [0, 1], on validation data of each task so far; the newest comes last.
+
+        Raises:
+            ValueError: If there are no more than when it was called last.
         """
-        value = number("value", value, 0, 1)
+        now = np.array([number("accuracies", accuracy, 0, 1) for accuracy in accuracies])
+        then = self._accuracies
+        if len(now) <= len(then):
+            raise ValueError(
+                f"`accuracies` must be those of more than the {len(then)} tasks of the last call, "
+                f"the newest last. Received: {accuracies!r}"
+            )
         if self._open is not None:
             picked, context = self._open
+            kept = np.divide(now[: len(then)], then, out=np.ones(len(then)), where=then > 0)
+            left = np.minimum(kept, 1).mean() if len(then) else 1.0
             self._a[picked] += np.outer(context, context)
-            self._b[picked] += value * context
+            self._b[picked] += (left + now[len(then) :].mean()) / 2 * context
             self.counts[picked] += 1
             self._open = None
+        self._accuracies = now
 
     def check(self, variables: Variables) -> None:
         """Raise `ValueError` if one of the groupings does not fit a model's variables, by path."""
@@ -139,6 +153,7 @@ class GroupingPolicy(Grouping):
             "b": self._b,
             "picked": np.array(picked, "int64"),
             "context": context,
+            "accuracies": self._accuracies,
         }
 
     def restore(self, state: Arrays) -> None:
@@ -150,8 +165,10 @@ class GroupingPolicy(Grouping):
         if not state:
             self._begin()
             return
+        state = {"accuracies": np.zeros(0), **state}
         shapes = {name: array.shape for name, array in state.items()}
         expected = {name: array.shape for name, array in self.state().items()}
+        expected["accuracies"] = (state["accuracies"].size,)  # of any number of tasks
         finite = all(np.isfinite(array).all() for array in state.values())
         if shapes != expected or not finite or not -1 <= state["picked"] < len(self.groupings):
             raise FileError(
@@ -161,6 +178,7 @@ class GroupingPolicy(Grouping):
             )
         self.counts = [int(n) for n in state["counts"]]
         self._a, self._b = (np.array(state[name], "float64") for name in "ab")
+        self._accuracies = np.array(state["accuracies"], "float64")
         picked = int(state["picked"])
         self._open = None if picked < 0 else (picked, np.array(state["context"], "float64"))
 
