@@ -3,7 +3,8 @@
 The models that are compared live in one process and are timed in turn, over many short rounds: a
 machine whose speed drifts does not decide it. They are built anew several times, since one and the
 same model is faster or slower by some percent from one build to the next; reported is the median
-over builds of the median over rounds of the ratio within a round.
+over builds of the median over rounds of the ratio within a round. The steps of task 2 and of task
+20 are those of one model, traced after one task and after 19.
 
 Usage: python benchmarks/step_cost.py [--rounds N] [--builds N] [--networks NAME ...]
     [--data-dir DIR] [--out FILE]
@@ -53,7 +54,8 @@ PROTOCOL = (
     f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
     "from 128 images of each (the ResNet's weights moved at random in place of training), "
     "DWDModel with pull and online Fisher (diagonal: each fifth step, "
-    "Kronecker: each 20th) against strength=0, in turn in one process, median over builds of the "
+    "Kronecker: each 20th) against strength=0, and the step of one such model as traced in task 2 "
+    "against that traced in task 20, in turn in one process, median over builds of the "
     "models (and their range) of the median ratio over rounds; state in bytes per parameter in "
     "task 2"
 )
@@ -73,7 +75,7 @@ def batches(task, size, count):
 
 
 class Trainer:
-    """A compiled model and the function that makes some of its training steps."""
+    """A compiled model that learns tasks, and the time its training steps take."""
 
     def __init__(self, build, scenario, **settings):
         keras.utils.set_random_seed(0)
@@ -84,7 +86,6 @@ class Trainer:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         self.model.make_train_function()
-        self.step = None
 
     def learn_tasks(self, count, steps):
         while self.model.tasks_learned < count:
@@ -96,24 +97,30 @@ class Trainer:
                     variable.assign_add(1e-3 * keras.random.normal(variable.shape))
             self.model.consolidate(batches(task, BATCH, 4))
 
-    def seconds(self, steps):
-        step = self.step = self.step or tf.function(self.model.train_step)
+    def timer(self):
+        """The mean seconds of a number of steps, as they are now also when more is learned."""
+        step = tf.function(self.model.train_step)
         (data,) = batches(self.tasks[self.model.tasks_learned], BATCH, 1)
-        started = time.perf_counter()
-        for _ in range(steps):
-            loss = step(data)["loss"]
-        float(loss)  # wait for it
-        return (time.perf_counter() - started) / steps
+        regularizer = self.model.regularizer
+        slots = [*regularizer.precisions.values(), *regularizer.anchors.values()]
+
+        def seconds(steps, slots=slots):  # which live as long as this does
+            started = time.perf_counter()
+            for _ in range(steps):
+                loss = step(data)["loss"]
+            float(loss)  # wait for it
+            return (time.perf_counter() - started) / steps
+
+        seconds(5)  # trace and warm up
+        return seconds
 
 
-def timed(trainers, steps, rounds):
-    """Milliseconds of a step for each trainer in each round, `(rounds, trainers)`."""
-    for trainer in trainers:
-        trainer.seconds(5)  # trace and warm up
-    times = np.zeros((rounds, len(trainers)))
+def timed(timers, steps, rounds):
+    """Milliseconds of a step for each timer in each round, `(rounds, timers)`."""
+    times = np.zeros((rounds, len(timers)))
     for r in range(rounds):
-        for i in np.roll(np.arange(len(trainers)), r):  # each comes first as often as the others
-            times[r, i] = 1000 * trainers[i].seconds(steps)
+        for i in np.roll(np.arange(len(timers)), r):  # each comes first as often as the others
+            times[r, i] = 1000 * timers[i](steps)
     return times
 
 
@@ -136,12 +143,13 @@ def measured(build, scenario, fisher, learning, steps, rounds, builds):
         # Grouping is boundary work: the step sees a precision, whatever it was made from.
         settings = {"fisher": fisher, "grouping": None}
         finetune = Trainer(build, scenario, strength=0.0)
-        early, late = (Trainer(build, scenario, **settings) for _ in range(2))
-        early.learn_tasks(1, learning)
-        late.learn_tasks(19, learning)
-        times.append(timed([finetune, early, late], steps, rounds))
-        size = early.model.count_params()
-        state = sum(a.nbytes for a in state_of(early.model).values())
+        dwd = Trainer(build, scenario, **settings)
+        dwd.learn_tasks(1, learning)
+        size = dwd.model.count_params()
+        state = sum(a.nbytes for a in state_of(dwd.model).values())
+        timers = [finetune.timer(), dwd.timer()]
+        dwd.learn_tasks(19, learning)
+        times.append(timed([*timers, dwd.timer()], steps, rounds))
         keras.utils.clear_session()
     return {
         "parameters": size,

@@ -130,12 +130,16 @@ class GroupingPolicy(Grouping):
             widths.append(np.sqrt(context @ inverse @ context))
         return np.array(means), self.exploration * np.array(widths)
 
+    def pick(self, context: np.ndarray) -> int:
+        """Which of `groupings` to take: each once, then by the upper bound of its reward."""
+        untried = [k for k, count in enumerate(self.counts) if not count]
+        means, widths = self.expected(context)
+        return untried[0] if untried else int(np.argmax(means + widths))
+
     def apply(self, learned: Learned) -> Grouped:
         """Weigh the Fisher information by the grouping that is picked."""
         context = self.context(learned)
-        means, widths = self.expected(context)
-        untried = [k for k, count in enumerate(self.counts) if not count]
-        picked = untried[0] if untried else int(np.argmax(means + widths))
+        picked = self.pick(context)
         result = self.groupings[picked].apply(learned)
         self._next = picked, context
         return result
