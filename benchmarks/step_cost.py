@@ -57,7 +57,7 @@ PROTOCOL = (
     "Kronecker: each 20th) against strength=0, and the step of one such model as traced in task 2 "
     "against that traced in task 20, in turn in one process, median over builds of the "
     "models (and their range) of the median ratio over rounds; state in bytes per parameter in "
-    "task 2"
+    "task 2 and in task 20"
 )
 FISHERS = {
     "diagonal": DiagonalFisher(),
@@ -138,7 +138,7 @@ def ratio(pairs):
 
 def measured(build, scenario, fisher, learning, steps, rounds, builds):
     """The row of a network and a Fisher estimate."""
-    times, size, state = [], 0, 0
+    times, size, state = [], 0, [0, 0]
     for _ in range(builds):
         # Grouping is boundary work: the step sees a precision, whatever it was made from.
         settings = {"fisher": fisher, "grouping": None}
@@ -146,14 +146,15 @@ def measured(build, scenario, fisher, learning, steps, rounds, builds):
         dwd = Trainer(build, scenario, **settings)
         dwd.learn_tasks(1, learning)
         size = dwd.model.count_params()
-        state = sum(a.nbytes for a in state_of(dwd.model).values())
+        state[0] = sum(a.nbytes for a in state_of(dwd.model).values())
         timers = [finetune.timer(), dwd.timer()]
         dwd.learn_tasks(19, learning)
+        state[1] = sum(a.nbytes for a in state_of(dwd.model).values())
         times.append(timed([*timers, dwd.timer()], steps, rounds))
         keras.utils.clear_session()
     return {
         "parameters": size,
-        "state_bytes_per_parameter": state / size,
+        "state_bytes_per_parameter": [each / size for each in state],
         "dwd_to_finetune": ratio([(t[:, 1], t[:, 0]) for t in times]),
         "task_20_to_task_2": ratio([(t[:, 2], t[:, 1]) for t in times]),
         "rounds": rounds,

@@ -99,14 +99,15 @@ def of_all_scenarios():
 
 
 def cost_table(results):
-    lines = [["network", "parameters", "DWD / fine-tuning", "task 20 / task 2", "state, bytes"]]
+    ratios = {"dwd_to_finetune": "DWD / fine-tuning", "task_20_to_task_2": "task 20 / task 2"}
+    lines = [["network", "parameters", *ratios.values(), "bytes of state a parameter"]]
     for name, network in results["networks"].items():
         lines.append(
             [
                 name,
                 f"{network['parameters']:,}",
-                *(_range(network[key]) for key in ("dwd_to_finetune", "task_20_to_task_2")),
-                f"{network['state_bytes_per_parameter']:.1f} a parameter",
+                *(_range(network[key]) for key in ratios),
+                "{:.1f}, in task 20 {:.1f}".format(*network["state_bytes_per_parameter"]),
             ]
         )
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."

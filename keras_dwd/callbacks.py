@@ -54,7 +54,10 @@ class LearningRateWarmup(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Note the learning rate of one worker."""
-        given = getattr(self.model.optimizer, "_learning_rate", None)
+        inner = self.model.optimizer
+        while hasattr(inner, "inner_optimizer"):
+            inner = inner.inner_optimizer
+        given = getattr(inner, "_learning_rate", None)
         if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
             raise ValueError(
                 "`LearningRateWarmup` sets the learning rate, but the optimizer has a schedule for "

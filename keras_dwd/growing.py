@@ -168,14 +168,12 @@ def _grown_factors(path: str, kept: Arrays, before: Matrix, after: Matrix) -> Ar
         parts.append(numbers[1][_corner(old.bias_shape)])
     at = old.join(*parts)
     rows, columns = at[:, 0] // new.shape[1], at[0] % new.shape[1]
-    held = kept.get(f"input_rows/{path}")
     found: Arrays = {}
-    if held is not None:
-        found[f"input_rows/{path}"] = rows[held.astype(int)].astype(held.dtype)
-    sides = [("output", columns, new.shape[1])]
-    if held is None:  # else all other rows are free already
-        sides.append(("input", rows, new.rows))
-    for side, places, size in sides:
+    for side, places, size in (("input", rows, new.rows), ("output", columns, new.shape[1])):
+        held = kept.get(f"{side}_rows/{path}")
+        if held is not None:  # all others are free already
+            found[f"{side}_rows/{path}"] = places[held.astype(int)].astype(held.dtype)
+            continue
         if len(places) == size:
             continue
         vectors, values, rest = (kept[f"{side}_{p}/{path}"] for p in ("vectors", "values", "rest"))

@@ -10,7 +10,7 @@ import numpy as np
 from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.fisher import Block
-from keras_dwd.curvature.kronecker import Kronecker, KroneckerFisher
+from keras_dwd.curvature.kronecker import SIDES, Kronecker, KroneckerFisher
 from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import Matrix, matrices
 from keras_dwd.files import FileError
@@ -25,15 +25,9 @@ _SCALARS = {
 }
 _TEXTS = {"weights_digest", "groups"}
 GROUPING = "grouping."
-_SIDES = ("input", "output")
-_PARTS = ("vectors", "values", "rest")
-LEAVES = {
-    "precision",
-    "correction",
-    "input_rows",
-    *(f"{side}_{part}" for side in _SIDES for part in _PARTS),
-}
-STATISTICS = {"fisher", "sketch", "margin", *_SIDES, *(f"{side}_trace" for side in _SIDES)}
+_PARTS = ("vectors", "values", "rest", "rows")
+LEAVES = {"precision", "correction", *(f"{side}_{part}" for side in SIDES for part in _PARTS)}
+STATISTICS = {"fisher", "sketch", "margin", *SIDES, *(f"{side}_trace" for side in SIDES)}
 _UNCHANGED = "The model's consolidation state was left as it was."
 
 
@@ -311,9 +305,9 @@ def _block(
     if matrix is None:
         raise ValueError
     paths, form = matrix
-    if "input_rows" in parts:
-        rows = np.asarray(parts["input_rows"])
-        within = rows.ndim == 1 and rows.size and rows[0] >= 0 and rows[-1] < form.rows
+    for side, size in zip(SIDES, (form.rows, form.shape[1]), strict=True):
+        rows = np.asarray(parts.get(f"{side}_rows", [0]))
+        within = rows.ndim == 1 and rows.size and rows[0] >= 0 and rows[-1] < size
         if not within or np.any(np.diff(rows) < 1) or np.any(rows != np.floor(rows)):
             raise ValueError
     nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))

@@ -385,6 +385,7 @@ def test_warmup_leaves_one_worker_alone_and_refuses_schedules():
     model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])
     assert float(model.optimizer.learning_rate) == rate
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    model = compiled(optimizer=keras.optimizers.SGD(schedule))
-    with pytest.raises(ValueError, match="schedule"):
-        model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])
+    for optimizer in (keras.optimizers.SGD(schedule), DWDOptimizer(keras.optimizers.SGD(schedule))):
+        model = compiled(optimizer=optimizer)
+        with pytest.raises(ValueError, match="schedule"):
+            model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])

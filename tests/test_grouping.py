@@ -204,6 +204,45 @@ def test_evidence_of_a_group_that_did_not_move_is_limited():
     np.testing.assert_allclose(Evidence().of(groups), relative * 2 / relative.sum())
 
 
+def test_evidence_of_what_has_no_anchor_yet_is_that_of_the_rest():
+    rng = np.random.default_rng(0)
+    fisher = {name: rng.uniform(0.5, 1, 20) for name in "abc"}
+    values = {name: rng.normal(size=20) for name in "abc"}
+    moved = {"a": values["a"] - 0.1, "b": values["b"] - 1.0}
+    strengths, _ = divided(LayerGrouping("evidence"), fisher, values, anchors=moved)
+    of_each = {name: strengths[name][0] for name in "abc"}
+    sums = {name: (fisher[name] * (values[name] - moved[name]) ** 2).sum() for name in "ab"}
+    mean = (sums["a"] + sums["b"]) / 40
+    relative = {name: 1 / max(sums[name] / 20 / mean, 0.01) for name in "ab"} | {"c": 1.0}
+    for name in "ab":
+        assert of_each[name] / of_each["c"] == pytest.approx(relative[name], rel=1e-5)
+
+
+def test_a_sample_is_of_all_parts_of_a_variable():
+    """Of variables smaller than `samples`, though all together are more."""
+    rng = np.random.default_rng(0)
+    fisher, values, kinds = {}, {}, {}
+    for name in "abc":
+        kinds[name] = np.repeat([0, 1, 2], 1000)  # the last ones of each are of a kind of their own
+        fisher[name] = 10.0 ** (np.array([-8, -3, 1])[kinds[name]] + 0.1 * rng.normal(size=3000))
+        values[name] = rng.normal(size=3000)
+    grouping = GaussianMixtureGrouping(3, features=("fisher",), samples=3000)
+    strengths, _ = divided(grouping, fisher, values)
+    assert adjusted_rand_score(flat(kinds), codes(strengths)) > 0.99
+
+
+def test_the_mean_fisher_of_fixed_groups_counts_directions_that_are_not_kept():
+    model = compiled(fisher=KroneckerFisher("exact", None, rank=2), grouping=FixedGrouping({}))
+    statistics = model._estimate(blobs(), 32)
+    blocks = model.fisher.blocks(model, model._pulled_variables(), statistics)
+    model.consolidate(blobs())
+    (group,) = model.groups
+    total = sum(block.trace for block in blocks.values())
+    assert group["mean_fisher"] == pytest.approx(total / model.count_params())
+    kept = sum(block.spectrum().sum() for block in blocks.values())
+    assert kept < 0.999 * total
+
+
 def test_strengths_as_given():
     fisher, values, _ = planted()
     grouping = GaussianMixtureGrouping(3, strengths=(0.5, 1, 2))

@@ -152,6 +152,43 @@ def test_the_strengths_of_groups_scale_directions():
     np.testing.assert_allclose(scaled.a.vectors, kronecker.a.vectors)
 
 
+def test_strengths_that_are_no_product_keep_the_total_of_each_direction():
+    kronecker = block(np.random.default_rng(0))
+    strengths = np.random.default_rng(1).choice((0.0, 0.1, 3.0), kronecker.spectrum().shape)
+    wanted = strengths * kronecker.spectrum()
+    scaled = kronecker.scaled(strengths).spectrum()
+    for axis in (0, 1):
+        np.testing.assert_allclose(scaled.sum(axis), wanted.sum(axis), rtol=1e-6)
+    np.testing.assert_allclose(
+        scaled, np.outer(wanted.sum(1), wanted.sum(0)) / wanted.sum(), rtol=1e-6
+    )
+    nothing = kronecker.scaled(np.zeros(strengths.shape))
+    assert np.all(nothing.spectrum() == 0)
+    assert nothing.a.rest * nothing.g.rest == 0
+
+
+def test_there_are_as_many_directions_from_the_first_task_on():
+    rng = np.random.default_rng(0)
+    few = rng.normal(size=(60, 2))
+    whole = rng.normal(size=(60, 60))
+    probe = np.linalg.qr(rng.normal(size=(60, 20)))[0]
+    for rank in (20, 60):
+        factors = [Factor.from_matrix(m @ m.T, rank) for m in (few, np.zeros((60, 1)), whole)]
+        if rank == 20:
+            factors += [
+                Factor.from_sketch(m @ m.T @ probe, probe, np.sum(m**2)) for m in (few, whole)
+            ]
+            factors.append(Factor.from_sketch(np.zeros((60, 20)), probe, 0.0))
+        for a in factors:
+            for b in factors:
+                merged = a.combine(0.7, b, 0.3, rank)
+                assert merged.vectors.shape == (60, rank)
+                np.testing.assert_allclose(
+                    merged.vectors.T @ merged.vectors, np.eye(rank), atol=1e-8
+                )
+                assert merged.trace == pytest.approx(0.7 * a.trace + 0.3 * b.trace)
+
+
 @pytest.mark.parametrize("estimator", ["exact", "influence", "sampled", "negated"])
 def test_the_pull_is_the_gradient_of_the_penalty(estimator):
     model = compiled(strength=2.0, fisher=KroneckerFisher(estimator), grouping=None)

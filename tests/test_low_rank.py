@@ -32,6 +32,21 @@ def held(block):
     return block.with_leaves({n: untracked(v, "leaf") for n, v in block.leaves().items()})
 
 
+@pytest.mark.parametrize("first", [1.0, -1.0])
+def test_what_had_no_gradient_in_one_task_may_have_one_in_another(first):
+    network = keras.Sequential(
+        [keras.Input((6,)), layers.PReLU(name="slopes"), layers.Dense(3, name="head")]
+    )
+    model = compiled(network, fisher=KroneckerFisher("exact", None, correction=2))
+    x, y = blobs()
+    for sign in (first, -first):  # of positive inputs the slopes are not used
+        model.fit(sign * np.abs(x), y, verbose=0)
+        model.consolidate((sign * np.abs(x), y))
+    block = model.regularizer.precisions["slopes/alpha"]
+    assert isinstance(block, LowRank)
+    assert block.trace > 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, stiff=st.floats(1e-3, 1e3))
 def test_products_equal_the_matrix(seed, stiff):

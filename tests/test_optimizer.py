@@ -173,6 +173,31 @@ def test_mixed_precision_wraps_it():
     assert float(model.penalty()) > 0
 
 
+def test_a_step_that_overflows_is_without_a_pull():
+    found = {}
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = learner(DWDOptimizer(keras.optimizers.SGD(0.01)), 100.0, "kronecker")
+        finally:
+            keras.config.set_dtype_policy("float32")
+        for variable in model.trainable_variables:
+            variable.assign_add(0.1 * tf.ones(variable.shape))
+        if policy == "mixed_float16":
+            model.optimizer.build(model.trainable_variables)
+            before, scale = weights(model), np.array(model.optimizer.dynamic_scale)
+            model.optimizer.dynamic_scale.assign(1e38)
+            model.train_on_batch(*blobs(16, seed=5))
+            for a, b in zip(before, weights(model), strict=True):
+                np.testing.assert_array_equal(a, b)
+            model.optimizer.dynamic_scale.assign(scale)
+        before = weights(model)
+        model.train_on_batch(*blobs(16, seed=5))
+        found[policy] = [a - b for a, b in zip(weights(model), before, strict=True)]
+    for full, half in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(half, full, atol=0.05 * np.abs(full).max())
+
+
 def test_learning_rate_and_iterations_are_those_of_the_wrapped_optimizer():
     optimizer = DWDOptimizer(keras.optimizers.Adam(0.5))
     assert float(optimizer.learning_rate) == 0.5

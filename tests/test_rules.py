@@ -9,7 +9,7 @@ from keras import layers
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
 from keras_dwd.curvature import rules
 from keras_dwd.curvature.boundary_pass import BoundaryPass
-from keras_dwd.curvature.kronecker import _groups, _probe, _signs
+from keras_dwd.curvature.sketches import _groups, _signs, probe_of
 from keras_dwd.curvature.taps import Taps
 from keras_dwd.variables import by_path
 
@@ -232,6 +232,10 @@ def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
     model, x, y = made(case, fisher)
     generic = [r for r in rules.ruled_layers(model) if r.rule is rules.GENERIC]
     assert bool(generic) == (case in WITHOUT_RULE)
+    # Else both would be the model as a whole, example by example.
+    covered = {path for r in rules.ruled_layers(model) for path in r.paths.values()}
+    followed = set(model._trainable_by_path()) <= covered
+    assert followed == (case not in NOT_FOLLOWED)
     fast = model._estimate((x, y), 4)
     monkeypatch.setattr(rules, "_RULES", {})
     model._pass = BoundaryPass()
@@ -291,6 +295,61 @@ def test_kronecker_factors_are_those_of_the_gradients(case):
     assert checked == 2
 
 
+class Standardised(layers.Conv2D):
+    """A convolution whose kernel is not its variable as it is."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - keras.ops.mean(kernel, (0, 1, 2)))
+
+
+def test_layers_that_compute_otherwise_have_no_closed_form(monkeypatch):
+    monkeypatch.setitem(CASES, "own", (lambda: Standardised(3, 3), images(5, 5, 2)))
+    model, x, y = made("own", DiagonalFisher("exact", gamma=None))
+    found = model._estimate((x, y), 4)
+    for path, gradients in float64_gradients(model, "own", x, y).items():
+        expected = (gradients**2).mean(0)
+        np.testing.assert_allclose(
+            found[f"fisher/{path}"], expected, rtol=1e-4, atol=1e-5 * expected.max()
+        )
+
+
+def test_a_kernel_that_is_not_trained_leaves_the_bias():
+    class Biased(layers.Dense):
+        def build(self, shape):
+            super().build(shape)
+            self.kernel.trainable = False
+
+    x = images(5)(np.random.default_rng(0)).astype("float32")
+    y = np.arange(len(x)) % 3
+    for fisher in (DiagonalFisher("exact", gamma=None), KroneckerFisher("exact", gamma=None)):
+        base = keras.Sequential([keras.Input((5,)), Biased(4, "tanh"), layers.Dense(3)])
+        model = DWDModel.from_model(base, strength=1.0, fisher=fisher, grouping=None)
+        model.compile("sgd", LOSS)
+        bias = base.layers[0].bias
+        squares = []
+        for i in range(len(y)):
+            with tf.GradientTape() as tape:
+                loss = LOSS(y[i : i + 1], base(x[i : i + 1]))
+            squares.append(np.square(tape.gradient(loss, bias.value), dtype="float64"))
+        path, *_ = model._trainable_by_path()
+        if isinstance(fisher, DiagonalFisher):
+            found = model._estimate((x, y), 4)
+            np.testing.assert_allclose(found[f"fisher/{path}"], np.mean(squares, 0), rtol=1e-4)
+        model.consolidate((x, y))
+        bias.assign_add(tf.ones(bias.shape))
+        assert np.all(np.array(model.regularizer.gradients(by_path(model))[path]) > 0)
+
+
+def test_a_model_of_fixed_batches_says_that_it_cannot_be_followed():
+    inputs = keras.Input((4,))
+    pairs = keras.ops.reshape(layers.Dense(4)(inputs), (-1, 6, 4))
+    outputs = layers.Dense(3)(keras.ops.reshape(pairs, (-1, 4)))
+    model = DWDModel.from_model(keras.Model(inputs, outputs))
+    with pytest.warns(UserWarning, match="cannot be run on a batch of 2 examples"):
+        assert rules.ruled_layers(model) == []
+    assert rules.ruled_layers(model) == []  # and says it once
+
+
 @pytest.mark.parametrize("case", NOT_FOLLOWED)
 def test_layers_whose_calls_cannot_be_followed_have_a_diagonal(case):
     model, x, y = made(case, KroneckerFisher("exact"))
@@ -330,7 +389,7 @@ def test_a_sketched_factor_is_the_factor_times_its_probe(case):
     model.fisher = KroneckerFisher("exact", gamma=None, rank=1)
     sketch = model._estimate((x, y), 4)
     (path,) = [n for n in sketch if n.startswith("input/") and not n.startswith("input/head")]
-    probe = _probe(len(sketch[path]), 1)
+    probe = probe_of(len(sketch[path]), 1)
     np.testing.assert_allclose(sketch[path], whole[path] @ probe, rtol=1e-3, atol=1e-6)
     trace = sketch[path.replace("input/", "input_trace/")]
     assert float(trace) == pytest.approx(np.trace(whole[path]), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Inputs of a layer that were never active: no Fisher work, no pull."""
+"""Units that were never active: no Fisher work, no pull on the weights to them and from them."""
 
 import keras
 import numpy as np
@@ -54,28 +54,47 @@ def learner(sparsity, optimizer="sgd", dead=14, **settings):
 def test_the_estimate_and_the_pull_are_the_same_with_less(online, rank):
     found = {}
     for sparsity in (False, True):
-        model = learner(sparsity, rank=rank)
+        model = learner(sparsity, rank=rank, damping=0.0)
         model.fit(*blobs(), epochs=2, verbose=0)
         model.consolidate(None if online else blobs())
-        block = model.regularizer.precisions["head/kernel"]
+        blocks = model.regularizer.precisions
         for variable in model.trainable_variables:
             variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
         found[sparsity] = (
             model.regularizer.gradients(model._trainable_by_path()),
             float(model.penalty()),
             sum(a.nbytes for a in state_of(model).values()),
-            block,
+            dict(blocks),
         )
-    rows = np.asarray(found[True][3].rows, int)
+    blocks = found[True][3]
+    rows = np.asarray(blocks["head/kernel"].rows[0], int)
     np.testing.assert_array_equal(rows, [*range(14, 20), 20])  # six units and the bias
-    assert found[False][3].rows is None
-    assert found[True][3].a.vectors.shape[0] == 7
+    np.testing.assert_array_equal(blocks["hidden/kernel"].rows[1], np.arange(14, 20))
+    assert blocks["hidden/kernel"].rows[0] is blocks["head/kernel"].rows[1] is None
+    assert all(block.rows == (None, None) for block in found[False][3].values())
+    assert blocks["head/kernel"].a.vectors.shape[0] == 7
+    assert blocks["hidden/kernel"].g.vectors.shape[0] == 6
     if rank == 256:  # no rest, which is spread over all rows or over the active ones
         for path, pull in found[False][0].items():
             np.testing.assert_allclose(found[True][0][path], pull, atol=1e-5)
         assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
     assert np.all(np.array(found[True][0]["head/kernel"])[:14] == 0)
+    for path in ("hidden/kernel", "hidden/bias"):
+        pull = np.array(found[True][0][path])
+        assert np.all(pull[..., :14] == 0)
+        assert np.all(pull[..., 14:] != 0)
     assert found[True][2] < found[False][2]
+
+
+def test_damping_is_not_for_outputs_that_were_never_active():
+    model = learner(True, damping=0.5)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.ones(variable.shape))
+    pull = np.array(model.regularizer.gradients(model._trainable_by_path())["hidden/kernel"])
+    assert np.all(pull[:, :14] == 0)
+    assert np.all(pull[:, 14:] != 0)
 
 
 def test_later_tasks_widen_it():
@@ -86,13 +105,13 @@ def test_later_tasks_widen_it():
     model.get_layer("hidden").bias.assign(np.where(np.arange(20) % 4 == 0, 0.5, -100.0))
     model.fit(*blobs(seed=2), verbose=0)
     model.consolidate()
-    rows = np.asarray(model.regularizer.precisions["head/kernel"].rows, int)
+    rows = np.asarray(model.regularizer.precisions["head/kernel"].rows[0], int)
     np.testing.assert_array_equal(rows, sorted({*range(14, 21), 0, 4, 8, 12, 16}))
     # And once more than half of all are: everything.
     model.get_layer("hidden").bias.assign(np.full(20, 0.5))
     model.fit(*blobs(seed=3), verbose=0)
     model.consolidate()
-    assert model.regularizer.precisions["head/kernel"].rows is None
+    assert model.regularizer.precisions["head/kernel"].rows[0] is None
 
 
 def test_merging_is_that_of_whole_matrices():

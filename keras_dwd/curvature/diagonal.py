@@ -25,6 +25,11 @@ class Diagonal:
         """The variables it is about."""
         return (self.path,)
 
+    @property
+    def trace(self) -> float:
+        """The sum of all eigenvalues."""
+        return float(np.asarray(self.values).sum(dtype="float64"))
+
     def leaves(self) -> dict[str, Any]:
         """Its arrays by name."""
         return {"precision": self.values}

@@ -13,7 +13,8 @@ class Factor:
     """M = U diag(s) Uᵀ + ρ (I − U Uᵀ), of n × n, with r ≤ n orthonormal columns in U.
 
     Inputs and gradients of a layer have few directions that matter. Those are kept exactly, the
-    rest as their mean: O(n r) to keep and to multiply with.
+    rest as their mean: O(n r) to keep and to multiply with. There are as many of them from the
+    first task on: the training step stays the one that was traced.
 
     Attributes:
         vectors: U, of `(n, r)`.
@@ -24,11 +25,6 @@ class Factor:
     vectors: Any
     values: Any
     rest: Any
-
-    # Directions are kept until they hold this share of the trace above the rest.
-    ENERGY = 0.999
-    # In steps of this many: where their number changes, the training step is traced anew.
-    STEP = 32
 
     @property
     def size(self) -> int:
@@ -67,7 +63,7 @@ class Factor:
 
     @staticmethod
     def from_matrix(matrix: np.ndarray, rank: int) -> "Factor":
-        """Of a symmetric positive matrix, by its `rank` largest eigenvalues at the most."""
+        """Of a symmetric positive matrix, by its `rank` largest eigenvalues."""
         values, vectors = np.linalg.eigh(matrix)
         return Factor._truncated(vectors, values, 0.0, rank)
 
@@ -80,7 +76,7 @@ class Factor:
         """
         shift = np.sqrt(len(probe)) * np.finfo("float32").eps * np.linalg.norm(sketch)
         if shift == 0:
-            return Factor(probe[:, :1], np.zeros(1), np.asarray(0.0))
+            return Factor(probe, np.zeros(probe.shape[1]), np.asarray(0.0))
         shifted = sketch + shift * probe
         core = probe.T @ shifted
         inside, axes = np.linalg.eigh((core + core.T) / 2)
@@ -89,24 +85,26 @@ class Factor:
         vectors, singular, _ = np.linalg.svd(half, full_matrices=False)
         values = np.maximum(singular**2 - shift, 0)
         rest = max(trace - values.sum(), 0.0) / max(len(probe) - len(values), 1)
-        return Factor._truncated(vectors, values, rest, len(values))
+        return Factor._truncated(vectors, values, rest, probe.shape[1])
 
     @staticmethod
     def _truncated(vectors: np.ndarray, values: np.ndarray, rest: float, rank: int) -> "Factor":
         """Keep the largest eigenvalues; what is left out goes into the rest: the trace stays."""
         order = np.argsort(values)[::-1]
         values, vectors = np.maximum(values[order], 0), vectors[:, order]
-        held, outside = np.cumsum(np.maximum(values - rest, 0)), len(vectors) - len(values)
-        enough = int(np.searchsorted(held, Factor.ENERGY * held[-1])) + 1
-        enough = -(-enough // Factor.STEP) * Factor.STEP
-        kept = max(1, min(rank, enough, len(values)))
-        left = values[kept:].sum() + outside * rest
+        size, kept = len(vectors), min(rank, len(vectors))
+        if len(values) < kept:  # some of those that are alike
+            others = np.random.default_rng(size).normal(size=(size, kept - len(values)))
+            basis = np.linalg.qr(np.concatenate([vectors, others], 1))[0]
+            vectors = np.concatenate([vectors, basis[:, len(values) :]], 1)
+            values = np.concatenate([values, np.full(kept - len(values), rest)])
+        left = values[kept:].sum() + (size - len(values)) * rest
         # With no direction left out the rest says what is the same in all of them.
-        rest = left / (len(vectors) - kept) if kept < len(vectors) else rest
+        rest = left / (size - kept) if kept < size else rest
         return Factor(vectors[:, :kept], values[:kept], np.asarray(rest))
 
     def combine(self, mine: float, other: "Factor", its: float, rank: int) -> "Factor":
-        """The sum mine · this + its · other, of `rank` at the most."""
+        """The sum mine · this + its · other, of this rank."""
         (a, d), (b, e) = self._above_rest, other._above_rest
         rest = mine * d + its * e
         basis, inside = np.linalg.qr(np.concatenate([self.vectors, other.vectors], 1))
@@ -121,6 +119,23 @@ class Factor:
         within, vectors = np.linalg.eigh((inside * values) @ inside.T)
         rest *= float(np.mean(scale**2))
         return Factor._truncated(basis @ vectors, within + rest, rest, len(within))
+
+    def among(self, held: np.ndarray, more: np.ndarray | None, size: int) -> "Factor":
+        """The same about more rows, the rest of the same trace over them.
+
+        Args:
+            held: Indices of the rows that it is about, in the whole.
+            more: Of those that it is to be about, `None` for all.
+            size: Of the whole.
+        """
+        if more is not None and len(more) == len(held):
+            return self
+        height = size if more is None else len(more)
+        directions = self.vectors.shape[1]
+        vectors = np.zeros((height, directions))
+        vectors[held if more is None else np.searchsorted(more, held)] = self.vectors
+        rest = self.rest * (len(held) - directions) / max(height - directions, 1)
+        return Factor(vectors, self.values, np.asarray(rest))
 
     def damped(self, share: float) -> "Factor":
         """The mean of this and the identity of the same trace, `share` of it the latter."""

@@ -12,7 +12,10 @@ from keras_dwd.curvature.factor import Factor
 from keras_dwd.curvature.fisher import Block, Estimator, Fisher, Statistics
 from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import Flow, MatrixForm, Rule, RuledLayer, ruled_layers
+from keras_dwd.curvature.sketches import FEW, probe_of, product, product_of_active, products
 from keras_dwd.variables import Arrays, Variables
+
+SIDES = ("input", "output")
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Kronecker:
         form: How the variables are a matrix.
         a: A, of fan_in × fan_in.
         g: G, of fan_out × fan_out.
-        rank: The most directions that a factor keeps when tasks are merged.
-        rows: Indices of those rows of the matrix that A is about, where all others are zero: inputs
-            that were never active. `None` if it is about all.
+        rank: The directions that a factor keeps, if it has as many.
+        rows: Indices of those inputs that A is about, and of those outputs that G is about, where
+            all others are zero: units that were never active. `None` each if it is about all.
 
     Reference:
         [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671), for dense layers;
@@ -40,13 +43,21 @@ class Kronecker:
     a: Factor
     g: Factor
     rank: int
-    rows: Any = None
+    rows: tuple[Any, Any] = (None, None)
+
+    @property
+    def trace(self) -> float:
+        """The sum of all eigenvalues, with those that are kept as their mean."""
+        return self.a.trace * self.g.trace
 
     def leaves(self) -> dict[str, Any]:
         """Its arrays by name."""
-        a = {f"input_{name}": leaf for name, leaf in self.a.leaves().items()}
-        rows = {} if self.rows is None else {"input_rows": self.rows}
-        return a | rows | {f"output_{name}": leaf for name, leaf in self.g.leaves().items()}
+        found: dict[str, Any] = {}
+        for side, factor, rows in zip(SIDES, (self.a, self.g), self.rows, strict=True):
+            found |= {f"{side}_{name}": leaf for name, leaf in factor.leaves().items()}
+            if rows is not None:
+                found[f"{side}_rows"] = rows
+        return found
 
     def with_leaves(self, leaves: dict[str, Any]) -> "Kronecker":
         """The same with other arrays, or with the variables that hold them.
@@ -55,18 +66,23 @@ class Kronecker:
             ValueError: If they do not fit the layer.
         """
         leaves = dict(leaves)
-        rows = leaves.pop("input_rows", None)
+        rows = leaves.pop("input_rows", None), leaves.pop("output_rows", None)
         parts = [
             Factor.from_leaves({n.removeprefix(p): v for n, v in leaves.items() if n.startswith(p)})
             for p in ("input_", "output_")
         ]
-        sizes = (parts[0].size, parts[1].size)
-        height = self.form.rows if rows is None else rows.shape[0]
-        if sizes != (height, self.form.shape[1]) or height > self.form.rows:
-            raise ValueError(
-                f"Factors of {sizes} rows do not fit a matrix of {height} x {self.form.shape[1]}."
-            )
+        for part, held, size in zip(parts, rows, self._sizes, strict=True):
+            if part.size != (size if held is None else held.shape[0]) or part.size > size:
+                raise ValueError(
+                    f"Factors of {parts[0].size} and {parts[1].size} rows do not fit a matrix of "
+                    f"{self._sizes}."
+                )
         return replace(self, a=parts[0], g=parts[1], rows=rows)
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The numbers of inputs and outputs."""
+        return self.form.rows, self.form.shape[1]
 
     def multiply(self, differences: list[Any]) -> list[Any]:
         """Λ δ in the training step, by variable."""
@@ -74,32 +90,34 @@ class Kronecker:
         return self.form.split(self._spread(self.g.product(x, from_right=True)))
 
     def _held(self, matrix: Any) -> Any:
-        """The rows that A is about."""
-        if self.rows is None:
-            return matrix
-        if tf.is_tensor(matrix):
-            return tf.gather(matrix, tf.cast(self.rows, "int32"))
-        return matrix[np.asarray(self.rows, int)]
+        """The part that the factors are about."""
+        for axis, rows in enumerate(self.rows):
+            if rows is not None and tf.is_tensor(matrix):
+                matrix = tf.gather(matrix, tf.cast(rows, "int32"), axis=axis)
+            elif rows is not None:
+                matrix = np.take(matrix, np.asarray(rows, int), axis)
+        return matrix
 
     def _spread(self, held: Any) -> Any:
-        """The inverse of `_held`, zero in all other rows."""
-        if self.rows is None:
-            return held
-        shape = (self.form.rows, self.form.shape[1])
-        return tf.scatter_nd(tf.cast(self.rows, "int32")[:, None], held, shape)
+        """The inverse of `_held`, zero everywhere else."""
+        height, width = self._sizes
+        rows, columns = self.rows
+        if columns is not None:  # a scatter is along the first axis
+            across = tf.cast(columns, "int32")[:, None], tf.transpose(held)
+            held = tf.transpose(tf.scatter_nd(*across, (width, tf.shape(held)[0])))
+        if rows is not None:
+            held = tf.scatter_nd(tf.cast(rows, "int32")[:, None], held, (height, width))
+        return held
 
-    def _over(self, rows: np.ndarray | None) -> "Kronecker":
-        """The same about more rows, the rest of the same trace over them."""
-        if self.rows is None or (rows is not None and len(rows) == len(self.rows)):
-            return self
-        height = self.form.rows if rows is None else len(rows)
-        held = np.asarray(self.rows, int)
-        at = held if rows is None else np.searchsorted(rows, held)
-        directions = self.a.vectors.shape[1]
-        vectors = np.zeros((height, directions))
-        vectors[at] = self.a.vectors
-        rest = self.a.rest * (len(held) - directions) / max(height - directions, 1)
-        return replace(self, a=replace(self.a, vectors=vectors, rest=rest), rows=rows)
+    def _over(self, rows: list[np.ndarray | None]) -> "Kronecker":
+        """The same about more of the matrix."""
+        factors = [
+            factor if held is None else factor.among(np.asarray(held, int), more, size)
+            for factor, held, more, size in zip(
+                (self.a, self.g), self.rows, rows, self._sizes, strict=True
+            )
+        ]
+        return replace(self, a=factors[0], g=factors[1], rows=(rows[0], rows[1]))
 
     def shrink(self, differences: list[Any], stiffness: list[Any]) -> list[Any]:
         """(d + Λ)⁻¹ Λ δ in the training step, by variable, with d the mean stiffness."""
@@ -128,7 +146,8 @@ class Kronecker:
         rows = np.full(self.form.rows, np.sqrt(strengths[self.paths[0]]))
         if len(self.paths) == 2:
             rows[-1] = np.sqrt(strengths[self.paths[1]])
-        return replace(self, a=self.a.scaled(self._held(rows)))
+        held = self.rows[0]
+        return replace(self, a=self.a.scaled(rows if held is None else rows[np.asarray(held, int)]))
 
     def merged(self, new: "Kronecker", decay: float) -> "Kronecker":
         """One Kronecker product for decay · this + new.
@@ -145,15 +164,17 @@ class Kronecker:
             return new
         if added == 0:
             return replace(old, a=old.a.times(decay))
-        either = old.rows is None or new.rows is None
-        rows = None if either else np.union1d(old.rows, new.rows)
+        rows = [
+            None if mine is None or its is None else np.union1d(mine, its)
+            for mine, its in zip(old.rows, new.rows, strict=True)
+        ]
         old, new = old._over(rows), new._over(rows)
         total = before + added
         a = old.a.combine(before / traces[0], new.a, added / traces[2], self.rank)
         g = old.g.combine(
             before / (total * traces[1]), new.g, added / (total * traces[3]), self.rank
         )
-        return replace(self, a=a, g=g, rows=rows)._balanced()
+        return replace(self, a=a, g=g, rows=(rows[0], rows[1]))._balanced()
 
     def _balanced(self) -> "Kronecker":
         """The same product with factors of equal trace, far from the ends of float32."""
@@ -172,99 +193,21 @@ class Kronecker:
     def scaled(self, strengths: np.ndarray) -> "Kronecker":
         """With each eigenvalue multiplied by the strength of its group.
 
-        The result is the nearest one that is a Kronecker product again, with the same eigenvectors.
+        The result is a Kronecker product again, of the same eigenvectors: that in which each of
+        these has, with all of the other side, the total that it is to have. Of all products it is
+        the nearest one in terms of the Kullback-Leibler divergence.
         """
-        u, s, v = np.linalg.svd(strengths * self.spectrum(), full_matrices=False)
-        root = np.sqrt(s[0])
+        wanted = strengths * self.spectrum()
+        whole = wanted.sum()
+        if whole == 0:
+            return replace(self, a=self.a.times(0.0))
         factors = []
-        for factor, values in ((self.a, root * np.abs(u[:, 0])), (self.g, root * np.abs(v[0]))):
+        for factor, axis in ((self.a, 1), (self.g, 0)):
+            values = wanted.sum(axis) / np.sqrt(whole)
             total = factor.values.sum()
             change = values.sum() / total if total > 0 else 1.0
             factors.append(Factor(factor.vectors, values, change * factor.rest))
         return replace(self, a=factors[0], g=factors[1])
-
-
-# Of each example's gradient as a matrix D, at most this many directions of a side are looked along.
-_LOOKS = 8
-
-
-def _products(
-    rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor, first: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Two matrices L and R with L Rᵀ = Σ_b w_b D_b D_bᵀ, for D_b = rows_bᵀ other_b.
-
-    With many positions and many columns in D an unbiased estimate of it: each example's D is seen
-    along a few directions of its columns only, other ones for its neighbours in the batch.
-
-    Args:
-        rows: `(batch, positions, n)`.
-        other: `(batch, positions, m)`.
-        weights: `(batch,)`.
-        first: How many examples came before these.
-    """
-    n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
-    if positions is None or positions > _LOOKS:
-        if m > 2 * _LOOKS:
-            other = _look(other, first)
-        if positions is None or positions > other.shape[2]:  # D is smaller than its parts
-            d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
-            d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
-            return d, d
-    overlaps = tf.matmul(other * weights[:, None, None], other, transpose_b=True)
-    left, right = tf.matmul(overlaps, rows), rows
-    return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
-
-
-def _product(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
-    """L Rᵀ, `(n, n)`, or what a probe of `(n, r)` makes of it, `(n, r)`."""
-    if probe is not None:
-        right = tf.matmul(probe, right, transpose_a=True)
-    return tf.matmul(left, right, transpose_b=True)
-
-
-def _product_of_active(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
-    """The same, of those rows only in which one of the two is not zero, where these are few."""
-    n = left.shape[0]
-    rows = tf.where(tf.reduce_any((left != 0) | (right != 0), 1))
-
-    def of_few() -> tf.Tensor:
-        parts = [None if x is None else tf.gather(x, rows[:, 0]) for x in (left, right, probe)]
-        small = _product(*parts)
-        if probe is None:  # columns first, then rows: a scatter along one axis each
-            tall = tf.scatter_nd(rows, tf.transpose(small), (n, tf.shape(rows)[0]))
-            small = tf.transpose(tall)
-        return tf.scatter_nd(rows, small, (n, n if probe is None else probe.shape[1]))
-
-    few = tf.shape(rows)[0] <= int(KroneckerFisher.FEW * n)
-    return tf.cond(few, of_few, lambda: _product(left, right, probe))
-
-
-def _probe(size: int, columns: int) -> np.ndarray:
-    """What a large matrix is multiplied with, instead of being formed: the same each time."""
-    normal = np.random.default_rng(size).normal(size=(size, columns))
-    return np.linalg.qr(normal)[0].astype("float32")
-
-
-def _look(x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
-    """Each example's columns, `(batch, positions, m)`, along `_LOOKS` directions of its group."""
-    m = x.shape[2]
-    group = (tf.range(tf.shape(x)[0]) + first) % _groups(m)
-    return tf.matmul(x, _signs(m, group)[:, :, None] * tf.one_hot(tf.range(m) % _LOOKS, _LOOKS))
-
-
-def _signs(m: int, group: tf.Tensor) -> tf.Tensor:
-    """`(groups, m)`: the signs with which columns c, c + 8, … add up to a group's direction c.
-
-    Those of a Hadamard matrix, with the columns' own at random: over all groups the directions
-    are orthogonal, so that all are looked along alike, and none has to be kept in memory.
-    """
-    overlap = tf.bitwise.bitwise_and(group[:, None], tf.range(m)[None] // _LOOKS)
-    odd = tf.cast(tf.raw_ops.PopulationCount(x=overlap) % 2, "float32")
-    return (1 - 2 * odd) * np.random.default_rng(m).choice((-1.0, 1.0), m).astype("float32")
-
-
-def _groups(m: int) -> int:
-    return 1 << (-(-m // _LOOKS) - 1).bit_length()
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
@@ -286,25 +229,23 @@ class KroneckerFisher(Fisher):
         gamma: γ in [0, 1) of the online estimate; `None` switches it off, `consolidate` then needs
             data.
         every: The online estimate is updated at every n-th training step.
-        rank: The most directions that are kept of each factor, the rest only as their mean. Of a
+        rank: The directions that are kept of each factor, the rest only as their mean. Of a
             factor with more than `4 * rank` rows the full matrix is never formed.
         damping: In [0, 1]: the share of G that is the same for all outputs of a layer. The
             gradients of a few classes span few directions; what is learned later turns the others.
         correction: Variables that are no part of a matrix (normalisation, heads per task, layers
             without a rule) have a diagonal; with this above 0, and a correction to it of this rank.
-        sparsity: Whether to look for inputs of a layer that are zero: those that are in a whole
-            batch are left out of the estimate, and where at most half of a layer's inputs were
-            ever active on a task, only their weights are pulled, with less work and memory. For
-            activations such as `KWinners`; not with `jit_compile`, whose shapes are fixed.
+        sparsity: Whether to look for units that are not active: those that are not in a whole
+            batch are left out of the estimate, and where at most half of a layer's inputs, or
+            outputs, were ever active on a task, only their weights are pulled, with less work and
+            memory. For activations such as `KWinners`; not with `jit_compile`, whose shapes are
+            fixed.
 
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
         [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671);
         [Ritter et al., 2018](https://arxiv.org/abs/1805.07810), for continual learning.
     """
-
-    # The share of active inputs up to which it pays to leave the others out.
-    FEW = 0.5
 
     def __init__(
         self,
@@ -356,15 +297,15 @@ class KroneckerFisher(Fisher):
         a, g = ruled.all_rows(flows)
         if ruled.form.bias_shape is not None:
             a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
-        for side, rows, other in (("input", a, g), ("output", g, a)):
+        for side, rows, other in zip(SIDES, (a, g), (g, a), strict=True):
             name, size = f"{side}/{ruled.kernel}", rows.shape[2]
-            left, right = _products(rows, other, weights, flows[0].first)
+            left, right = products(rows, other, weights, flows[0].first)
             probe = None
             if size > 4 * self.rank:
                 found[f"{side}_trace/{ruled.kernel}"] = tf.reduce_sum(left * right)
-                probe = tf.constant(_probe(size, self.rank))
-            product = _product_of_active if self.sparsity else _product
-            found[name] = product(left, right, probe)
+                probe = tf.constant(probe_of(size, self.rank))
+            product_of = product_of_active if self.sparsity else product
+            found[name] = product_of(left, right, probe)
         return found
 
     def _blocks(
@@ -377,18 +318,18 @@ class KroneckerFisher(Fisher):
                 continue
             if not ruled.trains(variables):  # frozen since
                 continue
-            rows = self._active(np.asarray(statistics[f"input/{ruled.kernel}"]))
-            a = self._factor("input", ruled.kernel, statistics, rows)
-            g = self._factor("output", ruled.kernel, statistics)
+            (a, inputs), (g, outputs) = (
+                self._factor(side, ruled.kernel, statistics) for side in SIDES
+            )
             trace = a.trace
             g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
-            form = ruled.form
-            found[ruled.kernel] = Kronecker(ruled.matrix_paths, form, a, g, self.rank, rows)
+            rows = inputs, outputs
+            found[ruled.kernel] = Kronecker(ruled.matrix_paths, ruled.form, a, g, self.rank, rows)
         for name, sketch in statistics.items():
             kind, _, path = name.partition("/")
-            if kind == "sketch" and path in found and np.any(sketch):
+            if kind == "sketch" and path in found:
                 diagonal = found[path].spectrum()
-                probe = _probe(len(sketch), sketch.shape[1]).astype("float64")
+                probe = probe_of(len(sketch), sketch.shape[1]).astype("float64")
                 factor = Factor.from_sketch(sketch.astype("float64"), probe, float(diagonal.sum()))
                 found[path] = LowRank.around(path, diagonal, factor, self.correction)
         return found
@@ -406,27 +347,29 @@ class KroneckerFisher(Fisher):
             if name in parts[0]:
                 g = tf.add_n([part[name] for part in parts])
                 g = tf.reshape(g, (tf.shape(g)[0], int(np.prod(g.shape[1:]))))
-                probe = _probe(g.shape[1], min(g.shape[1], self.correction))
+                probe = probe_of(g.shape[1], min(g.shape[1], self.correction))
                 along = weights[:, None] * tf.matmul(g, probe)
                 found[f"sketch/{path}"] = tf.matmul(g, along, transpose_a=True)
         return found
 
     def _active(self, statistic: np.ndarray) -> np.ndarray | None:
-        """The rows of A that are not zero, where these are few and it is asked for."""
+        """The rows of a factor that are not zero, where these are few and it is asked for."""
         rows = np.flatnonzero(statistic.any(1))
-        few = 0 < len(rows) <= self.FEW * len(statistic)
+        few = 0 < len(rows) <= FEW * len(statistic)
         return rows if self.sparsity and few else None
 
     def _factor(
-        self, side: str, kernel: str, statistics: Arrays, rows: np.ndarray | None = None
-    ) -> Factor:
+        self, side: str, kernel: str, statistics: Arrays
+    ) -> tuple[Factor, np.ndarray | None]:
+        """A or G, and which of its rows it is about."""
         matrix = np.asarray(statistics[f"{side}/{kernel}"], "float64")
         trace = statistics.get(f"{side}_trace/{kernel}")
+        rows = self._active(matrix)
         held = slice(None) if rows is None else rows
         if trace is None:
-            return Factor.from_matrix(matrix[held][:, held], self.rank)
-        probe = _probe(len(matrix), self.rank).astype("float64")
-        return Factor.from_sketch(matrix[held], probe[held], float(trace))
+            return Factor.from_matrix(matrix[held][:, held], self.rank), rows
+        probe = probe_of(len(matrix), self.rank).astype("float64")
+        return Factor.from_sketch(matrix[held], probe[held], float(trace)), rows
 
     def _columns(self, size: int) -> int:
         return size if size <= 4 * self.rank else self.rank

@@ -46,6 +46,11 @@ class LowRank:
         """The variables it is about."""
         return (self.path,)
 
+    @property
+    def trace(self) -> float:
+        """The sum of all eigenvalues, that is of the diagonal."""
+        return float(self.spectrum().sum())
+
     def leaves(self) -> dict[str, Any]:
         """Its arrays by name."""
         return {"precision": self.values, "correction": self.correction}

@@ -199,7 +199,10 @@ def rule_for(layer: keras.Layer) -> Rule:
 def _rule_of_type(layer: keras.Layer) -> Rule:
     for parent in type(layer).__mro__:
         if parent in _RULES:
-            same = getattr(type(layer), "call", None) is getattr(parent, "call", None)
+            same = all(
+                getattr(type(layer), name, None) is getattr(parent, name, None)
+                for name in ("call", "convolution_op")
+            )
             return _RULES[parent] if same and _RULES[parent].supports(layer) else GENERIC
     return GENERIC
 

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -177,8 +178,15 @@ def follow(model: keras.Model, layers: Iterable[keras.Layer]) -> set[int]:
             )
             try:
                 run.get_concrete_function(batch)
-            except (ValueError, TypeError, tf.errors.InvalidArgumentError):
+            except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
                 found.clear()  # a model that other sizes do not fit: nothing is known of it
+                warnings.warn(
+                    f"The model cannot be run on a batch of {size} examples: {error}. So it is not "
+                    "known how its layers are used, and the Fisher information is a diagonal, made "
+                    "by running the model for each example, which is slow.",
+                    stacklevel=2,
+                )
+                break
         _followed[model] = (asked, found)
     return _followed[model][1]
 

@@ -113,7 +113,7 @@ class FixedGrouping(Grouping):
         for key, block in learned.blocks.items():
             groups = {path: self._group_of(path) for path in block.paths}
             weighted[key] = block.weighted({p: self._strength(g) for p, g in groups.items()})
-            mean = float(block.spectrum().mean())
+            mean = block.trace / sum(learned.values[path].size for path in block.paths)
             for path in block.paths:
                 values = learned.values[path]
                 squares = np.square(values, dtype="float64").sum()

@@ -89,7 +89,7 @@ class GaussianMixtureGrouping(Partition):
         share = min(1.0, self.samples / max(count, 1))
         drawn = [self._features(chosen, part) for chosen in _drawn(arrays, share, rng)]
         sample = np.concatenate(drawn or [np.zeros((0, 1), "float32")])
-        return np.array(count), rng.permutation(sample) if share < 1 else sample
+        return np.array(count), rng.permutation(sample)  # `fit` may take the first ones only
 
     def fit(self, described: Described) -> Any:
         """Fit the mixture to a sample of all, and return it with the features' mean and scale.

@@ -250,7 +250,11 @@ class Partition(Grouping):
         for i, (part,) in enumerate(of_all.values()):
             members[i, :, : part.shape[1]] = part
         sizes, fisher, squares, moved, still = members.sum(0)
-        has_moved = self.strengths.by_movement and not still.any()
+        has_moved = self.strengths.by_movement and (still < sizes).any()
+        if has_moved:  # what has no c yet counts as the rest of its group, or of all
+            known = np.maximum(sizes - still, 1)
+            mean = moved.sum() / (sizes - still).sum()
+            moved = np.where(still < sizes, moved / known, mean) * sizes
         summary: Summary = [
             {
                 "size": int(sizes[k]),
@@ -265,8 +269,8 @@ class Partition(Grouping):
         ]
         used = np.flatnonzero(sizes)
         most = self.strengths.most
-        known = [g for g in learned.groups if most is None or g["group"] < most]
-        numbers = _numbers(summary, known)
+        before = [g for g in learned.groups if most is None or g["group"] < most]
+        numbers = _numbers(summary, before)
         order = used[np.argsort(numbers)]
         strengths = np.zeros(count + 1)  # the last is that of no group, −1
         strengths[order] = self.strengths.of(
