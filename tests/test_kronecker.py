@@ -167,26 +167,35 @@ def test_strengths_that_are_no_product_keep_the_total_of_each_direction():
     assert nothing.a.rest * nothing.g.rest == 0
 
 
-def test_there_are_as_many_directions_from_the_first_task_on():
+def falling(rng, size, directions):
+    """A positive matrix of which so many directions hold 99.9%."""
+    vectors = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.where(np.arange(size) < directions, 1.0, 1e-3 * directions / size / 2)
+    return (vectors * values) @ vectors.T
+
+
+def test_directions_hold_nearly_all_and_there_is_room_for_more():
     rng = np.random.default_rng(0)
-    few = rng.normal(size=(60, 2))
-    whole = rng.normal(size=(60, 60))
-    probe = np.linalg.qr(rng.normal(size=(60, 20)))[0]
-    for rank in (20, 60):
-        factors = [Factor.from_matrix(m @ m.T, rank) for m in (few, np.zeros((60, 1)), whole)]
-        if rank == 20:
-            factors += [
-                Factor.from_sketch(m @ m.T @ probe, probe, np.sum(m**2)) for m in (few, whole)
-            ]
-            factors.append(Factor.from_sketch(np.zeros((60, 20)), probe, 0.0))
-        for a in factors:
-            for b in factors:
-                merged = a.combine(0.7, b, 0.3, rank)
-                assert merged.vectors.shape == (60, rank)
-                np.testing.assert_allclose(
-                    merged.vectors.T @ merged.vectors, np.eye(rank), atol=1e-8
-                )
-                assert merged.trace == pytest.approx(0.7 * a.trace + 0.3 * b.trace)
+    rank, sizes, factor = 150, [], None
+    for directions in (20, 20, 40, 20):
+        matrix = falling(rng, 200, directions)
+        new = Factor.from_matrix(matrix, rank)
+        assert new.vectors.shape == (200, 64 if directions == 20 else 96)
+        assert new.trace == pytest.approx(np.trace(matrix))
+        held = new.values[: directions + 1].sum()
+        assert held > 0.999 * (np.trace(matrix) - 200 * new.rest)
+        factor = new if factor is None else factor.combine(1.0, new, 1.0, rank)
+        sizes.append(factor.vectors.shape[1])
+    # 40 directions fit into the room for 64, 80 do not: twice as many then, but for the rank.
+    assert sizes == [64, 64, 150, 150]
+    assert factor.combine(1.0, new, 1.0, 30).vectors.shape[1] == 30
+
+
+def test_what_is_zero_has_room_for_what_comes():
+    nothing = Factor.from_matrix(np.zeros((60, 60)), 50)
+    assert nothing.trace == 0
+    something = nothing.combine(1.0, Factor.from_matrix(np.eye(60), 50), 1.0, 50)
+    assert something.trace == pytest.approx(60)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "influence", "sampled", "negated"])

@@ -13,8 +13,9 @@ class Factor:
     """M = U diag(s) Uᵀ + ρ (I − U Uᵀ), of n × n, with r ≤ n orthonormal columns in U.
 
     Inputs and gradients of a layer have few directions that matter. Those are kept exactly, the
-    rest as their mean: O(n r) to keep and to multiply with. There are as many of them from the
-    first task on: the training step stays the one that was traced.
+    rest as their mean: O(n r) to keep and to multiply with. There is room for twice as many as it
+    takes at first, and where later tasks need more, for twice as many again: nearly always the
+    training step stays the one that was traced.
 
     Attributes:
         vectors: U, of `(n, r)`.
@@ -25,6 +26,11 @@ class Factor:
     vectors: Any
     values: Any
     rest: Any
+
+    # Directions matter until they hold this share of the trace above the rest.
+    ENERGY = 0.999
+    # There is room for a multiple of this many.
+    STEP = 32
 
     @property
     def size(self) -> int:
@@ -63,7 +69,7 @@ class Factor:
 
     @staticmethod
     def from_matrix(matrix: np.ndarray, rank: int) -> "Factor":
-        """Of a symmetric positive matrix, by its `rank` largest eigenvalues."""
+        """Of a symmetric positive matrix, by its `rank` largest eigenvalues at the most."""
         values, vectors = np.linalg.eigh(matrix)
         return Factor._truncated(vectors, values, 0.0, rank)
 
@@ -76,7 +82,7 @@ class Factor:
         """
         shift = np.sqrt(len(probe)) * np.finfo("float32").eps * np.linalg.norm(sketch)
         if shift == 0:
-            return Factor(probe, np.zeros(probe.shape[1]), np.asarray(0.0))
+            return Factor(probe[:, :1], np.zeros(1), np.asarray(0.0))
         shifted = sketch + shift * probe
         core = probe.T @ shifted
         inside, axes = np.linalg.eigh((core + core.T) / 2)
@@ -85,32 +91,42 @@ class Factor:
         vectors, singular, _ = np.linalg.svd(half, full_matrices=False)
         values = np.maximum(singular**2 - shift, 0)
         rest = max(trace - values.sum(), 0.0) / max(len(probe) - len(values), 1)
-        return Factor._truncated(vectors, values, rest, probe.shape[1])
+        return Factor._truncated(vectors, values, rest, len(values))
 
     @staticmethod
-    def _truncated(vectors: np.ndarray, values: np.ndarray, rest: float, rank: int) -> "Factor":
-        """Keep the largest eigenvalues; what is left out goes into the rest: the trace stays."""
+    def _truncated(
+        vectors: np.ndarray, values: np.ndarray, rest: float, rank: int, room: int = 0
+    ) -> "Factor":
+        """Keep the largest eigenvalues; what is left out goes into the rest: the trace stays.
+
+        Args:
+            vectors: Orthonormal columns.
+            values: Of them.
+            rest: Of all others.
+            rank: The most that are kept.
+            room: How many there is room for so far.
+        """
         order = np.argsort(values)[::-1]
         values, vectors = np.maximum(values[order], 0), vectors[:, order]
-        size, kept = len(vectors), min(rank, len(vectors))
-        if len(values) < kept:  # some of those that are alike
-            others = np.random.default_rng(size).normal(size=(size, kept - len(values)))
-            basis = np.linalg.qr(np.concatenate([vectors, others], 1))[0]
-            vectors = np.concatenate([vectors, basis[:, len(values) :]], 1)
-            values = np.concatenate([values, np.full(kept - len(values), rest)])
+        held, size = np.cumsum(np.maximum(values - rest, 0)), len(vectors)
+        enough = int(np.searchsorted(held, Factor.ENERGY * held[-1])) + 1
+        if enough > room:
+            room = -(-2 * enough // Factor.STEP) * Factor.STEP
+        kept = min(rank, room, len(values))
         left = values[kept:].sum() + (size - len(values)) * rest
         # With no direction left out the rest says what is the same in all of them.
         rest = left / (size - kept) if kept < size else rest
         return Factor(vectors[:, :kept], values[:kept], np.asarray(rest))
 
     def combine(self, mine: float, other: "Factor", its: float, rank: int) -> "Factor":
-        """The sum mine · this + its · other, of this rank."""
+        """The sum mine · this + its · other, of `rank` at the most."""
         (a, d), (b, e) = self._above_rest, other._above_rest
         rest = mine * d + its * e
         basis, inside = np.linalg.qr(np.concatenate([self.vectors, other.vectors], 1))
         weights = np.concatenate([mine * a, its * b])
         values, vectors = np.linalg.eigh((inside * weights) @ inside.T)
-        return Factor._truncated(basis @ vectors, values + rest, rest, rank)
+        room = self.vectors.shape[1]
+        return Factor._truncated(basis @ vectors, values + rest, rest, rank, room)
 
     def scaled(self, scale: np.ndarray) -> "Factor":
         """The product diag(scale) · this · diag(scale), its rest again the same everywhere."""
@@ -118,7 +134,8 @@ class Factor:
         basis, inside = np.linalg.qr(scale[:, None] * self.vectors)
         within, vectors = np.linalg.eigh((inside * values) @ inside.T)
         rest *= float(np.mean(scale**2))
-        return Factor._truncated(basis @ vectors, within + rest, rest, len(within))
+        count = len(within)
+        return Factor._truncated(basis @ vectors, within + rest, rest, count, count)
 
     def among(self, held: np.ndarray, more: np.ndarray | None, size: int) -> "Factor":
         """The same about more rows, the rest of the same trace over them.

@@ -29,7 +29,7 @@ class Kronecker:
         form: How the variables are a matrix.
         a: A, of fan_in × fan_in.
         g: G, of fan_out × fan_out.
-        rank: The directions that a factor keeps, if it has as many.
+        rank: The most directions that a factor keeps when tasks are merged.
         rows: Indices of those inputs that A is about, and of those outputs that G is about, where
             all others are zero: units that were never active. `None` each if it is about all.
 
@@ -229,7 +229,8 @@ class KroneckerFisher(Fisher):
         gamma: γ in [0, 1) of the online estimate; `None` switches it off, `consolidate` then needs
             data.
         every: The online estimate is updated at every n-th training step.
-        rank: The directions that are kept of each factor, the rest only as their mean. Of a
+        rank: The most directions that are kept of each factor, the rest only as their mean: of
+            the first task twice as many as hold 99.9% of it, more where later ones need them. Of a
             factor with more than `4 * rank` rows the full matrix is never formed.
         damping: In [0, 1]: the share of G that is the same for all outputs of a layer. The
             gradients of a few classes span few directions; what is learned later turns the others.
