@@ -235,7 +235,8 @@ class KroneckerFisher(Fisher):
         damping: In [0, 1]: the share of G that is the same for all outputs of a layer. The
             gradients of a few classes span few directions; what is learned later turns the others.
         correction: Variables that are no part of a matrix (normalisation, heads per task, layers
-            without a rule) have a diagonal; with this above 0, and a correction to it of this rank.
+            without a rule) have a diagonal; with this above 0, and a correction to it of this rank,
+            but for embeddings.
         sparsity: Whether to look for units that are not active: those that are not in a whole
             batch are left out of the estimate, and where at most half of a layer's inputs, or
             outputs, were ever active on a task, only their weights are pulled, with less work and
