@@ -167,7 +167,7 @@ class _EmbeddingRule(Rule):
     def squares(
         self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        ids = tf.concat([_flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
+        ids = tf.concat([flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
         g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
         # A token seen twice in an example has one gradient, the sum. Every occurrence gets that
         # sum, and a share of its square.
@@ -221,7 +221,8 @@ def _of_scale_and_shift(
     return found
 
 
-def _flat(x: tf.Tensor) -> tf.Tensor:
+def flat(x: tf.Tensor) -> tf.Tensor:
+    """All of each example in one row, `(batch, …)`."""
     return tf.reshape(x, (tf.shape(x)[0], -1))
 
 

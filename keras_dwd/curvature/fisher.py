@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.checks import integer, number
-from keras_dwd.curvature import closed_forms as closed_forms  # registers them
+from keras_dwd.curvature.closed_forms import flat  # which registers them
 from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.curvature.examples import alone, each_loss, masks_of, one_each
 from keras_dwd.curvature.likelihood import by_logits, drawn, negated, squared_margins
@@ -279,7 +279,7 @@ class Fisher:
         if self.estimator == "influence":
             residuals = tf.add_n(
                 [
-                    tf.reduce_sum(_flat(_unscaled(g, scale)) ** 2, axis=1)
+                    tf.reduce_sum(flat(_unscaled(g, scale)) ** 2, axis=1)
                     for g in by_logits(model, outputs, by_outputs)
                 ]
             )
@@ -431,10 +431,6 @@ class DiagonalFisher(Fisher):
 
     def __init__(self, estimator: Estimator = "batch", gamma: float | None = 0.95, every: int = 5):
         super().__init__(estimator, gamma, every)
-
-
-def _flat(x: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(x, (tf.shape(x)[0], -1))
 
 
 def _floats(x: Any) -> Any:

@@ -66,10 +66,11 @@ class Kronecker:
             ValueError: If they do not fit the layer.
         """
         leaves = dict(leaves)
-        rows = leaves.pop("input_rows", None), leaves.pop("output_rows", None)
+        inputs, outputs = (leaves.pop(f"{side}_rows", None) for side in SIDES)
+        rows = inputs, outputs
         parts = [
             Factor.from_leaves({n.removeprefix(p): v for n, v in leaves.items() if n.startswith(p)})
-            for p in ("input_", "output_")
+            for p in (f"{side}_" for side in SIDES)
         ]
         for part, held, size in zip(parts, rows, self._sizes, strict=True):
             if part.size != (size if held is None else held.shape[0]) or part.size > size:
@@ -291,9 +292,10 @@ class KroneckerFisher(Fisher):
         self, ruled: RuledLayer, flows: list[Flow], weights: tf.Tensor
     ) -> Statistics:
         """The factors of one layer, or its squares where it has none; graph code."""
+        if self._corrects(ruled):
+            return self._sketches(ruled, flows, weights)
         if ruled.form is None:
-            found = super().layer_statistics(ruled, flows, weights)
-            return found | (self._sketches(ruled, flows, weights) if self._corrects(ruled) else {})
+            return super().layer_statistics(ruled, flows, weights)
         # A bias that is no row of the matrix stays diagonal.
         found = super().layer_statistics(ruled, flows, weights) if ruled.beside else {}
         a, g = ruled.all_rows(flows)
@@ -342,13 +344,16 @@ class KroneckerFisher(Fisher):
         return bool(self.correction) and ruled.form is None and known
 
     def _sketches(self, ruled: RuledLayer, flows: list[Flow], weights: tf.Tensor) -> Statistics:
-        """Σ_b w_b g_b g_bᵀ of each variable, times a probe."""
+        """Σ_b w_b g_b g_bᵀ of each variable: its diagonal, and it times a probe."""
         found: Statistics = {}
         parts = [ruled.rule.gradients(ruled.layer, flow) for flow in flows]
         for name, path in ruled.paths.items():
             if name in parts[0]:
                 g = tf.add_n([part[name] for part in parts])
-                g = tf.reshape(g, (tf.shape(g)[0], int(np.prod(g.shape[1:]))))
+                shape = g.shape[1:]
+                g = tf.reshape(g, (tf.shape(g)[0], int(np.prod(shape))))
+                squares = tf.linalg.matvec(g**2, weights, transpose_a=True)
+                found[f"fisher/{path}"] = tf.reshape(squares, shape)
                 probe = probe_of(g.shape[1], min(g.shape[1], self.correction))
                 along = weights[:, None] * tf.matmul(g, probe)
                 found[f"sketch/{path}"] = tf.matmul(g, along, transpose_a=True)
