@@ -98,6 +98,7 @@ class DWDModel(SavedModel):
         super().__init__(*args, **kwargs)
         self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
         self.fisher: Fisher = made_fisher or KroneckerFisher()
+        self.supports_jit = self.fisher.supports_jit
         self.grouping: Grouping | None = made_grouping
         self.task_graph: TaskGraph | None = made_graph
         if self.regularizer.anchor == "folded" and isinstance(self.fisher, KroneckerFisher):

@@ -13,6 +13,7 @@ from keras_dwd import (
     DWDRegularizer,
     KroneckerFisher,
     PenaltyLogger,
+    TaskHeads,
 )
 from keras_dwd.state import restore, save, state_of
 
@@ -108,6 +109,21 @@ def test_kronecker_factors_under_jit_compile_leave_training_alone():
     model.consolidate()
     train(model, **WAYS["jit_compile"])
     assert float(model.penalty()) > 0
+
+
+def test_no_variable_of_a_step_is_of_a_type_that_xla_cannot_reach_on_a_gpu():
+    """TensorFlow keeps int32 in the host's memory; with a GPU Keras compiles every step by XLA."""
+    inputs, task = keras.Input((6,)), keras.Input((), dtype="int32")
+    outputs = TaskHeads(2, 3)(layers.Dense(4, "relu")(inputs), task)
+    model = compiled(keras.Model([inputs, task], outputs), strength=5.0)
+    x, y = blobs()
+    for tasks in (np.zeros(64, "int32"), np.ones(64, "int32")):
+        model.fit([x, tasks], y, verbose=0)
+        model.consolidate()
+    step = tf.function(model.train_step).get_concrete_function(((x, tasks), y))
+    used = {variable.name: variable.dtype for variable in step.graph.variables}
+    assert any("fisher_looked" in name for name in used)
+    assert tf.int32 not in used.values(), used
 
 
 @pytest.mark.parametrize(

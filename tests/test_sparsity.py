@@ -49,6 +49,15 @@ def learner(sparsity, optimizer="sgd", dead=14, **settings):
     return compiled(network(dead), optimizer, strength=1.0, fisher=fisher, grouping=None)
 
 
+def test_it_goes_without_xla():
+    model = learner(True)
+    with pytest.warns(UserWarning, match="jit_compile"):
+        model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    assert not model.jit_compile
+    model.fit(*blobs(), verbose=0)
+    learner(False).compile("sgd", "mse", jit_compile=True)  # the others do, without a word
+
+
 @pytest.mark.parametrize("online", [True, False])
 @pytest.mark.parametrize("rank", [256, 3])
 def test_the_estimate_and_the_pull_are_the_same_with_less(online, rank):

@@ -70,8 +70,14 @@ class Fisher:
         self.slots: dict[str, keras.Variable] = {}
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
-        # How many examples were looked at, modulo `_TURN`.
-        self.looked = keras.Variable(0, trainable=False, dtype="int32", name="fisher_looked")
+        # How many examples were looked at, modulo `_TURN`. Not int32: those are in the host's
+        # memory, where a step that XLA compiles for a GPU cannot reach them.
+        self.looked = keras.Variable(0, trainable=False, dtype="int64", name="fisher_looked")
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA can compile a step with it."""
+        return True
 
     @property
     def online(self) -> bool:
@@ -244,8 +250,9 @@ class Fisher:
             )
         if self.estimator == "batch":
             return self._of_mean_gradient(model, variables, batch, scale)
-        first = self.looked.value + communicator.rank * count
-        self.looked.assign((self.looked.value + communicator.size * count) % _TURN)
+        looked = tf.cast(self.looked.value, "int32")
+        first = looked + communicator.rank * count
+        self.looked.assign(tf.cast((looked + communicator.size * count) % _TURN, "int64"))
         weights = tf.fill((count,), 1 / examples)
         within: tuple[Any, ...] = ()
         if sample_weight is not None:

@@ -241,8 +241,8 @@ class KroneckerFisher(Fisher):
         sparsity: Whether to look for units that are not active: those that are not in a whole
             batch are left out of the estimate, and where at most half of a layer's inputs, or
             outputs, were ever active on a task, only their weights are pulled, with less work and
-            memory. For activations such as `KWinners`; not with `jit_compile`, whose shapes are
-            fixed.
+            memory. For activations such as `KWinners`. Without `jit_compile`, whose shapes are
+            fixed: the model is then one that does not support it.
 
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
@@ -270,6 +270,11 @@ class KroneckerFisher(Fisher):
         self.damping = number("damping", damping, 0, 1)
         self.correction = integer("correction", correction, 0)
         self.sparsity = bool(sparsity)
+
+    @property
+    def supports_jit(self) -> bool:
+        """Whether XLA can compile a step with it."""
+        return not self.sparsity
 
     def _shapes(self, model: keras.Model, variables: Variables) -> dict[str, tuple[int, ...]]:
         """The shape of each statistic, by `kind/PATH`."""

@@ -225,4 +225,8 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **{
+            f"gpu {i}": tf.config.experimental.get_device_details(gpu).get("device_name", "unknown")
+            for i, gpu in enumerate(tf.config.list_physical_devices("GPU"))
+        },
     }

@@ -48,7 +48,7 @@ def tune(
 
     Each method that has a λ gets as many values of it as `grid` gives, the same seeds and the same
     epochs; only training data, a part of it held back, decides. Runs go on side by side, one
-    process with one thread per core: steps/s are of one core.
+    process with one thread per core (and, where there is a GPU, all on it): steps/s are of one.
 
     Args:
         settings: The arguments of `Experiment`.
@@ -101,10 +101,11 @@ def tune(
 
     context = multiprocessing.get_context("spawn")
     failed: Exception | None = None
-    # Two methods at a time: while one waits for its last run the other keeps the processes busy.
+    processes = processes or os.cpu_count() or 1
+    # More than one method at a time: while one waits for its last run others keep processes busy.
     with (
-        ProcessPoolExecutor(processes or os.cpu_count(), context, initializer=_one_thread) as pool,
-        ThreadPoolExecutor(2) as threads,
+        ProcessPoolExecutor(processes, context, initializer=_one_of_several) as pool,
+        ThreadPoolExecutor(1 + -(-processes // 3)) as threads,
     ):
         bench = _Bench(pool, settings, seeds, tuning_seeds, say, keep)
         jobs = [
@@ -234,7 +235,10 @@ def _is_reference(name: str) -> bool:
         return False
 
 
-def _one_thread() -> None:
+def _one_of_several() -> None:
+    """One thread, and no more of a GPU's memory than it takes."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
