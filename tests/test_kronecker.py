@@ -88,13 +88,15 @@ def test_a_sketch_of_low_rank_gives_the_matrix():
     assert factor.trace == pytest.approx(np.trace(matrix), rel=1e-3)
 
 
+@pytest.mark.parametrize("fan_out", [3, 20])  # where one or the other factor is less as a matrix
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_equal_those_of_the_dense_matrix(rank, bias):
+def test_products_equal_those_of_the_dense_matrix(rank, bias, fan_out):
     rng = np.random.default_rng(0)
-    kronecker = held(block(rng, rank=rank, bias=bias))
+    kronecker = held(block(rng, fan_out=fan_out, rank=rank, bias=bias))
     matrix = dense_kronecker(kronecker)
-    delta = [rng.normal(size=shape).astype("float32") for shape in ((4, 3), (3,))[: 1 + bias]]
+    shapes = ((4, fan_out), (fan_out,))[: 1 + bias]
+    delta = [rng.normal(size=shape).astype("float32") for shape in shapes]
     tensors = [tf.constant(d) for d in delta]
     flat = kronecker.form.join(*delta).ravel()
 

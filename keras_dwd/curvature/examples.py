@@ -1,26 +1,37 @@
-"""The loss of each example of a batch by itself."""
+"""Each example of a batch by itself."""
 
 from typing import Any
 
 import tensorflow as tf
 
 
-def each_loss(model: Any, batch: tuple[Any, ...], masks: dict[int, tf.Tensor]) -> tf.Tensor:
-    """The loss of each example by itself, `(batch,)`.
+def loss_gradients(
+    model: Any, batch: tuple[Any, ...], masks: dict[int, tf.Tensor], scale: float
+) -> list[tf.Tensor]:
+    """The gradient of each example's loss by the model's outputs, flat, of their shapes.
+
+    Differentiated within the mapped function: with a gradient through the map XLA takes all that
+    the outputs are made of for constants, and compiles each step anew.
 
     Args:
         model: A `DWDModel`.
         batch: `(x, y, outputs)` and, where they are part of the loss, weights.
         masks: Of the outputs.
+        scale: The loss is multiplied by this.
     """
 
-    def loss_of(example: Any) -> tf.Tensor:
+    def gradients_of(example: Any) -> list[tf.Tensor]:
         (x, y, outputs, *within), masked = tf.nest.map_structure(alone, example)
+        flat = tf.nest.flatten(outputs)
         for index, mask in masked.items():
-            tf.nest.flatten(outputs)[index]._keras_mask = mask
-        return model.data_loss(x, y, outputs, *within)
+            flat[index]._keras_mask = mask
+        with tf.GradientTape() as tape:
+            tape.watch(flat)
+            loss = scale * tf.cast(model.data_loss(x, y, outputs, *within), "float32")
+        found = tape.gradient(loss, flat, unconnected_gradients="zero")
+        return [g[0] for g in found]
 
-    return tf.vectorized_map(loss_of, (batch, masks), warn=False)
+    return tf.vectorized_map(gradients_of, (batch, masks), warn=False)
 
 
 def masks_of(outputs: Any) -> dict[int, tf.Tensor]:

@@ -50,6 +50,10 @@ class Factor:
         """This times x, or x times this, in the training step."""
         u, rest = tf.convert_to_tensor(self.vectors), tf.convert_to_tensor(self.rest)
         above = tf.convert_to_tensor(self.values) - rest
+        (n, r), others = u.shape, x.shape[0 if from_right else 1]
+        if n * (r + others) < 2 * r * others:  # less work with U diag(s − ρ) Uᵀ as a matrix
+            matrix = tf.matmul(above * u, u, transpose_b=True)
+            return rest * x + (tf.matmul(x, matrix) if from_right else tf.matmul(matrix, x))
         if from_right:
             return rest * x + tf.matmul(above * tf.matmul(x, u), u, transpose_b=True)
         return rest * x + tf.matmul(u, above[:, None] * tf.matmul(u, x, transpose_a=True))

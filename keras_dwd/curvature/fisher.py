@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_dwd.checks import integer, number
 from keras_dwd.curvature.closed_forms import flat  # which registers them
 from keras_dwd.curvature.diagonal import Diagonal
-from keras_dwd.curvature.examples import alone, each_loss, masks_of, one_each
+from keras_dwd.curvature.examples import alone, loss_gradients, masks_of, one_each
 from keras_dwd.curvature.likelihood import by_logits, drawn, negated, squared_margins
 from keras_dwd.curvature.rules import GENERIC, Flow, RuledLayer, ruled_layers
 from keras_dwd.curvature.taps import Taps
@@ -70,8 +70,8 @@ class Fisher:
         self.slots: dict[str, keras.Variable] = {}
         # 1 − γⁿ, kept as the moving average of ones: exact, and no step counter can overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
-        # How many examples were looked at, modulo `_TURN`. Not int32: those are in the host's
-        # memory, where a step that XLA compiles for a GPU cannot reach them.
+        # How many examples were looked at, modulo `_TURN`. Not int32, which is in the host's
+        # memory: out of reach of a step that XLA compiles for a GPU.
         self.looked = keras.Variable(0, trainable=False, dtype="int64", name="fisher_looked")
 
     @property
@@ -268,17 +268,17 @@ class Fisher:
             with Taps((ruled.layer for ruled in layers), activated=generic) as taps:
                 outputs = model(x, training=False)
             seen = self._seen(model, outputs)
-            labels = drawn(model, y, outputs, first) if self.estimator == "sampled" else y
-            losses = each_loss(model, (x, labels, seen, *within), masks_of(outputs))
-            total = scale * tf.reduce_sum(tf.cast(losses, "float32"))
+        labels = drawn(model, y, outputs, first) if self.estimator == "sampled" else y
+        by_seen = loss_gradients(model, (x, labels, seen, *within), masks_of(outputs), scale)
         calls = {ruled: taps.calls(ruled.layer) for ruled in layers}
         for ruled, seen_calls in calls.items():
             if ruled.rule is GENERIC and not all(call.plain for call in seen_calls or ()):
                 calls[ruled] = None
         tapped = [call for found in calls.values() for call in found or ()]
         by_calls, by_outputs = tape.gradient(
-            total,
+            tf.nest.flatten(seen),
             ([call.output for call in tapped], tf.nest.flatten(outputs)),
+            output_gradients=by_seen,
             unconnected_gradients="zero",
         )
         gradients = iter(by_calls)
@@ -296,7 +296,8 @@ class Fisher:
             every = communicator.gather(tf.stack([counted, margins], 1), "residuals")
             there = tf.cast(every[:, 0] < np.inf, "float32")
             count = tf.reduce_sum(there)
-            median = tf.sort(every[:, 0])[tf.cast(count, "int32") // 2]
+            # To XLA the bounds of a slice are constants: it would compile each step anew.
+            median = tf.gather(tf.sort(every[:, 0]), tf.cast(count, "int32") // 2)
             margin = tf.math.divide_no_nan(tf.reduce_sum(there * every[:, 1]), count)
             weights *= tf.math.reciprocal_no_nan(residuals + median)
 
