@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from retention import DEFAULT, METHODS, SCENARIOS
@@ -134,6 +135,17 @@ def groupings_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
+def picks_table(results):
+    """What comes of each way to pick a grouping at each boundary."""
+    arms = results["arms"]
+    lines = [["at each boundary", "accuracy %", "taken most often"]]
+    for rule, row in results["rules"].items():
+        picks = Counter(arms[pick] for each in row["picks"] for pick in each)
+        most = ", ".join(f"{arm} ({n / picks.total():.0%})" for arm, n in picks.most_common(3))
+        lines.append([rule, cell(KEY, row[KEY]), "" if rule in arms else most])
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
 def faults_table():
     """What became of runs that were killed, and of files that were damaged; what it costs."""
     crash, fuzz, cost = (
@@ -174,6 +186,7 @@ TABLES = {
     "networks": cost_table,
     "passes": passes_table,
     "groupings": groupings_table,
+    "rules": picks_table,
 }
 
 

@@ -105,7 +105,11 @@ class GaussianMixtureGrouping(Partition):
         return self._fitted((sample - mean) / std), mean, std
 
     def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
-        """Give everything its most probable group."""
+        """Give everything its most probable group.
+
+        To weigh by the responsibilities of all groups makes no difference to what is retained, and
+        takes as many numbers a parameter as there are groups in place of a byte.
+        """
         mixture, mean, std = found
         arrays = self._items(part)
         labels = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
