@@ -99,7 +99,8 @@ class Trainer:
 
     def timer(self):
         """The mean seconds of a number of steps, as they are now also when more is learned."""
-        step = tf.function(self.model.train_step)
+        # As `fit` does, which has XLA compile it where there is a GPU.
+        step = tf.function(self.model.train_step, jit_compile=self.model.jit_compile)
         (data,) = batches(self.tasks[self.model.tasks_learned], BATCH, 1)
         regularizer = self.model.regularizer
         slots = [*regularizer.precisions.values(), *regularizer.anchors.values()]

@@ -1,12 +1,15 @@
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 from scipy.stats import t as student
+from threadpoolctl import threadpool_info
 from typer.testing import CliRunner
 
 from keras_dwd.cli import app
-from keras_dwd.evaluation import ablation
+from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
 
@@ -67,6 +70,14 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
     ]
     with pytest.raises(ValueError, match="holds results of other protocol"):
         tune(SETTINGS | {"epochs": 2}, ["finetune"], grid=lambda name: (1.0,), out=out)
+
+
+def test_of_runs_side_by_side_each_has_one_thread():
+    # As many threads in each as there are cores, which spin while they wait, took most of the time.
+    start = tuning._one_of_several
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=start) as pool:
+        libraries = pool.submit(threadpool_info).result()
+    assert {library["num_threads"] for library in libraries} == {1}
 
 
 def test_unknown_methods_are_refused_before_anything_runs(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 from keras_dwd.checks import number
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
@@ -236,7 +237,8 @@ def _is_reference(name: str) -> bool:
 
 
 def _one_of_several() -> None:
-    """One thread, and no more of a GPU's memory than it takes."""
+    """One thread, that of linear algebra included, and no more of a GPU's memory than it takes."""
+    threadpool_limits(1)
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.threading.set_intra_op_parallelism_threads(1)
