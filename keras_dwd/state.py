@@ -14,7 +14,7 @@ from keras_dwd.curvature.kronecker import SIDES, Kronecker, KroneckerFisher
 from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import Matrix, matrices
 from keras_dwd.files import FileError
-from keras_dwd.grouping.grouping import Summary
+from keras_dwd.grouping.grouping import Summary, are_responsibilities
 from keras_dwd.variables import Arrays, Variables, by_path
 
 # Raised when a later version could no longer be read by an earlier one.
@@ -155,7 +155,8 @@ def take(model: Any, state: Arrays) -> None:
             continue
         held = kinds.get(kind, {})
         if kind == "group":
-            if path in known and array.ndim == 2:  # of directions of its matrix
+            of_each = array.ndim - are_responsibilities(array)
+            if path in known and of_each == 2:  # of directions of its matrix
                 shape = (known[path][1].rows, known[path][1].shape[1])
             shape = array.shape if _assigns(array, shape or (), numbers) else None
         elif kind == "level":
@@ -259,6 +260,13 @@ def groups_of(saved: np.ndarray) -> Summary:
 
 def _assigns(array: np.ndarray, shape: tuple[int, ...], numbers: set[int]) -> bool:
     """Whether an array says of parameters, or of at most as many directions, their groups."""
+    if are_responsibilities(array):
+        if not array.ndim:
+            return False
+        *_, count = array.shape
+        within = set(np.flatnonzero(array.reshape(-1, count).any(0)).tolist()) <= numbers
+        whole = set(np.unique(array.sum(-1, dtype="int64")).tolist()) <= {0, 255}
+        return within and whole and _assigns(np.zeros(array.shape[:-1], "int8"), shape, {0})
     small = array.ndim <= len(shape) and all(
         a <= b for a, b in zip(array.shape, shape[len(shape) - array.ndim :], strict=True)
     )

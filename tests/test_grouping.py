@@ -22,8 +22,10 @@ from keras_dwd import (
     SpectralGrouping,
 )
 from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.files import FileError
 from keras_dwd.grouping.grouping import Learned
 from keras_dwd.grouping.strength import Evidence, GroupStatistics, Importance
+from keras_dwd.state import restore, save
 
 
 def planted(sizes=(300, 500, 200), seed=0):
@@ -94,6 +96,39 @@ def test_a_sample_finds_what_a_fit_of_everything_finds():
     features = (features - features.mean(0)) / features.std(0)
     whole = GaussianMixture(3, n_init=3, random_state=1).fit_predict(features)
     assert adjusted_rand_score(whole, codes(strengths)) >= 0.95
+
+
+def test_responsibilities_are_those_of_the_mixture_and_weigh():
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, 2000)
+    fisher = np.exp(np.array([-3.0, 0.0])[kind] + rng.normal(size=kind.size)).reshape(20, 100)
+    values = np.exp(np.array([0.0, -2.0])[kind] + rng.normal(size=kind.size)).reshape(20, 100)
+    fisher[0, :7] = 0.0
+    grouping = GaussianMixtureGrouping(2, Importance(1.0), soft=True)
+    learned = Learned({"a": Diagonal("a", fisher)}, {"a": values})
+    blocks, summary, assignments = grouping.apply(learned)
+    found, weighted = assignments["a"], blocks["a"].values
+    assert found.shape == (20, 100, 2)
+    assert found.dtype == "uint8"
+    used = fisher > 0
+    features = np.log(np.stack([fisher, values], -1)[used])
+    features = (features - features.mean(0)) / features.std(0)
+    mixture = GaussianMixture(2, n_init=3, random_state=1, reg_covar=1e-3).fit(features)
+    order = np.argsort(mixture.means_[:, 0])
+    shares = mixture.predict_proba(features)[:, order]
+    assert np.mean((shares > 0.1) & (shares < 0.9)) > 0.05  # they do overlap
+    np.testing.assert_allclose(found[used] / 255, shares, atol=0.1)  # EM stops early in each
+    assert not found[~used].any()
+    # λ_k ∝ the mean of group k, all by these shares.
+    shares = found[used] / 255
+    np.testing.assert_array_equal(shares.sum(1), 1)
+    means = shares.T @ fisher[used] / shares.sum(0)
+    strengths = means * fisher.sum() / (means * (shares.T @ fisher[used])).sum()
+    np.testing.assert_allclose([g["mean_fisher"] for g in summary], means)
+    np.testing.assert_allclose([g["strength"] for g in summary], strengths)
+    np.testing.assert_allclose([g["size"] for g in summary], shares.sum(0), atol=0.5)
+    np.testing.assert_allclose(weighted[used], fisher[used] * (shares @ strengths), rtol=1e-5)
+    assert weighted.sum() == pytest.approx(fisher.sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [GaussianMixtureGrouping, SpectralGrouping])
@@ -377,6 +412,43 @@ def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
     assert again.grouping.get_config() == model.grouping.get_config()
 
 
+@pytest.mark.parametrize("granularity", ["element", "unit", "variable"])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("exact"), KroneckerFisher("exact")])
+def test_responsibilities_are_saved_and_checked(fisher, granularity):
+    def make():
+        grouping = GaussianMixtureGrouping(2, granularity=granularity, soft=True)
+        return compiled(fisher=fisher, grouping=grouping)
+
+    model, store = make(), {}
+    for seed in (0, 1):
+        model.fit(*blobs(seed=seed), verbose=0)
+        model.consolidate(blobs(seed=seed))
+    assert {a.dtype for a in model.assignments.values()} == {np.dtype("uint8")}
+    save(model, store)
+    again = make()
+    restore(again, store)
+    assert {k: a.tolist() for k, a in again.assignments.items()} == {
+        k: a.tolist() for k, a in model.assignments.items()
+    }
+    name = next(name for name in store if name.startswith("group|"))
+    a = store[name]
+    other = np.concatenate([np.zeros_like(a), a], -1)  # groups there are not
+    for bad in (a // 2, other, np.stack([a] * 3), np.uint8(255)):
+        with pytest.raises(FileError, match="saved group of"):
+            restore(make(), {**store, name: np.asarray(bad)})
+
+
+def test_numbers_of_groups_may_be_unsigned():
+    class Halves(LayerGrouping):
+        def label(self, found, key, part):
+            return (np.arange(part.fisher.shape[-1]) % 2).astype("uint8")
+
+    fisher = np.ones((3, 4))
+    grouped = Halves().apply(Learned({"a": Diagonal("a", fisher)}, {"a": fisher}))
+    assert [g["size"] for g in grouped.groups] == [6, 6]
+    assert grouped.assignments["a"].tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
@@ -526,6 +598,8 @@ def test_a_budget_is_saved_and_goes_on(tmp_path):
 def test_a_budget_needs_whole_variables():
     with pytest.raises(ValueError, match="`granularity` must be 'variable'"):
         GaussianMixtureGrouping(strengths="budget")
+    with pytest.raises(ValueError, match="`soft` must be False"):
+        GaussianMixtureGrouping(strengths="budget", granularity="variable", soft=True)
     with pytest.raises(ValueError, match="`share`"):
         Budget(1.0)
     model = budgeted(strengths="budget")

@@ -24,6 +24,7 @@ _PARTS = (
     ("groups: mixture of variables", "dwd-online+variables"),
     ("groups: mixture, by movement too", "dwd-online+movement"),
     ("groups: mixture, their number by BIC", "dwd-online+bic"),
+    ("groups: mixture, weighed by responsibilities", "dwd-online+soft"),
     ("groups: a policy that learns, from 10% of the data held back", "dwd-online+policy"),
     ("λ_k: levelled, α = −0.5", "dwd-online+levelled"),
     ("λ_k: evidence", "dwd-online+evidence"),

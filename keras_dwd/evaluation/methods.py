@@ -142,6 +142,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "movement": _grouped(
         lambda: GaussianMixtureGrouping(features=("fisher", "magnitude", "movement"))
     ),
+    "soft": _grouped(lambda: GaussianMixtureGrouping(soft=True)),
     "levelled": _grouped(lambda: GaussianMixtureGrouping(strengths=Importance(-0.5))),
     "evidence": _grouped(lambda: GaussianMixtureGrouping(strengths="evidence")),
     "budget": _grouped(lambda: LayerGrouping("budget")),

@@ -16,6 +16,7 @@ from keras_dwd.grouping.grouping import (
     Partition,
     pieces,
     reduced,
+    responsibilities,
 )
 from keras_dwd.variables import Variables
 
@@ -40,6 +41,12 @@ class GaussianMixtureGrouping(Partition):
         samples: The mixture is fitted to about this many of them drawn at random, then applied
             to all.
         seed: Of that draw and of the fit.
+        soft: Whether to weigh each by the λ_k of all groups, in proportion to its responsibilities,
+            which take a byte a group in place of one in all. By default by that of the most
+            probable group: in accuracy it made no difference.
+
+    Raises:
+        ValueError: If `soft` is to go with a `Budget`, whose groups are whole variables.
 
     Reference:
         McLachlan & Peel, "Finite Mixture Models", 2000.
@@ -55,8 +62,11 @@ class GaussianMixtureGrouping(Partition):
         features: Sequence[Feature] = ("fisher", "magnitude"),
         samples: int = 10_000,
         seed: int = 0,
+        soft: bool = False,
     ):
         super().__init__(strengths, granularity)
+        if soft and self.budget is not None:
+            raise ValueError("`soft` must be False with strengths that follow a budget.")
         self.groups = groups if groups == "bic" else integer("groups", groups, 1)
         self.strengths.check(self._most)
         unknown = set(features) - set(get_args(Feature))
@@ -66,6 +76,7 @@ class GaussianMixtureGrouping(Partition):
         self.features = tuple(features)
         self.samples = integer("samples", samples, self._most)
         self.seed = integer("seed", seed, 0)
+        self.soft = bool(soft)
 
     @property
     def _most(self) -> int:
@@ -105,26 +116,29 @@ class GaussianMixtureGrouping(Partition):
         return self._fitted((sample - mean) / std), mean, std
 
     def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
-        """Give everything its most probable group.
-
-        Its responsibilities are not kept: weighing by all groups in proportion to them made no
-        difference on permuted digits and Permuted-MNIST, and takes a number a group in place of a
-        byte.
-        """
+        """Give everything its most probable group, or its responsibilities."""
         mixture, mean, std = found
         arrays = self._items(part)
-        labels = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
+        if self.soft:
+            count = 1 if mixture is None else mixture.n_components
+            labels = np.zeros((arrays[0].size, count), "uint8")
+        else:
+            labels = np.full(arrays[0].size, -1, np.min_scalar_type(-self._most - 1))
         start = 0
         for piece in pieces(*arrays):
             used = piece[0] > 0
             target = labels[start : start + len(used)]
             start += len(used)
             if mixture is None:
-                target[used] = 0
+                target[used] = 255 if self.soft else 0
             elif used.any():
                 chosen = [None if a is None else a[used] for a in piece]
-                target[used] = mixture.predict((self._features(chosen, part) - mean) / std)
-        return labels.reshape(arrays[0].shape)
+                features = (self._features(chosen, part) - mean) / std
+                if self.soft:
+                    target[used] = responsibilities(mixture.predict_proba(features))
+                else:
+                    target[used] = mixture.predict(features)
+        return labels.reshape(*arrays[0].shape, *labels.shape[1:])
 
     def _items(self, part: Parameters) -> list[Any]:
         """Mean F, root mean square θ and, where it is a feature, θ − c of each item."""
@@ -179,6 +193,7 @@ class GaussianMixtureGrouping(Partition):
             "features": list(self.features),
             "samples": self.samples,
             "seed": self.seed,
+            "soft": self.soft,
         }
 
 

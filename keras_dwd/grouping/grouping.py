@@ -32,7 +32,8 @@ class Grouped(NamedTuple):
         blocks: It, weighted by the λ_k of its groups.
         groups: The summary of these.
         assignments: The number of the group that each parameter is in, −1 for none: by block, small
-            integers of a shape that broadcasts to that of its eigenvalues.
+            integers of a shape that broadcasts to that of its eigenvalues. Or, unsigned bytes with
+            one more axis, of groups: its responsibilities, in 255ths.
     """
 
     blocks: dict[str, Block]
@@ -218,7 +219,8 @@ class Partition(Grouping):
 
         Returns:
             Numbers of groups from 0 on, −1 for none, as small integers of a shape that broadcasts
-            to that of `fisher`. What has no Fisher information may have any.
+            to that of `fisher`. What has no Fisher information may have any. Or, where parameters
+            are in several groups, `responsibilities`.
         """
 
     @property
@@ -239,14 +241,17 @@ class Partition(Grouping):
         # Small problems, which more threads only slow down, and sum up in another order each time.
         with threadpool_limits(1):
             found = self.fit(learned.of_all(described))
-        labels = {key: self.label(found, key, part) for key, part in parameters.items()}
+        labels = {
+            key: _marked(self.label(found, key, part), part.fisher.ndim)
+            for key, part in parameters.items()
+        }
         sums: Described = {
             key: (_sums(part, labels[key], self.strengths.by_movement),)
             for key, part in parameters.items()
         }
         of_all = learned.of_all(sums)
         count = max((part.shape[1] for (part,) in of_all.values()), default=0)
-        members = np.zeros((len(of_all), 5, count))
+        members = np.zeros((len(of_all), 5, count))  # in parts of one where they are in several
         for i, (part,) in enumerate(of_all.values()):
             members[i, :, : part.shape[1]] = part
         sizes, fisher, squares, moved, still = members.sum(0)
@@ -257,11 +262,11 @@ class Partition(Grouping):
             moved = np.where(still < sizes, moved / known, mean) * sizes
         summary: Summary = [
             {
-                "size": int(sizes[k]),
+                "size": round(sizes[k]),
                 "mean_fisher": float(fisher[k] / sizes[k]),
                 "magnitude": float(np.sqrt(squares[k] / sizes[k])),
                 "layers": {
-                    key: int(n) for key, n in zip(of_all, members[:, 0, k], strict=True) if n
+                    key: round(n) for key, n in zip(of_all, members[:, 0, k], strict=True) if n
                 },
             }
             for k in range(count)
@@ -282,13 +287,14 @@ class Partition(Grouping):
             group |= {"group": int(number), "strength": float(strengths[k])}
         table = strengths.astype("float32")
         weighted = {
-            key: part.block.scaled(np.broadcast_to(table[labels[key]], part.fisher.shape))
+            key: part.block.scaled(
+                np.broadcast_to(_strengths(table, labels[key]), part.fisher.shape)
+            )
             for key, part in parameters.items()
         }
         final = np.full(count + 1, -1)
         final[used] = numbers
-        final = final.astype(np.min_scalar_type(-int(final.max()) - 2))
-        assignments = {key: final[part] for key, part in labels.items()}
+        assignments = {key: _renumbered(part, final) for key, part in labels.items()}
         return Grouped(weighted, sorted(summary, key=lambda group: group["group"]), assignments)
 
     def get_config(self) -> dict[str, Any]:
@@ -299,10 +305,50 @@ class Partition(Grouping):
         }
 
 
+def responsibilities(probabilities: np.ndarray) -> np.ndarray:
+    """Of each parameter how much it is in which group: bytes that sum to 255, of the same shape."""
+    bounds = np.rint(255 * np.cumsum(probabilities, -1)).astype("uint8")
+    return np.diff(bounds, prepend=np.uint8(0))
+
+
+def _marked(labels: np.ndarray, ndim: int) -> np.ndarray:
+    """Numbers of groups signed: only `responsibilities`, which have one more axis, are not."""
+    if labels.ndim > ndim:
+        return labels
+    return labels.astype(np.promote_types(labels.dtype, "int8"), copy=False)
+
+
+def are_responsibilities(assigned: np.ndarray) -> bool:
+    """Whether this is how much of each parameter is in which group, not the number of its group."""
+    return assigned.dtype == "uint8"
+
+
+def _strengths(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """λ of each parameter from those of the groups, of which the last is that of no group."""
+    if not are_responsibilities(labels):
+        return table[labels]
+    strengths = np.zeros(labels.shape[:-1], "float32")
+    for k in range(labels.shape[-1]):
+        strengths += labels[..., k] * (table[k] / np.float32(255))
+    return strengths
+
+
+def _renumbered(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The same with other numbers of groups, of which the last is that of no group."""
+    if not are_responsibilities(labels):
+        return numbers.astype(np.min_scalar_type(-int(numbers.max()) - 2))[labels]
+    renumbered = np.zeros((*labels.shape[:-1], int(numbers.max()) + 1), labels.dtype)
+    for k, number in enumerate(numbers[: labels.shape[-1]]):
+        if number >= 0:
+            renumbered[..., number] = labels[..., k]
+    return renumbered
+
+
 def pieces(*arrays: np.ndarray | None) -> Iterator[list[Any]]:
-    """Arrays of the same shape, flat, a piece of each at a time."""
-    flat = [None if a is None else a.reshape(-1) for a in arrays]
-    size = next(a.size for a in flat if a is not None)
+    """Arrays of one shape, some with more axes, flat up to these, a piece of each at a time."""
+    ndim = min(a.ndim for a in arrays if a is not None)
+    flat = [None if a is None else a.reshape(-1, *a.shape[ndim:]) for a in arrays]
+    size = next(len(a) for a in flat if a is not None)
     for start in range(0, size, _CHUNK):
         yield [None if a is None else a[start : start + _CHUNK] for a in flat]
 
@@ -320,16 +366,23 @@ def _sums(part: Parameters, labels: np.ndarray, by_movement: bool) -> np.ndarray
 
     And last the number of those that have no c yet.
     """
-    count = int(labels.max(initial=-1)) + 1
+    several = are_responsibilities(labels)
+    count = labels.shape[-1] if several else int(labels.max(initial=-1)) + 1
     sums = np.zeros((5, count))
-    everywhere = np.broadcast_to(labels, part.fisher.shape)
+    everywhere = np.broadcast_to(labels, part.fisher.shape + labels.shape[-1:] * several)
     moved_by = part.moved if by_movement else None
     for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, moved_by):
-        groups = np.where(fisher > 0, groups.astype(np.intp) + 1, 0)
+        used = fisher > 0
+        if not several:
+            groups = np.where(used, groups.astype(np.intp) + 1, 0)
         for row, weights in enumerate(
-            (None, fisher, values**2, None if moved is None else fisher * moved**2)
+            (used, fisher, values**2, None if moved is None else fisher * moved**2)
         ):
-            if row == 0 or weights is not None:
+            if weights is None:
+                continue
+            if several:
+                sums[row] += (weights * used).astype("float64") @ groups / 255
+            else:
                 sums[row] += np.bincount(groups, weights, count + 1)[1:]
     if moved_by is None:
         sums[4] = sums[0]
