@@ -93,6 +93,29 @@ def ablation_table():
     )
 
 
+def seeds_table():
+    """Where little is forgotten: DWD as it is against EWC, over more seeds."""
+    shown = ("finetune", "ewc", "dwd-online", "joint")
+    lines = [["scenario", "seeds", *shown, "dwd-online − ewc"]]
+    for path in sorted(RESULTS.glob("seeds_*.json")):
+        results = json.loads(path.read_text())
+        methods = results["methods"]
+        against = compare(results)["dwd-online"]
+        lines.append(
+            [
+                results["protocol"]["title"],
+                str(len(results["protocol"]["seeds"])),
+                *(cell(KEY, methods[m]["metrics"][KEY]) for m in shown),
+                f"{100 * against['difference']:+.2f} ± {100 * against['std']:.2f}, "
+                f"p {against['p']:.3f}",
+            ]
+        )
+    return (
+        f"{rows(lines)}\n\nAverage accuracy in percent on the test data, mean ± std; EWC with the "
+        "λ tuned above, DWD with its default; the p of a paired t-test."
+    )
+
+
 def of_all_scenarios():
     """The results of `benchmarks/retention.py`, by scenario."""
     paths = {name: RESULTS / f"retention_{name}.json" for name in SCENARIOS}
@@ -179,7 +202,12 @@ def faults_table():
     )
 
 
-OF_ALL = {"untouched": untouched_table, "ablation": ablation_table, "faults": faults_table}
+OF_ALL = {
+    "untouched": untouched_table,
+    "seeds": seeds_table,
+    "ablation": ablation_table,
+    "faults": faults_table,
+}
 # By what a file of results has.
 TABLES = {
     "methods": methods_table,
