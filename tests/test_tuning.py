@@ -103,12 +103,17 @@ def test_each_variant_is_another_configuration():
         changed = method.configuration(30.0)
         assert method.name == f"dwd-online+{name}"
         assert changed not in seen
-        assert changed["regularizer"] == plain["regularizer"]
+        if not name.startswith("decay"):
+            assert changed["regularizer"] == plain["regularizer"]
         seen.append(changed)
     both = method_named("dwd-online:exact+evidence+gamma-0.9").configuration(1.0)
     assert both["fisher"]["estimator"] == "exact"
     assert both["fisher"]["gamma"] == 0.9
     assert both["grouping"]["strengths"]["class_name"] == "Evidence"
+    for base in ("dwd-online", "ewc"):
+        plain = METHODS[base].configuration(7.0)["regularizer"]
+        less = method_named(f"{base}+decay-0.8").configuration(7.0)["regularizer"]
+        assert less == plain | {"decay": 0.8}
 
 
 def results_of(**per_seed):

@@ -17,6 +17,8 @@ _PARTS = (
     ("γ = 0.9", "dwd-online+gamma-0.9"),
     ("γ = 0.99", "dwd-online+gamma-0.99"),
     ("Fisher at every step", "dwd-online+every-step"),
+    ("earlier precision × 0.8 at each boundary", "dwd-online+decay-0.8"),
+    ("earlier precision × 0.5 at each boundary", "dwd-online+decay-0.5"),
     ("no groups", "dwd-online+no-groups"),
     ("groups: layers", "dwd-online+layers"),
     ("groups: spectral, of units", "dwd-online+spectral"),

@@ -122,6 +122,21 @@ def _grouped(make: Callable[[], Grouping | None]) -> Callable[[Method], Method]:
     return _with(grouping=lambda before: make())
 
 
+def _decaying(decay: float) -> Callable[[Method], Method]:
+    """With another decay of the precision of earlier tasks."""
+
+    def change(method: Method) -> Method:
+        def changed(strength: float, **others: Any) -> dict[str, Any]:
+            settings = method.settings(strength, **others)
+            before = settings.pop("regularizer", None) or DWDRegularizer(settings.pop("strength"))
+            regularizer = DWDRegularizer(**before.get_config() | {"decay": decay})
+            return settings | {"regularizer": regularizer}
+
+        return replace(method, settings=changed)
+
+    return change
+
+
 def _estimated(**arguments: Any) -> Callable[[Method], Method]:
     """With other arguments of its Fisher estimate."""
 
@@ -158,6 +173,8 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     ),
     "gamma-0.9": _estimated(gamma=0.9),
     "gamma-0.99": _estimated(gamma=0.99),
+    "decay-0.5": _decaying(0.5),
+    "decay-0.8": _decaying(0.8),
     "diagonal": _with(fisher=lambda before: DiagonalFisher("influence")),
     "every-step": _estimated(every=1),
     "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
