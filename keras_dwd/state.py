@@ -263,8 +263,7 @@ def _assigns(array: np.ndarray, shape: tuple[int, ...], numbers: set[int]) -> bo
     if are_responsibilities(array):
         if not array.ndim:
             return False
-        *_, count = array.shape
-        within = set(np.flatnonzero(array.reshape(-1, count).any(0)).tolist()) <= numbers
+        within = set(np.flatnonzero(array.any(tuple(range(array.ndim - 1)))).tolist()) <= numbers
         whole = set(np.unique(array.sum(-1, dtype="int64")).tolist()) <= {0, 255}
         return within and whole and _assigns(np.zeros(array.shape[:-1], "int8"), shape, {0})
     small = array.ndim <= len(shape) and all(

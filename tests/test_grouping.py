@@ -351,7 +351,14 @@ def test_the_same_seed_gives_the_same_groups():
 
 
 @pytest.mark.parametrize(
-    "grouping", [GaussianMixtureGrouping(2), SpectralGrouping(2), LayerGrouping(), SingleGroup()]
+    "grouping",
+    [
+        GaussianMixtureGrouping(2),
+        GaussianMixtureGrouping(2, soft=True),
+        SpectralGrouping(2),
+        LayerGrouping(),
+        SingleGroup(),
+    ],
 )
 def test_all_zero_fisher(grouping):
     strengths, summary = divided(grouping, {"a": np.zeros(5)}, {"a": np.ones(5)})
