@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import partial
 
 import keras
 import numpy as np
@@ -160,7 +161,11 @@ def test_variables_are_grouped_as_a_whole(make):
 
 
 @pytest.mark.parametrize("granularity", ["unit", "variable"])
-@pytest.mark.parametrize("make", [GaussianMixtureGrouping, SpectralGrouping])
+@pytest.mark.parametrize(
+    "make",
+    [GaussianMixtureGrouping, partial(GaussianMixtureGrouping, soft=True), SpectralGrouping],
+    ids=["hard", "soft", "spectral"],
+)
 def test_scalar_variables(make, granularity):
     fisher = {"a": np.full((4, 3), 0.1), "scale": np.array(2.0)}
     values = {"a": np.ones((4, 3)), "scale": np.array(1.0)}

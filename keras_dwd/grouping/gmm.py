@@ -138,7 +138,7 @@ class GaussianMixtureGrouping(Partition):
                     target[used] = responsibilities(mixture.predict_proba(features))
                 else:
                     target[used] = mixture.predict(features)
-        return labels.reshape(*arrays[0].shape, *labels.shape[1:])
+        return labels.reshape((*arrays[0].shape, *labels.shape[1:]))
 
     def _items(self, part: Parameters) -> list[Any]:
         """Mean F, root mean square θ and, where it is a feature, θ − c of each item."""
