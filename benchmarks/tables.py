@@ -32,7 +32,7 @@ def methods_table(results):
     lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
     lines += [
         method_cells(name, method, tuned)
-        for name, method in results["methods"].items()
+        for name, method in sorted(results["methods"].items(), key=lambda item: _place(item[0]))
         if name not in PARTS.values() or name in (*METHODS, DEFAULT)
     ]
     protocol = results["protocol"]
@@ -46,6 +46,11 @@ def methods_table(results):
             f"seeds {', '.join(map(str, tuning['seeds']))}."
         )
     return f"{rows(lines)}\n\n{text}"
+
+
+def _place(name):
+    order = ("finetune", *METHODS, DEFAULT)
+    return order.index(name) if name in order else len(order)
 
 
 def untouched_table():
