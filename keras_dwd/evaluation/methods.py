@@ -125,16 +125,11 @@ def _grouped(make: Callable[[], Grouping | None]) -> Callable[[Method], Method]:
 def _decaying(decay: float) -> Callable[[Method], Method]:
     """With another decay of the precision of earlier tasks."""
 
-    def change(method: Method) -> Method:
-        def changed(strength: float, **others: Any) -> dict[str, Any]:
-            settings = method.settings(strength, **others)
-            before = settings.pop("regularizer", None) or DWDRegularizer(settings.pop("strength"))
-            regularizer = DWDRegularizer(**before.get_config() | {"decay": decay})
-            return settings | {"regularizer": regularizer}
+    def regularizer(before: dict[str, Any]) -> DWDRegularizer:
+        found = before.get("regularizer") or DWDRegularizer(before["strength"])
+        return DWDRegularizer(**found.get_config() | {"decay": decay})
 
-        return replace(method, settings=changed)
-
-    return change
+    return _with(regularizer=regularizer, strength=lambda before: None)
 
 
 def _estimated(**arguments: Any) -> Callable[[Method], Method]:

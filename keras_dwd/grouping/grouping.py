@@ -373,17 +373,15 @@ def _sums(part: Parameters, labels: np.ndarray, by_movement: bool) -> np.ndarray
     moved_by = part.moved if by_movement else None
     for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, moved_by):
         used = fisher > 0
-        if not several:
+        weights = (None, fisher, values**2, None if moved is None else fisher * moved**2)
+        rows = [row for row, each in enumerate(weights) if row == 0 or each is not None]
+        if several:
+            each = np.stack([used if row == 0 else used * weights[row] for row in rows])
+            sums[rows] += each.astype("float64") @ groups / 255
+        else:
             groups = np.where(used, groups.astype(np.intp) + 1, 0)
-        for row, weights in enumerate(
-            (used, fisher, values**2, None if moved is None else fisher * moved**2)
-        ):
-            if weights is None:
-                continue
-            if several:
-                sums[row] += (weights * used).astype("float64") @ groups / 255
-            else:
-                sums[row] += np.bincount(groups, weights, count + 1)[1:]
+            for row in rows:
+                sums[row] += np.bincount(groups, weights[row], count + 1)[1:]
     if moved_by is None:
         sums[4] = sums[0]
     return sums
