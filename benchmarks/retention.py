@@ -91,6 +91,8 @@ DEFAULT = f"dwd-online{UNTOUCHED}"
 def grid_of(method):
     """Which of the grids is that of a method."""
     base, _, estimator = method.partition(":")
+    if base.endswith("+diagonal"):
+        return "influence"
     if base not in DIAGONAL:
         return "kronecker" if estimator else "relative"
     return estimator if estimator in ("influence", "negated") else "diagonal"
