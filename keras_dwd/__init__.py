@@ -16,6 +16,7 @@ from keras_dwd.evaluation.methods import Method as Method
 from keras_dwd.evaluation.runner import SequenceResult as SequenceResult
 from keras_dwd.evaluation.runner import run_sequence as run_sequence
 from keras_dwd.files import FileError as FileError
+from keras_dwd.grouping.assignment import Responsibilities as Responsibilities
 from keras_dwd.grouping.fixed import FixedGrouping as FixedGrouping
 from keras_dwd.grouping.fixed import LayerGrouping as LayerGrouping
 from keras_dwd.grouping.fixed import SingleGroup as SingleGroup

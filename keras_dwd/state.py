@@ -14,7 +14,8 @@ from keras_dwd.curvature.kronecker import SIDES, Kronecker, KroneckerFisher
 from keras_dwd.curvature.low_rank import LowRank
 from keras_dwd.curvature.rules import Matrix, matrices
 from keras_dwd.files import FileError
-from keras_dwd.grouping.grouping import Summary, are_responsibilities
+from keras_dwd.grouping.assignment import assignment_of
+from keras_dwd.grouping.grouping import Summary
 from keras_dwd.variables import Arrays, Variables, by_path
 
 # Raised when a later version could no longer be read by an earlier one.
@@ -137,7 +138,7 @@ def take(model: Any, state: Arrays) -> None:
             f"can then `inherit` from that. {_UNCHANGED}"
         )
     groups = groups_of(scalars["groups"])
-    numbers = {-1, *(group["group"] for group in groups)}
+    numbers = {group["group"] for group in groups}
     known = matrices(model)
     statistics = model.fisher.shapes(model, variables)
     kinds: dict[str, Arrays] = {
@@ -155,10 +156,11 @@ def take(model: Any, state: Arrays) -> None:
             continue
         held = kinds.get(kind, {})
         if kind == "group":
-            of_each = array.ndim - are_responsibilities(array)
-            if path in known and of_each == 2:  # of directions of its matrix
+            assigned = assignment_of(array)
+            if path in known and len(assigned.shape) == 2:  # of directions of its matrix
                 shape = (known[path][1].rows, known[path][1].shape[1])
-            shape = array.shape if _assigns(array, shape or (), numbers) else None
+            fits = assigned.within(numbers) and _broadcasts(assigned.shape, shape or ())
+            shape = array.shape if fits else None
         elif kind == "level":
             shape = (2,)
         elif kind == "in_use":
@@ -258,18 +260,11 @@ def groups_of(saved: np.ndarray) -> Summary:
         raise FileError(f"The saved summary of groups cannot be read. {_UNCHANGED}") from None
 
 
-def _assigns(array: np.ndarray, shape: tuple[int, ...], numbers: set[int]) -> bool:
-    """Whether an array says of parameters, or of at most as many directions, their groups."""
-    if are_responsibilities(array):
-        if not array.ndim:
-            return False
-        within = set(np.flatnonzero(array.any(tuple(range(array.ndim - 1)))).tolist()) <= numbers
-        whole = set(np.unique(array.sum(-1, dtype="int64")).tolist()) <= {0, 255}
-        return within and whole and _assigns(np.zeros(array.shape[:-1], "int8"), shape, {0})
-    small = array.ndim <= len(shape) and all(
-        a <= b for a, b in zip(array.shape, shape[len(shape) - array.ndim :], strict=True)
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether it is that of as many parameters, or of at most as many directions."""
+    return len(shape) <= len(to) and all(
+        a <= b for a, b in zip(shape, to[len(to) - len(shape) :], strict=True)
     )
-    return small and array.dtype.kind == "i" and set(np.unique(array).tolist()) <= numbers
 
 
 def _blocks(

@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.mixture import GaussianMixture
 
 from keras_dwd.checks import integer
+from keras_dwd.grouping.assignment import WHOLE, Responsibilities
 from keras_dwd.grouping.grouping import (
     Described,
     Granularity,
@@ -16,7 +17,6 @@ from keras_dwd.grouping.grouping import (
     Partition,
     pieces,
     reduced,
-    responsibilities,
 )
 from keras_dwd.variables import Variables
 
@@ -115,7 +115,7 @@ class GaussianMixtureGrouping(Partition):
         std = np.where(std > 1e-6, std, np.inf)  # what is the same everywhere tells nothing
         return self._fitted((sample - mean) / std), mean, std
 
-    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
+    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray | Responsibilities:
         """Give everything its most probable group, or its responsibilities."""
         mixture, mean, std = found
         arrays = self._items(part)
@@ -130,15 +130,16 @@ class GaussianMixtureGrouping(Partition):
             target = labels[start : start + len(used)]
             start += len(used)
             if mixture is None:
-                target[used] = 255 if self.soft else 0
+                target[used] = WHOLE if self.soft else 0
             elif used.any():
                 chosen = [None if a is None else a[used] for a in piece]
                 features = (self._features(chosen, part) - mean) / std
                 if self.soft:
-                    target[used] = responsibilities(mixture.predict_proba(features))
+                    target[used] = Responsibilities.rounded(mixture.predict_proba(features))
                 else:
                     target[used] = mixture.predict(features)
-        return labels.reshape((*arrays[0].shape, *labels.shape[1:]))
+        labels = labels.reshape((*arrays[0].shape, *labels.shape[1:]))
+        return Responsibilities(labels) if self.soft else labels
 
     def _items(self, part: Parameters) -> list[Any]:
         """Mean F, root mean square θ and, where it is a feature, θ − c of each item."""

@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from keras_dwd.curvature.fisher import Block
 from keras_dwd.files import FileError
+from keras_dwd.grouping.assignment import Assignment, Numbers, Responsibilities
 from keras_dwd.grouping.strength import Budget, GroupStatistics, Strength, strength_from
 from keras_dwd.variables import Arrays, Variables
 
@@ -31,9 +32,8 @@ class Grouped(NamedTuple):
     Attributes:
         blocks: It, weighted by the λ_k of its groups.
         groups: The summary of these.
-        assignments: The number of the group that each parameter is in, −1 for none: by block, small
-            integers of a shape that broadcasts to that of its eigenvalues. Or, unsigned bytes with
-            one more axis, of groups: its responsibilities, in 255ths.
+        assignments: By block the array of an `Assignment`: which group each of its eigenvalues is
+            in.
     """
 
     blocks: dict[str, Block]
@@ -209,7 +209,7 @@ class Partition(Grouping):
         """
 
     @abstractmethod
-    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray:
+    def label(self, found: Any, key: str, part: Parameters) -> np.ndarray | Responsibilities:
         """Say which group each of a block's parameters is in.
 
         Args:
@@ -220,7 +220,7 @@ class Partition(Grouping):
         Returns:
             Numbers of groups from 0 on, −1 for none, as small integers of a shape that broadcasts
             to that of `fisher`. What has no Fisher information may have any. Or, where parameters
-            are in several groups, `responsibilities`.
+            are in several groups, their `Responsibilities`.
         """
 
     @property
@@ -241,12 +241,11 @@ class Partition(Grouping):
         # Small problems, which more threads only slow down, and sum up in another order each time.
         with threadpool_limits(1):
             found = self.fit(learned.of_all(described))
-        labels = {
-            key: _marked(self.label(found, key, part), part.fisher.ndim)
-            for key, part in parameters.items()
+        assigned = {
+            key: _assigned(self.label(found, key, part)) for key, part in parameters.items()
         }
         sums: Described = {
-            key: (_sums(part, labels[key], self.strengths.by_movement),)
+            key: (_sums(part, assigned[key], self.strengths.by_movement),)
             for key, part in parameters.items()
         }
         of_all = learned.of_all(sums)
@@ -288,13 +287,13 @@ class Partition(Grouping):
         table = strengths.astype("float32")
         weighted = {
             key: part.block.scaled(
-                np.broadcast_to(_strengths(table, labels[key]), part.fisher.shape)
+                np.broadcast_to(assigned[key].strengths(table), part.fisher.shape)
             )
             for key, part in parameters.items()
         }
-        final = np.full(count + 1, -1)
+        final = np.full(count, -1)
         final[used] = numbers
-        assignments = {key: _renumbered(part, final) for key, part in labels.items()}
+        assignments = {key: each.renumbered(final) for key, each in assigned.items()}
         return Grouped(weighted, sorted(summary, key=lambda group: group["group"]), assignments)
 
     def get_config(self) -> dict[str, Any]:
@@ -305,43 +304,10 @@ class Partition(Grouping):
         }
 
 
-def responsibilities(probabilities: np.ndarray) -> np.ndarray:
-    """Of each parameter how much it is in which group: bytes that sum to 255, of the same shape."""
-    bounds = np.rint(255 * np.cumsum(probabilities, -1)).astype("uint8")
-    return np.diff(bounds, prepend=np.uint8(0))
-
-
-def _marked(labels: np.ndarray, ndim: int) -> np.ndarray:
-    """Numbers of groups signed: only `responsibilities`, which have one more axis, are not."""
-    if labels.ndim > ndim:
+def _assigned(labels: np.ndarray | Responsibilities) -> Assignment:
+    if isinstance(labels, Responsibilities):
         return labels
-    return labels.astype(np.promote_types(labels.dtype, "int8"), copy=False)
-
-
-def are_responsibilities(assigned: np.ndarray) -> bool:
-    """Whether this is how much of each parameter is in which group, not the number of its group."""
-    return assigned.dtype == "uint8"
-
-
-def _strengths(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """λ of each parameter from those of the groups, of which the last is that of no group."""
-    if not are_responsibilities(labels):
-        return table[labels]
-    strengths = np.zeros(labels.shape[:-1], "float32")
-    for k in range(labels.shape[-1]):
-        strengths += labels[..., k] * (table[k] / np.float32(255))
-    return strengths
-
-
-def _renumbered(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The same with other numbers of groups, of which the last is that of no group."""
-    if not are_responsibilities(labels):
-        return numbers.astype(np.min_scalar_type(-int(numbers.max()) - 2))[labels]
-    renumbered = np.zeros((*labels.shape[:-1], int(numbers.max()) + 1), labels.dtype)
-    for k, number in enumerate(numbers[: labels.shape[-1]]):
-        if number >= 0:
-            renumbered[..., number] = labels[..., k]
-    return renumbered
+    return Numbers(labels.astype(np.promote_types(labels.dtype, "int8"), copy=False))
 
 
 def pieces(*arrays: np.ndarray | None) -> Iterator[list[Any]]:
@@ -361,27 +327,19 @@ def reduced(array: np.ndarray, granularity: Granularity) -> np.ndarray:
     return array.mean(axes, dtype="float64", keepdims=True) if axes else array
 
 
-def _sums(part: Parameters, labels: np.ndarray, by_movement: bool) -> np.ndarray:
+def _sums(part: Parameters, assigned: Assignment, by_movement: bool) -> np.ndarray:
     """Of each group the number of members, their sums of F, of θ² and of F (θ − c)².
 
     And last the number of those that have no c yet.
     """
-    several = are_responsibilities(labels)
-    count = labels.shape[-1] if several else int(labels.max(initial=-1)) + 1
-    sums = np.zeros((5, count))
-    everywhere = np.broadcast_to(labels, part.fisher.shape + labels.shape[-1:] * several)
+    sums = np.zeros((5, assigned.count))
+    everywhere = assigned.over(part.fisher.shape)
     moved_by = part.moved if by_movement else None
-    for groups, fisher, values, moved in pieces(everywhere, part.fisher, part.values, moved_by):
-        used = fisher > 0
-        weights = (None, fisher, values**2, None if moved is None else fisher * moved**2)
-        rows = [row for row, each in enumerate(weights) if row == 0 or each is not None]
-        if several:
-            each = np.stack([used if row == 0 else used * weights[row] for row in rows])
-            sums[rows] += each.astype("float64") @ groups / 255
-        else:
-            groups = np.where(used, groups.astype(np.intp) + 1, 0)
-            for row in rows:
-                sums[row] += np.bincount(groups, weights[row], count + 1)[1:]
+    for fisher, values, moved, groups in pieces(part.fisher, part.values, moved_by, everywhere):
+        weights = [None, fisher, values**2]
+        if moved is not None:
+            weights.append(fisher * moved**2)
+        sums[: len(weights)] += assigned.totals(groups, fisher > 0, weights)
     if moved_by is None:
         sums[4] = sums[0]
     return sums
