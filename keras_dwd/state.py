@@ -156,7 +156,10 @@ def take(model: Any, state: Arrays) -> None:
             continue
         held = kinds.get(kind, {})
         if kind == "group":
-            assigned = assignment_of(array)
+            try:
+                assigned = assignment_of(array)
+            except ValueError:
+                refuse(kind, path, array)
             if path in known and len(assigned.shape) == 2:  # of directions of its matrix
                 shape = (known[path][1].rows, known[path][1].shape[1])
             fits = assigned.within(numbers) and _broadcasts(assigned.shape, shape or ())

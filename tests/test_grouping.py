@@ -19,6 +19,7 @@ from keras_dwd import (
     GaussianMixtureGrouping,
     KroneckerFisher,
     LayerGrouping,
+    Responsibilities,
     SingleGroup,
     SpectralGrouping,
 )
@@ -459,6 +460,26 @@ def test_numbers_of_groups_may_be_unsigned():
     grouped = Halves().apply(Learned({"a": Diagonal("a", fisher)}, {"a": fisher}))
     assert [g["size"] for g in grouped.groups] == [6, 6]
     assert grouped.assignments["a"].tolist() == [0, 1, 0, 1]
+
+
+def test_a_grouping_of_your_own_may_give_responsibilities():
+    class Rows(LayerGrouping):
+        def label(self, found, key, part):
+            first = np.array([1.0, 0.5, 0.0])[:, None] * np.ones(part.fisher.shape)
+            return Responsibilities(Responsibilities.rounded(np.stack([first, 1 - first], -1)))
+
+    fisher = np.repeat([[1.0], [2.0], [4.0]], 5, axis=1)
+    grouping = Rows(strengths=(1.0, 3.0))
+    grouped = grouping.apply(Learned({"a": Diagonal("a", fisher)}, {"a": fisher}))
+    np.testing.assert_allclose([g["size"] for g in grouped.groups], [8, 7], atol=1)
+    strengths = grouped.blocks["a"].values / fisher
+    np.testing.assert_allclose(strengths, [[1.0] * 5, [2.0] * 5, [3.0] * 5], atol=0.01)
+
+
+def test_what_are_no_responsibilities_is_refused():
+    for bad in (np.full((2, 2), 100, "uint8"), np.ones((2, 2)), np.uint8(255)):
+        with pytest.raises(ValueError, match=r"`array` must hold bytes that sum to 255.*Received"):
+            Responsibilities(bad)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ CONSTRUCTORS = {
     "KroneckerFisher": {},
     "LayerGrouping": {},
     "LearningRateWarmup": {"epochs": 2},
+    "Responsibilities": {"array": np.array([[255, 0], [55, 200]], "uint8")},
     "SingleGroup": {},
     "SpectralGrouping": {},
     "TaskHeads": {"tasks": 2, "units": 3},

@@ -55,11 +55,23 @@ class Assignment(ABC):
 
     @abstractmethod
     def within(self, numbers: set[int]) -> bool:
-        """Whether it makes sense, and speaks of groups of these numbers only."""
+        """Whether it speaks of groups of these numbers only."""
 
 
 class Numbers(Assignment):
-    """One group each: small signed integers, −1 for none."""
+    """One group each.
+
+    Args:
+        array: Signed integers, −1 for none.
+    """
+
+    def __init__(self, array: np.ndarray):
+        if np.asarray(array).dtype.kind != "i":
+            raise ValueError(
+                "`array` must hold the numbers of groups, signed integers. Received: "
+                f"{np.asarray(array).dtype}"
+            )
+        super().__init__(array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,8 +99,7 @@ class Numbers(Assignment):
         return numbers.astype(np.min_scalar_type(-int(numbers.max()) - 2))[self.array]
 
     def within(self, numbers: set[int]) -> bool:
-        found = set(np.unique(self.array).tolist())
-        return self.array.dtype.kind == "i" and found <= numbers | {-1}
+        return set(np.unique(self.array).tolist()) <= numbers | {-1}
 
 
 class Responsibilities(Assignment):
@@ -98,6 +109,16 @@ class Responsibilities(Assignment):
         array: `uint8`, of the shape of the parameters with one more axis, that of the groups; see
             `rounded`.
     """
+
+    def __init__(self, array: np.ndarray):
+        array = np.asarray(array)
+        sums = array.sum(-1, dtype="int64") if array.dtype == "uint8" and array.ndim else -1
+        if not np.isin(sums, (0, WHOLE)).all():
+            raise ValueError(
+                f"`array` must hold bytes that sum to {WHOLE}, or to 0, along its last axis. "
+                f"Received: {array.dtype} of shape {array.shape}"
+            )
+        super().__init__(array)
 
     @staticmethod
     def rounded(probabilities: np.ndarray) -> np.ndarray:
@@ -136,13 +157,14 @@ class Responsibilities(Assignment):
         return renumbered
 
     def within(self, numbers: set[int]) -> bool:
-        if not self.array.ndim:
-            return False
-        found = set(np.flatnonzero(self.array.any(tuple(range(self.array.ndim - 1)))).tolist())
-        sums = set(np.unique(self.array.sum(-1, dtype="int64")).tolist())
-        return found <= numbers and sums <= {0, WHOLE}
+        found = self.array.any(tuple(range(self.array.ndim - 1)))
+        return set(np.flatnonzero(found).tolist()) <= numbers
 
 
 def assignment_of(array: np.ndarray) -> Assignment:
-    """What an array that was kept says: responsibilities are unsigned, numbers are not."""
+    """What an array that was kept says: responsibilities are unsigned, numbers are not.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     return Responsibilities(array) if array.dtype == "uint8" else Numbers(array)
