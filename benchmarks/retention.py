@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from keras_dwd.evaluation.ablation import parts
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.report import table
 from keras_dwd.evaluation.tuning import UNTOUCHED, tune
 
@@ -79,7 +80,6 @@ GRIDS = {
     },
 }
 GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
-DIAGONAL = ("ewc", "online-ewc", "dwd-diagonal")
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
@@ -89,12 +89,11 @@ DEFAULT = f"dwd-online{UNTOUCHED}"
 
 
 def grid_of(method):
-    """Which of the grids is that of a method."""
-    base, _, estimator = method.partition(":")
-    if base.endswith("+diagonal"):
-        return "influence"
-    if base not in DIAGONAL:
-        return "kronecker" if estimator else "relative"
+    """Which of the grids is that of a method: by its curvature and estimator."""
+    fisher = method_named(method).configuration(1.0)["fisher"]
+    estimator = fisher["estimator"]
+    if "rank" in fisher:
+        return "relative" if estimator == "influence" else "kronecker"
     return estimator if estimator in ("influence", "negated") else "diagonal"
 
 

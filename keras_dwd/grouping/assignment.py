@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class Numbers(Assignment):
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
-    @property
+    @cached_property  # `totals` asks for it at each piece
     def count(self) -> int:
         return int(self.array.max(initial=-1)) + 1
 
@@ -112,8 +113,9 @@ class Responsibilities(Assignment):
 
     def __init__(self, array: np.ndarray):
         array = np.asarray(array)
-        sums = array.sum(-1, dtype="int64") if array.dtype == "uint8" and array.ndim else -1
-        if not np.isin(sums, (0, WHOLE)).all():
+        bytes_of_each = array.dtype == "uint8" and array.ndim
+        sums = array.sum(-1, dtype="uint32") if bytes_of_each else np.array(1)
+        if not ((sums == 0) | (sums == WHOLE)).all():
             raise ValueError(
                 f"`array` must hold bytes that sum to {WHOLE}, or to 0, along its last axis. "
                 f"Received: {array.dtype} of shape {array.shape}"
