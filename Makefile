@@ -3,16 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The oldest versions have wheels for Python 3.11, and not for all that came after it.
+OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run test lint bench saved-model clean
+.PHONY: run test test-long test-oldest lint bench saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
 
 test: lint $(VENV)/.horovod
-	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not long"
+
+# Real crashes, several hosts, many damaged files.
+test-long: $(VENV)/.horovod
+	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m long
+
+# With exactly the lowest versions that pyproject.toml allows, without Horovod.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not long"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -30,6 +40,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/checkpoint_cost.py
+	$(BIN)/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/tables.py
 
 # The model in saved_models, with its card.
@@ -37,18 +48,27 @@ saved-model: $(VENV)/.package
 	$(BIN)/python scripts/make_saved_model.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 
 $(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e .
+	$(PIP) -e ".[experiments]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) -e ".[dev,export,plots]"
+	$(PIP) -e ".[dev,experiments,export,plots]"
+	touch $@
+
+$(OLDEST)/bin/python:
+	python3.11 -m venv $(OLDEST) || { echo "Python 3.11 is needed, with venv"; rm -rf $(OLDEST); exit 1; }
+
+$(OLDEST)/.dev: $(OLDEST)/bin/python pyproject.toml scripts/oldest_pins.py
+	$(OLDEST)/bin/python scripts/oldest_pins.py dev experiments export plots > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c $(OLDEST)/constraints.txt -e ".[dev,experiments,export,plots]"
 	touch $@
 
 $(VENV)/.horovod: $(VENV)/.dev scripts/build_horovod.py

@@ -1,7 +1,7 @@
-"""What share of a run's time its checkpoints take, one after each epoch and each boundary.
+"""Measures the share of a run's time spent on checkpoints after each epoch and task boundary.
 
-Split-CIFAR-100 with the `cpu` profile; the time within the run that it spends on saving, by
-wall clock, to the folder given (a temporary one by default), against the time of all the rest.
+The run is Split-CIFAR-100 with the `cpu` profile. The share is the wall-clock time spent on saving,
+to a temporary folder inside `--folder`, divided by the time of the rest of the run.
 
 Usage: python benchmarks/checkpoint_cost.py --data-dir DIR [--folder DIR]
 """
@@ -39,8 +39,8 @@ def main():
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         started = time.perf_counter()
         experiment.run("dwd-online", checkpoint_dir=Path(folder))
-        whole = time.perf_counter() - started
-    share = sum(seconds) / (whole - sum(seconds))
+        total = time.perf_counter() - started
+    share = sum(seconds) / (total - sum(seconds))
     print(f"{len(seconds)} checkpoints, {np.median(seconds):.4f} s each, {share:.2%} of the run")
     write_json(
         options.out,
@@ -51,7 +51,7 @@ def main():
             "median_seconds": float(np.median(seconds)),
             "most_seconds": float(np.max(seconds)),
             "largest_megabytes": max(sizes) / 1e6,
-            "seconds_of_run": whole,
+            "seconds_of_run": total,
             "share_of_run": share,
         },
     )

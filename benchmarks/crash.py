@@ -1,8 +1,8 @@
-"""A run of three tasks killed at random moments, gone on with, and compared with one that was not.
+"""Kills a run of three tasks at random moments, resumes it, and compares it with one not killed.
 
-Each run is a process of its own that is ended by SIGKILL somewhere between its start and its end,
-then started again. What it ends with is compared bit by bit with a run that nothing happened to:
-weights, optimizer, Fisher information, factors, groups, task graph, random generators, results.
+Each run is a separate process that is ended by SIGKILL at some moment and then started again. Its
+final state is compared bit by bit with that of an undisturbed run: weights, optimizer, Fisher
+information, factors, groups, task graph, random generators and results.
 
 Usage: python benchmarks/crash.py [--kills 50] [--processes N]
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 METHODS = (
     "dwd-online",
-    "dwd-online/ema",  # the optimizer keeps averages of the weights
+    "dwd-online/ema",  # with an optimizer that averages the weights
     "dwd-online+graph",
     "dwd-online+policy",
     "dwd-online+decoupled",
@@ -32,24 +32,24 @@ METHODS = (
     "ewc",
 )
 TASKS, EPOCHS = 3, 4
-# Of a run: what the clock says.
-_OF_THE_CLOCK = {"progress/train_seconds", "progress/boundary_seconds", "progress/spent"}
+# Arrays of a checkpoint that hold measured times, which differ from run to run.
+_TIMES = {"progress/train_seconds", "progress/boundary_seconds", "progress/spent"}
 
 
 def sequence(method, folder, moment):
-    """The run itself, with dropout, which draws at random.
+    """The run itself; its network has dropout, so the random generator must be restored too.
 
     Args:
-        method: Name of a method, `/ema` for an optimizer that keeps averages.
-        folder: Of its checkpoints.
-        moment: Kill it just before (even) or after (odd) the n-th file that it puts in place, n
-            the half of this; or never, if negative.
+        method: Name of a method, followed by `/ema` for an optimizer that averages the weights.
+        folder: Folder of the checkpoints.
+        moment: Kill the process just before (if even) or after (if odd) it renames file number
+            `moment // 2` into place; never if negative.
     """
     import keras
 
-    from keras_dwd import files, run_sequence
-    from keras_dwd.tasks import datasets
-    from keras_dwd.tasks.scenario import permuted
+    from keras_dwd import files
+    from keras_dwd.evaluation import datasets, run_sequence
+    from keras_dwd.evaluation.scenario import permuted
 
     def build(scenario):
         return keras.Sequential(
@@ -63,17 +63,17 @@ def sequence(method, folder, moment):
             ]
         )
 
-    put, count = os.replace, itertools.count()
+    replace, count = os.replace, itertools.count()
 
-    def put_and_die(source, target):
+    def replace_and_die(source, target):
         now = 2 * next(count)
         if now == moment:
             os.kill(os.getpid(), signal.SIGKILL)
-        put(source, target)
+        replace(source, target)
         if now + 1 == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    files.os.replace = put_and_die
+    files.os.replace = replace_and_die
     method, _, ema = method.partition("/")
     adam = {"optimizer": keras.optimizers.Adam(use_ema=True)} if ema else {}
     scenario = permuted(datasets.load("digits"), TASKS)
@@ -82,23 +82,23 @@ def sequence(method, folder, moment):
     )
 
 
-def ended_with(folder):
-    """A digest of each array of the last checkpoint, and of the files of the task graph."""
+def final_state(folder):
+    """A digest of each array in the last checkpoint and in the files of the task graph."""
     from keras_dwd.files import read_arrays
 
-    found = {}
+    digests = {}
     for path in (max(folder.glob("checkpoint-*")), *(folder / "graph").glob("*.safetensors")):
         prefix = "" if path.parent == folder else f"{path.name}: "
         for name, array in read_arrays(path)[0].items():
-            if name not in _OF_THE_CLOCK:
-                found[prefix + name] = hashlib.sha256(array.tobytes()).hexdigest()
+            if name not in _TIMES:
+                digests[prefix + name] = hashlib.sha256(array.tobytes()).hexdigest()
     for path in (folder / "graph").glob("*.json"):
-        found[path.name] = path.read_text()
-    return found
+        digests[path.name] = path.read_text()
+    return digests
 
 
 def run(method, folder, killed_after=None, moment=-1):
-    """Start the run, wait for its end or end it; whether it ended by itself."""
+    """Run the sequence in a process, which may be killed; returns whether it ended by itself."""
     command = [sys.executable, __file__, "--child", method, str(folder), str(moment)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
@@ -131,31 +131,32 @@ def main():
 
     rng = random.Random(options.seed)
     methods = options.methods
-    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.processes) as pool:
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(options.processes) as pool:
 
-        def whole(method):
+        def undisturbed(method):
             started = time.monotonic()
-            run(method, Path(made) / method.replace("/", "-"))
-            return ended_with(Path(made) / method.replace("/", "-")), time.monotonic() - started
+            run(method, Path(root) / method.replace("/", "-"))
+            return final_state(Path(root) / method.replace("/", "-")), time.monotonic() - started
 
-        whole_runs = dict(zip(methods, pool.map(whole, methods), strict=True))
+        undisturbed_runs = dict(zip(methods, pool.map(undisturbed, methods), strict=True))
 
         def killed(index, share):
             method = methods[index % len(methods)]
-            expected, seconds = whole_runs[method]
-            folder = Path(made) / f"killed {index}"
-            # Every other one where the windows are narrow: as a file is put in place.
+            expected, seconds = undisturbed_runs[method]
+            folder = Path(root) / f"killed {index}"
+            # Half of the runs are killed when they rename a file, a moment that is rarely hit by
+            # the clock.
             by_clock = (index // len(methods)) % 2 == 0
             moment = -1 if by_clock else int(share * 2 * TASKS * EPOCHS)
             started = time.monotonic()
             while run(method, folder, share * seconds if by_clock else None, moment):
-                seconds = time.monotonic() - started  # it was faster this time
+                seconds = time.monotonic() - started  # it ended before it was killed: try earlier
                 shutil.rmtree(folder)
                 started = time.monotonic()
             checkpoints = len(list(folder.glob("checkpoint-*"))) if folder.exists() else 0
             run(method, folder)
-            differing = [n for n, d in ended_with(folder).items() if expected.get(n) != d]
-            missing = sorted(set(expected) - set(ended_with(folder)))
+            differing = [n for n, d in final_state(folder).items() if expected.get(n) != d]
+            missing = sorted(set(expected) - set(final_state(folder)))
             row = {
                 "method": method,
                 **({"after_share_of_time": share} if by_clock else {"at_file": moment / 2}),
@@ -165,7 +166,7 @@ def main():
             print(json.dumps(row), flush=True)
             return row
 
-        # From the first moment on: what comes before the first checkpoint starts anew.
+        # Some runs are killed before their first checkpoint and start from the beginning.
         shares = [rng.uniform(0.2, 0.95) for _ in range(options.kills)]
         rows = list(pool.map(killed, range(options.kills), shares))
     identical = sum(not row["differing"] for row in rows)

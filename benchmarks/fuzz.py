@@ -1,10 +1,10 @@
-"""Files that are damaged, or made to do harm: each must be refused, or do none.
+"""Reads damaged and malicious files: each must be refused or be harmless.
 
 Checkpoints, the consolidation state of saved models, folders of task graphs and files of results
-are changed at random: bytes of them, or what they hold, with a checksum that fits. Whatever is read
-must end in a `FileError` that leaves the model as it was, or in a state that fits the model. Audit
-hooks watch that nothing is written, nothing outside of the folder is read and no code is loaded or
-run; the rise of the process' peak memory is measured.
+are changed at random: either their bytes, or their content with a matching checksum. Reading one
+must raise a `FileError` and leave the model unchanged, or give a state that fits the model. An
+audit hook checks that nothing is written, nothing outside of the folder is read, and no code is
+loaded or run. The rise of the peak memory is measured.
 
 Usage: python benchmarks/fuzz.py [--files 10000] [--seed 0]
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_dwd import Scenario, TaskGraph, run_sequence, state
-from keras_dwd.evaluation import runner, tuning
+from keras_dwd import TaskGraph
+from keras_dwd.evaluation import Scenario, run_sequence, runner, tuning
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.experiment import versions
 from keras_dwd.evaluation.matrix import AccuracyMatrix
@@ -49,7 +49,7 @@ EVENTS += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "shutil.rmtree", "c
 
 
 class Watch:
-    """What the process does between `start` and `stop` that reading a file should not."""
+    """Records what the process does between `start` and `stop` that reading a file must not do."""
 
     def __init__(self):
         self.folder, self.seen = None, []
@@ -74,7 +74,7 @@ class Watch:
 
 
 def changed_bytes(rng, content):
-    """A file with something wrong in its bytes."""
+    """Damage the bytes of a file; returns the kind of damage and the bytes."""
     content = bytearray(content)
     kind = rng.choice(("cut", "flip", "insert", "zero", "header", "garbage", "twice"))
     at = rng.randrange(len(content))
@@ -87,7 +87,7 @@ def changed_bytes(rng, content):
         content[at:at] = rng.randbytes(rng.randrange(1, 100))
     elif kind == "zero":
         content[at : at + 64] = bytes(len(content[at : at + 64]))
-    elif kind == "header":  # that declares what is not there
+    elif kind == "header":  # a header that declares more data than the file has
         big = rng.choice((2**31, 2**40, 2**62, 2**63, 2**64 - 1, -1))
         header = {"w": {"dtype": "F32", "shape": [big, 4], "data_offsets": [0, big]}}
         text = json.dumps({"__metadata__": {"about": "{}", "checksum": "0"}} | header).encode()
@@ -101,7 +101,7 @@ def changed_bytes(rng, content):
 
 
 def changed_json(rng, content):
-    """A JSON value with another value somewhere in it."""
+    """A copy of a JSON value in which one value is replaced or removed."""
     content = json.loads(json.dumps(content))
     holder, place = content, None
     while isinstance(holder, (dict, list)) and holder:
@@ -119,7 +119,7 @@ def changed_json(rng, content):
 
 
 def changed_arrays(rng, arrays):
-    """Arrays by name of which some are not as they should be."""
+    """A copy of arrays by name in which some arrays or names are wrong."""
     arrays = dict(arrays)
     for _ in range(rng.choice((1, 1, 2, 5))):
         name = rng.choice(sorted(arrays))
@@ -203,7 +203,7 @@ class Subject:
         self.results = folder / "results.json"
         summary = tuning.summarize([result])
         settings = {"regularizer": {"strength": 1.0}}
-        self.found = {
+        self.results_content = {
             "protocol": {"title": "x"},
             "versions": versions(),
             "methods": {"dwd": {"settings": settings, **summary}},
@@ -213,10 +213,10 @@ class Subject:
     def state(self):
         arrays = {f"weights/{p}": np.asarray(v) for p, v in by_path(self.model).items()}
         arrays |= {f"o/{i}": np.asarray(v) for i, v in enumerate(self.model.optimizer.variables)}
-        return arrays | state.state_of(self.model)
+        return arrays | self.model._consolidation.state(self.model)
 
     def restore(self):
-        state.restore(self.model, self.learned)
+        self.model._consolidation.load(self.model, self.learned)
         for name, variable in by_path(self.model).items():
             position = list(by_path(self.model)).index(name)
             variable.assign(self.arrays[f"weights/{position}"])
@@ -225,7 +225,8 @@ class Subject:
         for path, content in self.contents.items():
             path.write_bytes(content)
 
-    # What reads a file, by what is in it: each changes something and returns the reader.
+    # One method for each kind of file: it changes a file, and returns the kind of change and a
+    # function that reads the file.
 
     def a_checkpoint(self, rng):
         if rng.random() < 0.5:
@@ -249,7 +250,7 @@ class Subject:
 
     def a_state(self, rng):
         changed = changed_arrays(rng, self.learned)
-        return "arrays", lambda: state.restore(self.model, changed)
+        return "arrays", lambda: self.model._consolidation.load(self.model, changed)
 
     def a_graph(self, rng):
         path = rng.choice(sorted((self.run / "graph").iterdir()))
@@ -265,20 +266,22 @@ class Subject:
 
         def read():
             graph = TaskGraph(self.run / "graph", strength=1.0)
-            graph.check(self.model)
-            graph.center(graph.weights_to(self.model), by_path(self.model))
+            graph.check(
+                self.model, self.model.tasks_learned, self.model._consolidation.weights_digest
+            )
+            graph.anchor(graph.weights_to(self.model), by_path(self.model))
 
         return kind, read
 
     def results_of_methods(self, rng):
         if rng.random() < 0.5:
             kind = "json"
-            text = json.dumps(changed_json(rng, self.found))
+            text = json.dumps(changed_json(rng, self.results_content))
             self.results.write_text(text)
         else:
-            kind, content = changed_bytes(rng, json.dumps(self.found).encode())
+            kind, content = changed_bytes(rng, json.dumps(self.results_content).encode())
             self.results.write_bytes(content)
-        return kind, lambda: tuning._earlier(self.results, self.found)
+        return kind, lambda: tuning._earlier(self.results, self.results_content)
 
 
 def main():
@@ -289,10 +292,10 @@ def main():
     options = parser.parse_args()
     rng, watch = random.Random(options.seed), Watch()
     counts, failures = collections.Counter(), []
-    with tempfile.TemporaryDirectory() as made:
-        subject = Subject(Path(made))
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(Path(folder))
         readers = ("a_checkpoint", "a_state", "a_graph", "results_of_methods")
-        for reader in readers:  # what is imported or traced at first is none of the file's doing
+        for reader in readers:  # warm up: later imports and traces would count as failures
             for _ in range(20):
                 attempt(subject, reader, rng, watch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -322,7 +325,7 @@ def main():
 
 
 def attempt(subject, reader, rng, watch):
-    """Change a file and read it: what was changed, how it ended, and what is wrong with that."""
+    """Change a file and read it; returns the kind of change, the outcome and any violations."""
     kind, read = getattr(subject, reader)(rng)
     before = {name: array.copy() for name, array in subject.state().items()}
     wrong = []

@@ -1,7 +1,7 @@
-"""What grouping costs at a boundary: seconds and memory, for models of millions of parameters.
+"""Measures the time and memory of grouping at a task boundary, for millions of parameters.
 
-Each size is measured in a process of its own: the memory is how far its peak rises above what was
-there before, the Fisher information and the weights.
+Each size is measured in a separate process. The memory is the rise of the peak resident size over
+that before grouping, which includes the Fisher information and the weights.
 
 Usage: python benchmarks/grouping_cost.py [--sizes N ...] [--out FILE]
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from rich import print
 
-from keras_dwd import GaussianMixtureGrouping
-from keras_dwd.curvature.diagonal import Diagonal
 from keras_dwd.evaluation.experiment import versions
 from keras_dwd.evaluation.runner import _PeakMemory
 from keras_dwd.files import write_json
-from keras_dwd.grouping.grouping import Learned
+from keras_dwd.groupings import GaussianMixtureGrouping
+from keras_dwd.groupings.grouping import BoundaryContext
+from keras_dwd.precision.diagonal import Diagonal
 
 PROTOCOL = (
     "GaussianMixtureGrouping() with its defaults on a diagonal of ten layers of random Fisher "
@@ -38,13 +38,13 @@ def measure(size):
         fisher -= 5 + i % 3
         blocks[f"layer_{i}"] = Diagonal(f"layer_{i}", np.exp(fisher, out=fisher))
         values[f"layer_{i}"] = 0.05 * rng.standard_normal(shape, "float32")
-    learned, grouping = Learned(blocks, values), GaussianMixtureGrouping()
+    context, grouping = BoundaryContext(blocks, values), GaussianMixtureGrouping()
     memory = _PeakMemory()
     before = memory.peak()
     seconds, risen = [], 0
     for run in range(3):
         started = time.perf_counter()
-        result = grouping.apply(learned)
+        result = grouping.apply(context)
         seconds.append(time.perf_counter() - started)
         if run == 0:
             risen = memory.peak() - before

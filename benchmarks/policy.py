@@ -1,9 +1,9 @@
-"""What a policy that picks groupings learns in a long sequence, against what it picks from.
+"""Compares a `GroupingPolicy` on a long sequence of tasks with each of the groupings it picks from.
 
-Some of the choices are alike and some differ much (a tenth and ten times the strength). Each is
-taken at every boundary, or one of them at random, or what the policy picks; or what it picks with
-what it learned on another sequence (other permutations, other seeds). All hold back the same tenth
-of the training data, which the policy is rewarded by.
+Some of these groupings are similar, others differ much (a tenth and ten times the strength). The
+compared rules are: the same grouping at every boundary, a random one, the pick of a new policy, and
+the pick of a policy that has learned from another sequence (other permutations and seeds). All runs
+hold back the same tenth of the training data, from which the policy gets its rewards.
 
 Usage: python benchmarks/policy.py [--tasks N] [--seeds N] [--processes N] [--out FILE]
 """
@@ -18,12 +18,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import FixedGrouping, GaussianMixtureGrouping, LayerGrouping, SingleGroup
 from keras_dwd.evaluation.experiment import Experiment, versions
 from keras_dwd.evaluation.methods import METHODS
 from keras_dwd.files import write_json
-from keras_dwd.grouping.policy import GroupingPolicy
-from keras_dwd.grouping.strength import Importance
+from keras_dwd.groupings import (
+    FixedGrouping,
+    GaussianMixtureGrouping,
+    LayerGrouping,
+    SingleGroup,
+)
+from keras_dwd.groupings.policy import GroupingPolicy
+from keras_dwd.groupings.strength import Importance
 
 EPOCHS = 5
 ARMS = {
@@ -44,7 +49,7 @@ PROTOCOL = (
 
 @keras.saving.register_keras_serializable("benchmarks")
 class Watched(GroupingPolicy):
-    """A policy that may pick by another rule, and remembers what it picked."""
+    """A policy that can pick by another rule, and records its picks."""
 
     def __init__(self, groupings, exploration=0.1, rewards=None, rule=LEARNED, seed=0):
         super().__init__(groupings, exploration, rewards)
@@ -67,7 +72,7 @@ class Watched(GroupingPolicy):
 
 
 def sequence(tasks, rule, seed, permutations=0, rewards=None):
-    """Accuracy at the end, what was picked, and what was learned from it."""
+    """Run one sequence; returns the final average accuracy, the picks, and the rewards."""
     policy = Watched(list(ARMS.values()), rewards=rewards, rule=rule, seed=seed)
     plain = METHODS["dwd-online"]
     method = replace(plain, settings=lambda s, **k: plain.settings(s, **k) | {"grouping": policy})

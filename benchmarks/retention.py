@@ -1,12 +1,12 @@
-"""What is retained: λ tuned for each method on held-back training data, then test accuracy.
+"""Tunes λ of each method on held-back training data, then measures accuracy and forgetting.
 
-Each method that has a λ gets as many values of it, the same seeds and the same epochs. The value
-with the highest validation accuracy is run on the test data with three seeds; where it is at the
-end of the grid, the output says so. What an earlier run under the same protocol and versions has
-found, methods left out this time included, is taken from its file: `--fresh` ignores it.
+All methods are tuned with the same number of values of λ, the same seeds and the same epochs. The
+value with the highest validation accuracy is run on the test data with three seeds; a value at the
+end of its grid is reported. Results that a file of an earlier run with the same protocol and
+versions has, also of methods that are left out this time, are reused unless `--fresh` is given.
 
-With `--parts` also what each part of DWD is worth, as `keras-dwd ablate` does: one changed at a
-time, with the default λ. Words after it pick those that have one of them in their names.
+With `--parts` the ablation of DWD is run too, as by `keras-dwd ablate`: one part is changed at a
+time, with the default λ. Words after `--parts` select the parts whose names contain one of them.
 
 Usage: python benchmarks/retention.py [--scenario NAME ...] [--methods NAME ...]
     [--parts [WORD ...]] [--data-dir DIR] [--processes N]
@@ -44,10 +44,10 @@ TUNING_SEEDS = {
     "permuted-mnist": (0,),
     "split-cifar100": (0,),
 }
-# As many values per method over the same range of factors, placed where a first look at each
-# scenario has its best values inside. What differs is the scale of the Fisher information: that of
-# diagonal methods falls with the loss, but where it is normalised or taken at negated logits, and
-# that of `influence`, which DWD has by default, is relative to the margins.
+# All grids of a scenario have the same number of values over the same range of factors, placed so
+# that preliminary runs had their best values inside. The positions depend on the scale of the
+# Fisher information: for diagonal methods it falls with the loss, except when it is normalised
+# (`influence`) or taken at negated logits; for DWD's `influence` it is relative to the margins.
 GRIDS = {
     "permuted-digits": {
         "diagonal": (10, 30, 100, 300, 1000),
@@ -63,7 +63,7 @@ GRIDS = {
         "kronecker": (0.1, 0.3, 1, 3, 10, 30, 100),
         "relative": (3, 10, 30, 100, 300, 1000, 3000),
     },
-    # Learned so well that the Fisher information nearly vanishes: a wide grid.
+    # Learned so well that the Fisher information nearly vanishes, so the grid is wide.
     "split-digits": {
         "diagonal": (1e2, 1e3, 1e4, 1e5, 1e6),
         "influence": (10, 100, 1e3, 1e4, 1e5),
@@ -84,12 +84,12 @@ METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
 )
-# What a user has who sets nothing, and the references: no λ is chosen for them.
+# DWD with all its defaults, λ included.
 DEFAULT = f"dwd-online{UNTOUCHED}"
 
 
 def grid_of(method):
-    """Which of the grids is that of a method: by its curvature and estimator."""
+    """Name of the grid for a method, by its curvature and estimator."""
     fisher = method_named(method).configuration(1.0)["fisher"]
     estimator = fisher["estimator"]
     if "rank" in fisher:

@@ -1,10 +1,10 @@
-"""What DWD costs: step time relative to fine-tuning, and its growth with the number of tasks.
+"""Measures the step time of DWD relative to fine-tuning, and its growth with the number of tasks.
 
-The models that are compared live in one process and are timed in turn, over many short rounds: a
-machine whose speed drifts does not decide it. They are built anew several times, since one and the
-same model is faster or slower by some percent from one build to the next; reported is the median
-over builds of the median over rounds of the ratio within a round. The steps of task 2 and of task
-20 are those of one model, traced after one task and after 19.
+The compared models are in one process and are timed in turn over many short rounds, so that a
+machine whose speed drifts does not distort the result. They are built several times, as the speed
+of the same model differs by some percent from build to build. Reported is the median over builds of
+the median over rounds of the ratio within a round. The steps of task 2 and task 20 are those of one
+model, traced after 1 and after 19 tasks.
 
 Usage: python benchmarks/step_cost.py [--rounds N] [--builds N] [--networks NAME ...]
     [--data-dir DIR] [--out FILE]
@@ -19,16 +19,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, KWinners, TaskHeads
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
 from keras_dwd.evaluation.experiment import Experiment, versions
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
 from keras_dwd.files import write_json
-from keras_dwd.state import state_of
+from keras_dwd.layers import KWinners, TaskHeads
 
 BATCH = 32
 
 
-# Steps per round: several updates of the online factors, of which there is one in 20 steps.
 def winners(scenario):
     """Two hidden layers of 1,000 units, of which 50 are active for each example."""
     images, task = keras.Input(scenario.input_shape), keras.Input((), dtype="int32")
@@ -39,16 +38,19 @@ def winners(scenario):
     return keras.Model([images, task], heads(x, task))
 
 
+# Function that builds the network, and steps per round: at least one update of the online factors,
+# which happens every 20 steps.
 NETWORKS = {
     "conv": (conv_net, 60),
     "resnet18_like": (resnet18_like, 20),
     "winners": (winners, 60),
 }
-# A step of the larger network takes forty times as long, and its times scatter less.
+# Divisor of the numbers of rounds and builds. A step of the larger network takes forty times as
+# long, and its times vary less.
 FEWER = {"conv": 1, "resnet18_like": 3, "winners": 3}
-# Steps that a task is learned for before its importance is taken. Of the large network the weights
-# are moved at random instead: what a step costs does not depend on it, and to trace the step anew
-# for each of 19 tasks takes a quarter of an hour.
+# Training steps per task before `consolidate`. For the large network 0: its weights are changed at
+# random instead, as the cost of a step does not depend on them, and retracing the step for each of
+# 19 tasks takes a quarter of an hour.
 LEARNING = {"conv": 32, "resnet18_like": 0, "winners": 32}
 PROTOCOL = (
     f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
@@ -67,7 +69,7 @@ FISHERS = {
 
 
 def batches(task, size, count):
-    """Batches of a task, over and over."""
+    """`count` batches of a task, repeating its examples where necessary."""
     (x, ids), y = task.train
     for i in range(count):
         chosen = np.arange(i * size, (i + 1) * size) % len(y)
@@ -75,7 +77,7 @@ def batches(task, size, count):
 
 
 class Trainer:
-    """A compiled model that learns tasks, and the time its training steps take."""
+    """A compiled model that learns tasks and whose training steps can be timed."""
 
     def __init__(self, build, scenario, **settings):
         keras.utils.set_random_seed(0)
@@ -98,18 +100,18 @@ class Trainer:
             self.model.consolidate(batches(task, BATCH, 4))
 
     def timer(self):
-        """The mean seconds of a number of steps, as they are now also when more is learned."""
-        # As `fit` does, which has XLA compile it where there is a GPU.
+        """A function that times the step as it is now, even if more tasks are learned later."""
+        # As in `fit`, XLA compiles the step if there is a GPU.
         step = tf.function(self.model.train_step, jit_compile=self.model.jit_compile)
         (data,) = batches(self.tasks[self.model.tasks_learned], BATCH, 1)
         regularizer = self.model.regularizer
         slots = [*regularizer.precisions.values(), *regularizer.anchors.values()]
 
-        def seconds(steps, slots=slots):  # which live as long as this does
+        def seconds(steps, slots=slots):  # keeps the current slots alive
             started = time.perf_counter()
             for _ in range(steps):
                 loss = step(data)["loss"]
-            float(loss)  # wait for it
+            float(loss)  # waits for the last step
             return (time.perf_counter() - started) / steps
 
         seconds(5)  # trace and warm up
@@ -117,16 +119,16 @@ class Trainer:
 
 
 def timed(timers, steps, rounds):
-    """Milliseconds of a step for each timer in each round, `(rounds, timers)`."""
+    """Milliseconds per step of each timer in each round, `(rounds, timers)`."""
     times = np.zeros((rounds, len(timers)))
     for r in range(rounds):
-        for i in np.roll(np.arange(len(timers)), r):  # each comes first as often as the others
+        for i in np.roll(np.arange(len(timers)), r):  # rotate the order
             times[r, i] = 1000 * timers[i](steps)
     return times
 
 
 def ratio(pairs):
-    """Median over builds of the median ratio within a round, their range, and the median times."""
+    """Median and range over builds of the median ratio within a round, and the median times."""
     medians = [float(np.median(above / below)) for above, below in pairs]
     return {
         "ratio": float(np.median(medians)),
@@ -138,24 +140,24 @@ def ratio(pairs):
 
 
 def measured(build, scenario, fisher, learning, steps, rounds, builds):
-    """The row of a network and a Fisher estimate."""
+    """The measurements of a network with a Fisher estimate."""
     times, size, state = [], 0, [0, 0]
     for _ in range(builds):
-        # Grouping is boundary work: the step sees a precision, whatever it was made from.
+        # Without grouping, which is done at the boundary and does not affect the step.
         settings = {"fisher": fisher, "grouping": None}
         finetune = Trainer(build, scenario, strength=0.0)
         dwd = Trainer(build, scenario, **settings)
         dwd.learn_tasks(1, learning)
         size = dwd.model.count_params()
-        state[0] = sum(a.nbytes for a in state_of(dwd.model).values())
+        state[0] = sum(a.nbytes for a in dwd.model._consolidation.state(dwd.model).values())
         timers = [finetune.timer(), dwd.timer()]
         dwd.learn_tasks(19, learning)
-        state[1] = sum(a.nbytes for a in state_of(dwd.model).values())
+        state[1] = sum(a.nbytes for a in dwd.model._consolidation.state(dwd.model).values())
         times.append(timed([*timers, dwd.timer()], steps, rounds))
         keras.utils.clear_session()
     return {
         "parameters": size,
-        "state_bytes_per_parameter": [each / size for each in state],
+        "state_bytes_per_parameter": [nbytes / size for nbytes in state],
         "dwd_to_finetune": ratio([(t[:, 1], t[:, 0]) for t in times]),
         "task_20_to_task_2": ratio([(t[:, 2], t[:, 1]) for t in times]),
         "rounds": rounds,
@@ -178,14 +180,14 @@ def main():
     content = {"protocol": PROTOCOL, "versions": versions(), "networks": {}}
     earlier = json.loads(options.out.read_text()) if options.out.exists() else {}
     if all(earlier.get(key) == content[key] for key in ("protocol", "versions")):
-        content["networks"] = earlier["networks"]  # of networks left out this time
+        content["networks"] = earlier["networks"]  # keep networks that are left out this time
     for name in options.networks:
         build, steps = NETWORKS[name]
         fewer = FEWER[name]
         rounds, builds = max(3, options.rounds // fewer), max(1, options.builds // fewer)
         for kind, fisher in FISHERS.items():
             if ("sparsity" in kind) > (name == "winners"):
-                continue  # what is not sparse has nothing to leave out
+                continue  # only the network with `KWinners` has inactive units to leave out
             label = f"{name}, {kind}"
             row = measured(build, scenario, fisher, LEARNING[name], steps, rounds, builds)
             content["networks"][label] = row

@@ -1,4 +1,4 @@
-"""Write the tables of the README from the files in `benchmarks/results`.
+"""Updates the tables in the README from the files in `benchmarks/results`.
 
 Usage: python benchmarks/tables.py [--check]
 """
@@ -27,7 +27,7 @@ def rows(lines):
 
 
 def methods_table(results):
-    """Methods × metrics, mean ± standard deviation over the seeds."""
+    """Table of methods and metrics, mean ± standard deviation over the seeds."""
     tuned = "tuning" in results
     lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
     lines += [
@@ -54,7 +54,7 @@ def _place(name):
 
 
 def untouched_table():
-    """What `DWDModel` gives in each scenario with nothing set, next to the best of its methods."""
+    """Table of `DWDModel` with its defaults in each scenario, next to the tuned methods."""
     shown = ("average_accuracy", "forgetting", "learning_accuracy")
     tuned = ("ewc", "dwd-online", "dwd")
     lines = [
@@ -75,18 +75,18 @@ def untouched_table():
 
 
 def ablation_table():
-    """Parts × scenarios: accuracy, and how much more or less that is than that of a tuned EWC."""
-    every = of_all_scenarios()
-    lines = [["what is changed", *every]]
-    against = {name: compare(results) for name, results in every.items()}
+    """Table of parts and scenarios: accuracy, and its difference to the accuracy of tuned EWC."""
+    scenarios = of_all_scenarios()
+    lines = [["what is changed", *scenarios]]
+    comparisons = {name: compare(results) for name, results in scenarios.items()}
     named = {"(fine-tuning)": "finetune", "(EWC, λ tuned)": "ewc"} | PARTS | {"(joint)": "joint"}
     for label, method in named.items():
         cells = []
-        for scenario, results in every.items():
-            found = results["methods"].get(method)
-            text = "" if found is None else cell(KEY, found["metrics"][KEY])
-            if found is not None and method in against[scenario]:
-                difference = against[scenario][method]
+        for scenario, results in scenarios.items():
+            row = results["methods"].get(method)
+            text = "" if row is None else cell(KEY, row["metrics"][KEY])
+            if row is not None and method in comparisons[scenario]:
+                difference = comparisons[scenario][method]
                 text += f" ({100 * difference['difference']:+.1f}, p {difference['p']:.3f})"
             cells.append(text)
         if any(cells):
@@ -99,7 +99,7 @@ def ablation_table():
 
 
 def seeds_table():
-    """Where little is forgotten: DWD as it is against EWC, over more seeds."""
+    """Table of DWD with its defaults against tuned EWC over more seeds than the other tables."""
     shown = ("finetune", "ewc", "dwd-online", "joint")
     lines = [["scenario", "seeds", *shown, "dwd-online − ewc"]]
     for path in sorted(RESULTS.glob("seeds_*.json")):
@@ -142,9 +142,9 @@ def cost_table(results):
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
-def _range(found):
-    low, high = found["range"]
-    return f"{found['ratio']:.3f} ({low:.3f}–{high:.3f})"
+def _range(measured):
+    low, high = measured["range"]
+    return f"{measured['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
 def passes_table(results):
@@ -164,18 +164,18 @@ def groupings_table(results):
 
 
 def picks_table(results):
-    """What comes of each way to pick a grouping at each boundary."""
+    """Table of rules for picking a grouping at each boundary, with their accuracy."""
     arms = results["arms"]
     lines = [["at each boundary", "accuracy %", "taken most often"]]
     for rule, row in results["rules"].items():
-        picks = Counter(arms[pick] for each in row["picks"] for pick in each)
+        picks = Counter(arms[pick] for run in row["picks"] for pick in run)
         most = ", ".join(f"{arm} ({n / picks.total():.0%})" for arm, n in picks.most_common(3))
         lines.append([rule, cell(KEY, row[KEY]), "" if rule in arms else most])
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
 def faults_table():
-    """What became of runs that were killed, and of files that were damaged; what it costs."""
+    """Table of the results for killed runs and damaged files, and of the cost of checkpoints."""
     crash, fuzz, cost = (
         json.loads((RESULTS / f"{name}.json").read_text())
         for name in ("crash", "fuzz", "checkpoint_cost")
@@ -213,7 +213,7 @@ OF_ALL = {
     "ablation": ablation_table,
     "faults": faults_table,
 }
-# By what a file of results has.
+# Functions that make a table, by the key that identifies a kind of results file.
 TABLES = {
     "methods": methods_table,
     "networks": cost_table,
@@ -224,15 +224,15 @@ TABLES = {
 
 
 def fill(text):
-    """The README with each `<!-- results: FILE -->` block made anew."""
+    """The text of the README with each `<!-- results: FILE -->` block updated."""
 
     def block(match):
         name = match[1]
         if name in OF_ALL:
             return f"<!-- results: {name} -->\n{OF_ALL[name]()}\n<!-- end -->"
         results = json.loads((RESULTS / f"{name}.json").read_text())
-        made = next(table(results) for key, table in TABLES.items() if key in results)
-        return f"<!-- results: {name} -->\n{made}\n<!-- end -->"
+        content = next(table(results) for key, table in TABLES.items() if key in results)
+        return f"<!-- results: {name} -->\n{content}\n<!-- end -->"
 
     return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Three permuted tasks of scikit-learn's digits, learned one after another and exported.
+"""Learns three permuted tasks of scikit-learn's digits one after another and exports the model.
 
 Usage: python examples/permuted_digits.py
 """
@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-from keras_dwd import DWDModel, PenaltyLogger
+from keras_dwd import DWDModel
+from keras_dwd.callbacks import PenaltyLogger
 
 
 def main():

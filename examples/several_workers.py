@@ -1,16 +1,17 @@
-"""Two tasks learned by several workers.
+"""Learns two tasks with several workers.
 
     horovodrun -np 2 python examples/several_workers.py
 
-All workers run the same script on the same data; each trains on its part of every batch and keeps
-its share of what was consolidated.
+All workers run the same script on the same data. Each trains on its share of every batch and stores
+its shard of the consolidation state.
 """
 
 import keras
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_dwd import DWDModel, LearningRateWarmup
+from keras_dwd import DWDModel
+from keras_dwd.callbacks import LearningRateWarmup
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss, metrics=["accuracy"], sharded=True)
     for x, _, y, _ in tasks:
-        # 16 examples for each worker and step.
+        # 16 examples per worker and step.
         model.fit(x, y, batch_size=16, epochs=10, verbose=0, callbacks=[LearningRateWarmup(2)])
         model.consolidate()
     accuracies = [

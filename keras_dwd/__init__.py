@@ -1,42 +1,99 @@
 """Continual learning for Keras 3: a model that learns task after task without forgetting."""
 
-from keras_dwd import backend_check as backend_check  # first: it may refuse the import
-from keras_dwd.callbacks import LearningRateWarmup as LearningRateWarmup
-from keras_dwd.callbacks import PenaltyLogger as PenaltyLogger
-from keras_dwd.curvature.fisher import DiagonalFisher as DiagonalFisher
-from keras_dwd.curvature.kronecker import KroneckerFisher as KroneckerFisher
-from keras_dwd.curvature.rules import Flow as Flow
-from keras_dwd.curvature.rules import Rule as Rule
-from keras_dwd.curvature.rules import register_rule as register_rule
-from keras_dwd.distributed.communicator import Communicator as Communicator
-from keras_dwd.distributed.horovod import HorovodCommunicator as HorovodCommunicator
-from keras_dwd.evaluation.matrix import AccuracyMatrix as AccuracyMatrix
-from keras_dwd.evaluation.methods import METHODS as METHODS
-from keras_dwd.evaluation.methods import Method as Method
-from keras_dwd.evaluation.runner import SequenceResult as SequenceResult
-from keras_dwd.evaluation.runner import run_sequence as run_sequence
-from keras_dwd.files import FileError as FileError
-from keras_dwd.grouping.assignment import Responsibilities as Responsibilities
-from keras_dwd.grouping.fixed import FixedGrouping as FixedGrouping
-from keras_dwd.grouping.fixed import LayerGrouping as LayerGrouping
-from keras_dwd.grouping.fixed import SingleGroup as SingleGroup
-from keras_dwd.grouping.gmm import GaussianMixtureGrouping as GaussianMixtureGrouping
-from keras_dwd.grouping.grouping import Grouping as Grouping
-from keras_dwd.grouping.grouping import Partition as Partition
-from keras_dwd.grouping.policy import GroupingPolicy as GroupingPolicy
-from keras_dwd.grouping.spectral import SpectralGrouping as SpectralGrouping
-from keras_dwd.grouping.strength import Budget as Budget
-from keras_dwd.grouping.strength import Evidence as Evidence
-from keras_dwd.grouping.strength import Importance as Importance
-from keras_dwd.grouping.strength import Strength as Strength
-from keras_dwd.layers.k_winners import KWinners as KWinners
-from keras_dwd.layers.task_heads import TaskHeads as TaskHeads
-from keras_dwd.model import DWDModel as DWDModel
-from keras_dwd.optimizer import DWDOptimizer as DWDOptimizer
-from keras_dwd.regularizer import DWDRegularizer as DWDRegularizer
-from keras_dwd.tasks.scenario import Scenario as Scenario
-from keras_dwd.tasks.scenario import Task as Task
-from keras_dwd.tasks.similarity import linear_cka as linear_cka
-from keras_dwd.tasks.task_graph import TaskGraph as TaskGraph
-from keras_dwd.version import __version__ as __version__
-from keras_dwd.wrapping import strip_dwd as strip_dwd
+import importlib
+import warnings
+from typing import Any
+
+from keras_dwd import backend_check as backend_check  # first: checks the Keras backend
+from keras_dwd import callbacks as callbacks
+from keras_dwd import experimental as experimental
+from keras_dwd import groupings as groupings
+from keras_dwd import layers as layers
+from keras_dwd.communicator import Communicator
+from keras_dwd.curvature.fisher import DiagonalFisher
+from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
+from keras_dwd.distributed.horovod import HorovodCommunicator
+from keras_dwd.files import FileError
+from keras_dwd.model import DWDModel
+from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.settings import dwd, ewc, online_ewc
+from keras_dwd.stripping import strip_dwd
+from keras_dwd.task_graph.graph import TaskGraph
+from keras_dwd.training.optimizer import DWDOptimizer
+from keras_dwd.version import __version__
+
+# Modules are left out: `from keras_dwd import *` must not overwrite a user's `layers`.
+__all__ = [
+    "Communicator",
+    "DWDModel",
+    "DWDOptimizer",
+    "DWDRegularizer",
+    "DiagonalFisher",
+    "FileError",
+    "HorovodCommunicator",
+    "KroneckerFisher",
+    "LayerIO",
+    "Rule",
+    "TaskGraph",
+    "__version__",
+    "dwd",
+    "ewc",
+    "online_ewc",
+    "register_rule",
+    "strip_dwd",
+]
+
+# Names that version 0.1 had in `keras_dwd` itself, and the module that defines each of them now.
+_MOVED = {
+    "LearningRateWarmup": "callbacks",
+    "PenaltyLogger": "callbacks",
+    "AccuracyMatrix": "evaluation",
+    "METHODS": "evaluation",
+    "Method": "evaluation",
+    "Scenario": "evaluation",
+    "SequenceResult": "evaluation",
+    "Task": "evaluation",
+    "linear_cka": "evaluation",
+    "run_sequence": "evaluation",
+    "Budget": "experimental",
+    "Evidence": "experimental",
+    "GroupingPolicy": "experimental",
+    "FixedGrouping": "groupings",
+    "GaussianMixtureGrouping": "groupings",
+    "Grouping": "groupings",
+    "Importance": "groupings",
+    "LayerGrouping": "groupings",
+    "Partition": "groupings",
+    "Responsibilities": "groupings",
+    "SingleGroup": "groupings",
+    "SpectralGrouping": "groupings",
+    "Strength": "groupings",
+    "KWinners": "layers",
+    "TaskHeads": "layers",
+}
+# Old names of classes, and their new names.
+_RENAMED = {"Flow": "LayerIO"}
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "callbacks", "evaluation", "experimental", "groupings", "layers"])
+
+
+def __getattr__(name: str) -> Any:
+    """Import `keras_dwd.evaluation` on first use, and resolve deprecated names with a warning."""
+    if name == "evaluation":
+        return importlib.import_module("keras_dwd.evaluation")
+    if name in _MOVED:
+        new, found = f"keras_dwd.{_MOVED[name]}.{name}", f"keras_dwd.{_MOVED[name]}"
+        value = getattr(importlib.import_module(found), name)
+    elif name in _RENAMED:
+        new, value = f"keras_dwd.{_RENAMED[name]}", globals()[_RENAMED[name]]
+    else:
+        raise AttributeError(f"module 'keras_dwd' has no attribute {name!r}")
+    warnings.warn(
+        f"`keras_dwd.{name}` is deprecated and will be removed in 0.3: use `{new}`.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return value

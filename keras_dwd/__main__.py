@@ -1,4 +1,4 @@
-"""`python -m keras_dwd` is `keras-dwd`."""
+"""`python -m keras_dwd` is `keras-dwd`, with the start-up messages of TensorFlow."""
 
 from keras_dwd.cli import main
 

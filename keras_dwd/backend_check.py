@@ -1,4 +1,4 @@
-"""The package works on Keras' TensorFlow backend only: say so before anything else fails."""
+"""Checks, before anything else is imported, that Keras runs on the TensorFlow backend."""
 
 import os
 
@@ -12,15 +12,15 @@ def require_tensorflow_backend() -> None:
     """Raise unless Keras runs on TensorFlow.
 
     Raises:
-        ImportError: Under any other backend. The environment variable is looked at first because
-            importing Keras fails with an unrelated message where that backend is not installed.
+        ImportError: With any other backend. The environment variable is checked first, because
+            importing Keras fails with an unrelated message if the backend is not installed.
     """
     requested = os.environ.get("KERAS_BACKEND") or "tensorflow"
     if requested != "tensorflow":
         raise ImportError(_MESSAGE.format(backend=requested))
     try:
         import keras
-    except ModuleNotFoundError as error:  # of the backend that `keras.json` names
+    except ModuleNotFoundError as error:  # the backend named in `keras.json` is not installed
         if error.name not in ("jax", "torch", "openvino"):
             raise
         raise ImportError(_MESSAGE.format(backend=error.name)) from error

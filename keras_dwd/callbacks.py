@@ -5,12 +5,15 @@ from typing import Any
 import keras
 
 from keras_dwd.checks import number
+from keras_dwd.keras_private import has_schedule
+
+__all__ = ["LearningRateWarmup", "PenaltyLogger"]
 
 
 class PenaltyLogger(keras.callbacks.Callback):
     """Adds the penalty of a `DWDModel` to the logs of each epoch, as `penalty`.
 
-    Put it before the callbacks that should see it.
+    List it before the callbacks that should log the value.
 
     Example:
 
@@ -20,20 +23,22 @@ class PenaltyLogger(keras.callbacks.Callback):
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Compute and add it."""
+        """Add the penalty to the logs."""
         if logs is not None:
             logs["penalty"] = float(self.model.penalty())
 
 
 class LearningRateWarmup(keras.callbacks.Callback):
-    """Multiplies the learning rate by the number of workers, little by little.
+    """Raises the learning rate gradually to its value times the number of workers.
 
-    N workers make steps of N times as many examples, and N times fewer of them: the learning rate
-    is multiplied by N to make up for it. At once that would diverge: it rises linearly over the
-    first epochs, and is set back at the end of `fit`. With one worker nothing changes.
+    With N workers a step averages over N times as many examples, and an epoch has N times fewer
+    steps. A learning rate N times as large makes up for this, but diverges if it is used from the
+    start. It therefore rises linearly over the first epochs; at the end of `fit` it is reset. With
+    one worker nothing changes.
 
     Args:
-        epochs: ≥ 0, over which it rises; 0 multiplies it at once.
+        epochs: Number of epochs ≥ 0 over which the learning rate rises; with 0 it is multiplied at
+            once.
 
     Raises:
         ValueError: At the start of training, if the optimizer has a schedule for its learning rate.
@@ -53,12 +58,11 @@ class LearningRateWarmup(keras.callbacks.Callback):
         self.epochs = number("epochs", epochs, 0)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Note the learning rate of one worker."""
+        """Store the learning rate of a single worker."""
         inner = self.model.optimizer
         while hasattr(inner, "inner_optimizer"):
             inner = inner.inner_optimizer
-        given = getattr(inner, "_learning_rate", None)
-        if isinstance(given, keras.optimizers.schedules.LearningRateSchedule):
+        if has_schedule(inner):
             raise ValueError(
                 "`LearningRateWarmup` sets the learning rate, but the optimizer has a schedule for "
                 "it: give the schedule the larger learning rate instead."
@@ -67,18 +71,18 @@ class LearningRateWarmup(keras.callbacks.Callback):
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note it."""
+        """Set the learning rate of the beginning of the epoch."""
         self._epoch = epoch
         self._set(float(epoch))
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Raise the learning rate a little."""
+        """Raise the learning rate."""
         if self._epoch < self.epochs:
             steps = (self.params or {}).get("steps") or batch + 1
             self._set(self._epoch + batch / steps)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Set it back."""
+        """Reset the learning rate."""
         self.model.optimizer.learning_rate = self._base
 
     def _set(self, epochs: float) -> None:

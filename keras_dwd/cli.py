@@ -14,16 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from keras_dwd.checks import integer, number
-from keras_dwd.distributed import plan as planning
-from keras_dwd.distributed.communicator import INSTALL, here
-from keras_dwd.distributed.horovod import is_worker, launch
+from keras_dwd.communicator import INSTALL
+from keras_dwd.distributed.horovod import detect_communicator
+from keras_dwd.distributed.launch import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
+from keras_dwd.evaluation import plan as planning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
 from keras_dwd.evaluation.report import plan_table, table
+from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.files import FileError, write_json
-from keras_dwd.tasks.scenario import Scenario, Task
 
 app = typer.Typer(
     help="Continual learning for Keras 3.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -32,15 +33,15 @@ app = typer.Typer(
 _Scenario = Annotated[
     str,
     typer.Option(
-        help="split:NAME or permuted:NAME, NAME being digits or any classification "
-        "data set that is prepared for tensorflow-datasets."
+        help="split:NAME or permuted:NAME, where NAME is digits or a prepared classification "
+        "data set of tensorflow-datasets."
     ),
 ]
 _Methods = Annotated[
     str,
     typer.Option(
-        help=f"Comma-separated, of {', '.join(METHODS)}; NAME:ESTIMATOR for another estimator "
-        f"of the Fisher information, NAME+VARIANT for one of {', '.join(VARIANTS)}."
+        help=f"Comma-separated methods: {', '.join(METHODS)}. NAME:ESTIMATOR uses another "
+        f"estimator of the Fisher information, NAME+VARIANT one of {', '.join(VARIANTS)}."
     ),
 ]
 _Tasks = Annotated[int, typer.Option(help="Number of tasks.")]
@@ -53,31 +54,33 @@ _Setting = Annotated[
 ]
 _ClassOrderSeed = Annotated[
     int | None,
-    typer.Option(help="Seed of the order of classes in split, of the permutations in permuted."),
+    typer.Option(help="Seed of the class order (split) or of the permutations (permuted)."),
 ]
 _Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
 _TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
 _Points = Annotated[
-    int, typer.Option(help="How many values of λ each method gets, over six decades.")
+    int, typer.Option(help="Number of values of λ to try per method, over six decades.")
 ]
 _Processes = Annotated[
-    int | None, typer.Option(help="Runs at a time, of one thread each; one per core.")
+    int | None, typer.Option(help="Number of parallel runs; by default one per core.")
 ]
-_Epochs = Annotated[int | None, typer.Option(help="Per task; that of the profile.")]
+_Epochs = Annotated[int | None, typer.Option(help="Epochs per task; by default of the profile.")]
 _Profile = Annotated[
     str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
 ]
-_DataDir = Annotated[Path | None, typer.Option(help="Folder of tfds data sets; TFDS_DATA_DIR.")]
+_DataDir = Annotated[
+    Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
+]
 _Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
 _Resumed = Annotated[
     Path | None,
     typer.Option(
-        help="Write the results to this JSON file, as they come; what it has already is not run "
-        "again."
+        help="Write the results to this JSON file as runs are completed. Results that it already "
+        "has are not run again."
     ),
 ]
 _Workers = Annotated[
-    int, typer.Option(help="Processes of this machine that train together; needs Horovod.")
+    int, typer.Option(help="Number of workers on this machine that train together, by Horovod.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, not as a table.")]
 
@@ -100,26 +103,26 @@ def run(
     strength: Annotated[
         str | None,
         typer.Option(
-            help="λ of all methods that have one, or of some (ewc=1000,dwd=200); their defaults."
+            help="λ of all methods, or of some of them (ewc=1000,dwd=200); by default their own."
         ),
     ] = None,
     profile: _Profile = "cpu",
     data_dir: _DataDir = None,
     workers: _Workers = 1,
     sharded: Annotated[
-        bool, typer.Option("--sharded", help="Each worker keeps a share of what was consolidated.")
+        bool, typer.Option("--sharded", help="Divide the consolidation state among the workers.")
     ] = False,
     checkpoint_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep the progress there, after each epoch and each task."),
+        typer.Option(help="Folder for a checkpoint after each epoch and each task."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what is in `--checkpoint-dir`.")
+        bool, typer.Option("--resume", help="Resume from the checkpoints in `--checkpoint-dir`.")
     ] = False,
     out: _Out = None,
     as_json: _Json = False,
 ) -> None:
-    """Learn a sequence of tasks by several methods and compare what they retain."""
+    """Train several methods on a sequence of tasks and compare accuracy and forgetting."""
     console = Console(stderr=as_json)
     experiment = Experiment(
         **_settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
@@ -137,7 +140,7 @@ def run(
         )
     if workers > 1 and not is_worker():
         raise typer.Exit(launch(_again(context, resume=checkpoint_dir is not None), workers))
-    leads = here().rank == 0
+    leads = detect_communicator().rank == 0
     with _progress(console, leads) as observer:
         results = experiment.compare(
             names,
@@ -155,8 +158,8 @@ def run(
 
 
 def _again(context: typer.Context, **changed: Any) -> list[str]:
-    """The command that this is, for workers to run."""
-    words = [sys.executable, "-m", "keras_dwd", str(context.info_name)]
+    """The current command line, for workers to run, with some options `changed`."""
+    words = [sys.executable, "-m", "keras_dwd_command", str(context.info_name)]
     for parameter in context.command.params:
         value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
         if value is True:
@@ -183,10 +186,10 @@ def tune(
     out: _Resumed = None,
     as_json: _Json = False,
 ) -> None:
-    """Choose λ for each method on held-back training data, then compare on the test data.
+    """Tune λ of each method on held-back training data, then compare them on the test data.
 
-    Each method that has a λ gets as many values of it, around its default, the same seeds and
-    the same epochs.
+    Each method that has a λ is tuned with the same number of values around its default, the same
+    seeds and the same epochs.
     """
     settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
     _tuned(settings, _names(methods), seeds, tuning_seeds, points, processes, out, as_json)
@@ -198,8 +201,8 @@ def ablate(
     parts: Annotated[
         str,
         typer.Option(
-            help="Comma-separated words: only what has one of them in its name, such as groups, "
-            "budget, γ, estimator. All by default."
+            help="Comma-separated words, such as groups, budget, γ, estimator: only parts whose "
+            "names contain one of them. By default all parts."
         ),
     ] = "",
     tasks: _Tasks = 5,
@@ -215,10 +218,10 @@ def ablate(
     out: _Resumed = None,
     as_json: _Json = False,
 ) -> None:
-    """Change one part of DWD at a time and test the result against a tuned EWC, seed by seed.
+    """Change one part of DWD at a time and compare the result with tuned EWC, paired by seed.
 
-    λ is the default, as of one who tunes nothing, but where a part changes the scale of the
-    Fisher information: there, and for EWC, it is tuned as by `tune`.
+    λ is the default. For EWC, and where a change affects the scale of the Fisher information, it is
+    tuned as by `tune`.
     """
     words = [word.strip() for word in parts.split(",") if word.strip()]
     chosen = ablation.parts(words)
@@ -233,23 +236,23 @@ def plan(
         str | None, typer.Option(help=f"A network of this package: {', '.join(NETWORKS)}.")
     ] = None,
     params: Annotated[
-        float | None, typer.Option(help="Or a transformer of so many parameters, such as 1.75e11.")
+        float | None,
+        typer.Option(help="Or a transformer with this number of parameters, such as 1.75e11."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Number of workers.")] = 1,
     curvature: Annotated[str, typer.Option(help=", ".join(planning.CURVATURES))] = "kronecker",
     optimizer: Annotated[str, typer.Option(help="sgd, momentum or adam")] = "adam",
     replicated: Annotated[
-        bool, typer.Option("--replicated", help="Each worker keeps all of what was consolidated.")
+        bool,
+        typer.Option("--replicated", help="Each worker stores the whole consolidation state."),
     ] = False,
     link: Annotated[
         float | None,
-        typer.Option(
-            help="Bytes per second between workers; measured on this machine if left out."
-        ),
+        typer.Option(help="Bytes per second between workers; by default measured on this machine."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """What each worker needs in memory, sends, and spends on it: before it is begun."""
+    """Estimate the memory, communication and time that training needs per worker."""
     if (model is None) == (params is None):
         raise ValueError("Give `--model` or `--params`, one of them.")
     if model is not None and model not in NETWORKS:
@@ -267,19 +270,19 @@ def plan(
         counts = partial(planning.of_model, built)
     else:
         counts = partial(planning.of_transformer, int(params or 0))
-    made = planning.plan(
+    estimate = planning.plan(
         counts, workers, curvature, optimizer, not replicated, link, planning.measured_bandwidth()
     )
     if as_json:
-        print(json.dumps(made.as_json(), indent=1))
+        print(json.dumps(estimate.as_json(), indent=1))
         return
-    Console().print(plan_table(made, curvature, replicated))
+    Console().print(plan_table(estimate, curvature, replicated))
 
 
-def _settings(*given: Any) -> dict[str, Any]:
-    """The arguments of `Experiment`, in this order."""
+def _settings(*values: Any) -> dict[str, Any]:
+    """The arguments of `Experiment` by name, from values in this order."""
     names = ("scenario", "tasks", "setting", "class_order_seed", "profile", "epochs", "data_dir")
-    return dict(zip(names, given, strict=True))
+    return dict(zip(names, values, strict=True))
 
 
 def _tuned(
@@ -334,21 +337,21 @@ def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
         console.print(results["protocol"]["text"], style="dim", highlight=False)
 
 
-def _strengths(given: str | None, methods: list[str]) -> dict[str, float]:
-    """λ by method, from `30` or `ewc=1000,dwd=200`."""
-    found: dict[str, float] = {}
-    parts = given.split(",") if given else []
-    for part in sorted(parts, key=lambda part: "=" in part):  # what is for all of them first
+def _strengths(option: str | None, methods: list[str]) -> dict[str, float]:
+    """λ by method, from an option such as `30` or `ewc=1000,dwd=200`."""
+    strengths: dict[str, float] = {}
+    parts = option.split(",") if option else []
+    for part in sorted(parts, key=lambda part: "=" in part):  # a value for all methods comes first
         name, equals, value = part.rpartition("=")
         if equals and name.strip() not in methods:
             raise ValueError(f"`--strength` names {name!r}, which is not in {', '.join(methods)}.")
         try:
-            found |= dict.fromkeys([name.strip()] if equals else methods, float(value))
+            strengths |= dict.fromkeys([name.strip()] if equals else methods, float(value))
         except ValueError:
             raise ValueError(
-                f"`--strength` must be a number or METHOD=NUMBER,… Received: {given!r}"
+                f"`--strength` must be a number or METHOD=NUMBER,… Received: {option!r}"
             ) from None
-    return found
+    return strengths
 
 
 class _EpochBar(keras.callbacks.Callback):
@@ -364,7 +367,7 @@ class _EpochBar(keras.callbacks.Callback):
 
 @contextmanager
 def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]:
-    """A bar per task, of epochs, with the running accuracy."""
+    """A progress bar per task that counts epochs and shows the training accuracy."""
     if not shown:
         yield None
         return
@@ -392,9 +395,9 @@ def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]
 
 
 def main() -> None:
-    """Entry point: what a user can mend is said in one line, without a traceback."""
+    """Entry point; prints errors that the user can correct in one line, without a traceback."""
     try:
-        app()
+        app(prog_name="keras-dwd")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         known = (ValueError, FileError, FileNotFoundError)
         if type(error) not in known and str(error) != INSTALL:

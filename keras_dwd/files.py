@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and are believed only after a look at them."""
+"""Files that are written atomically and verified by checksums when they are read."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from keras_dwd.variables import Arrays
 
 
 class FileError(ValueError):
-    """A file that is damaged, or holds something else than it should. Nothing was changed."""
+    """A file is damaged or has unexpected content. Nothing was changed."""
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once all of it is on the disk.
+    """A temporary path to write to; on exit the file replaces `path` atomically.
 
     Raises:
-        OSError: If it cannot be: what was there before is there still.
+        OSError: If the file cannot be written; a previous file at `path` is left unchanged.
     """
     number, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
     os.close(number)
@@ -40,29 +40,29 @@ def replaced(path: Path) -> Iterator[Path]:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or the name may be lost in a crash
+        os.fsync(folder)  # otherwise the renaming may be lost in a crash
     finally:
         os.close(folder)
 
 
 def remove_unfinished(folder: Path, pattern: str) -> None:
-    """Remove what a process left that was killed while it wrote such a file."""
+    """Remove temporary files of `replaced` whose process was killed while it was writing."""
     for path in folder.glob(f".{pattern}.*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of one."""
-    with replaced(path) as made:
-        made.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a JSON file atomically: a reader sees the old file or the new one, never a part."""
+    with replaced(path) as target:
+        target.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileError: If there is none in it.
-        OSError: If it cannot be read.
+        FileError: If the file does not hold a JSON object.
+        OSError: If the file cannot be read.
     """
     try:
         content = json.loads(path.read_bytes().decode(), parse_constant=_no_number)
@@ -74,45 +74,46 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, arrays: Arrays, about: Any) -> None:
-    """Write arrays, and what JSON can say about them, with checksums: a `safetensors` file."""
+    """Write a `safetensors` file with arrays, the JSON-serializable `about`, and checksums."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     checksums = {name: checksum(array) for name, array in arrays.items()}
-    said = {"about": json.dumps(about), "checksums": json.dumps(checksums)}
-    said["checksum"] = _checksum_of(said)
+    metadata = {"about": json.dumps(about), "checksums": json.dumps(checksums)}
+    metadata["checksum"] = _metadata_checksum(metadata)
     try:
-        with replaced(path) as made:
-            save_file(arrays, made, said)
+        with replaced(path) as target:
+            save_file(arrays, target, metadata)
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 class ArrayFile:
-    """What `write_arrays` wrote, mapped to memory: arrays are read when they are asked for.
+    """A file from `write_arrays`, mapped to memory: `file[name]` reads one array.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Attributes:
-        names: Of the arrays.
-        about: What is said about them.
+        names: Names of the arrays.
+        about: The argument `about` of `write_arrays`.
 
     Raises:
-        FileError: If it is another file, or not as it was written; of an array, when that is read.
-        OSError: If it cannot be read.
+        FileError: If the file is damaged or of another kind; for an array, when it is read.
+        OSError: If the file cannot be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
             self._file = safe_open(path, "numpy")
-            said = self._file.metadata()
-            whole = said["checksum"] == _checksum_of(said)
-            self.about, self._checksums = json.loads(said["about"]), json.loads(said["checksums"])
+            metadata = self._file.metadata()
+            intact = metadata["checksum"] == _metadata_checksum(metadata)
+            self.about = json.loads(metadata["about"])
+            self._checksums = json.loads(metadata["checksums"])
             self.names = list(self._file.keys())
-            whole = whole and self._checksums.keys() == set(self.names)
+            intact = intact and self._checksums.keys() == set(self.names)
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise FileError(f"{str(path)!r} is damaged, or no file of arrays: {error}") from None
-        if not whole:
+        if not intact:
             raise self._damaged("its header")
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -128,24 +129,24 @@ class ArrayFile:
 
 
 def read_arrays(path: Path) -> tuple[Arrays, Any]:
-    """All arrays of such a file, and what is said about them; see `ArrayFile`."""
+    """All arrays of a file from `write_arrays`, and its `about`; raises as `ArrayFile` does."""
     file = ArrayFile(path)
     return {name: file[name] for name in file.names}, file.about
 
 
 def checksum(array: np.ndarray, before: int = 0) -> int:
-    """A CRC-32 of a contiguous array, its shape and kind included.
+    """CRC-32 of a contiguous array, including its shape and dtype.
 
     Args:
         array: The array.
-        before: That of what comes before it.
+        before: Checksum of the arrays before it, to get one checksum of several arrays.
     """
-    found = zlib.crc32(f"{array.dtype} {array.shape}".encode(), before)
-    return zlib.crc32(array.reshape(-1).view("uint8").data, found)
+    crc = zlib.crc32(f"{array.dtype} {array.shape}".encode(), before)
+    return zlib.crc32(array.reshape(-1).view("uint8").data, crc)
 
 
-def _checksum_of(said: dict[str, str]) -> str:
-    return f"{zlib.crc32((said['about'] + said['checksums']).encode()):08x}"
+def _metadata_checksum(metadata: dict[str, str]) -> str:
+    return f"{zlib.crc32((metadata['about'] + metadata['checksums']).encode()):08x}"
 
 
 def _no_number(name: str) -> Any:

@@ -1,59 +1,73 @@
-"""The model that learns task after task."""
+"""`DWDModel`, a Keras model that learns one task after another."""
 
-from typing import Any, Literal
+import copy
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Self
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_dwd import optimizer
-from keras_dwd.checks import check_fit, check_weights
-from keras_dwd.curvature.boundary_pass import BoundaryPass
-from keras_dwd.curvature.fisher import Block, Fisher, Statistics
+from keras_dwd.communicator import Communicator
+from keras_dwd.consolidation import Consolidation
+from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
-from keras_dwd.distributed.communicator import Communicator
-from keras_dwd.distributed.model import arguments
-from keras_dwd.distributed.workers import block_sizes
-from keras_dwd.gradients import all_finite, data_gradients, loss_scale
-from keras_dwd.grouping.gmm import GaussianMixtureGrouping
-from keras_dwd.grouping.grouping import Grouped, Grouping, Learned, Summary
-from keras_dwd.layers.task_heads import HeadGate, check_task_ids
-from keras_dwd.regularizer import DWDRegularizer, Folded
-from keras_dwd.saving import SavedModel, cloned_settings
-from keras_dwd.tasks.task_graph import TaskGraph
-from keras_dwd.variables import Arrays, Variables, by_path, digest_of, kinds_of
+from keras_dwd.distributed.fitting import (
+    check_compile,
+    metrics_result,
+    share_evaluation,
+    share_fit,
+)
+from keras_dwd.distributed.horovod import detect_communicator
+from keras_dwd.distributed.workers import Workers
+from keras_dwd.export import SAVED_MODEL, export
+from keras_dwd.groupings.gmm import GaussianMixtureGrouping
+from keras_dwd.groupings.grouping import Grouping, Summary
+from keras_dwd.keras_private import CloneAware, evaluates_within_fit
+from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.saving import as_plain, cloned_settings, deep_copy, keep_in_files, mark_clone
+from keras_dwd.task_graph.graph import TaskGraph
+from keras_dwd.training.data import build_state, check_fit, check_task_ids
+from keras_dwd.variables import Arrays, by_path
 from keras_dwd.wrapping import copied, wrapped
+
+# Arguments of a functional Keras model.
+_OF_FUNCTIONAL = {"inputs", "outputs", "name", "trainable", "dtype"}
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDModel(SavedModel):
-    """A Keras model that keeps what it knew while `fit` trains it on the next task.
+class DWDModel(CloneAware):
+    """A Keras model that retains earlier tasks while `fit` trains it on the next task.
 
-    Train it as any Keras model. After each task call `consolidate`: the Fisher information of the
-    task, grouped and weighted, is folded into a quadratic pull towards the task's parameters,
-    which every later training step adds to its gradient. Nothing else changes: losses, metrics,
-    optimizers, callbacks and saving are those of Keras.
+    Train it like any Keras model and call `consolidate` after each task. This folds the Fisher
+    information of the task, grouped and weighted, into a quadratic penalty with the task's
+    parameters as its anchor. Later training steps add the gradient of this penalty, the pull, to
+    the gradient of the loss. Losses, metrics, optimizers, callbacks and saving are those of Keras.
 
-    Fine-tuning, EWC and online EWC are settings of the same model:
+    Fine-tuning, EWC and online EWC are settings of the same model, see `ewc`, `online_ewc` and
+    `dwd`:
 
     | method | settings |
     | --- | --- |
     | fine-tuning | `strength=0` |
-    | EWC | `regularizer=DWDRegularizer(λ, anchor="folded")`, `grouping=None`, \
-    `fisher=DiagonalFisher("exact", gamma=None)` |
-    | online EWC | the same, with `regularizer=DWDRegularizer(λ, decay=0.9)` |
+    | EWC | `**keras_dwd.ewc(λ)` |
+    | online EWC | `**keras_dwd.online_ewc(λ)` |
     | DWD | the defaults |
 
     Args:
-        *args: `inputs, outputs` of a functional model. For any other model see `from_model`.
-        strength: λ ≥ 0, short for `regularizer=DWDRegularizer(strength)`.
-        regularizer: A `DWDRegularizer`, the penalty with its own settings.
-        fisher: A `KroneckerFisher` (the default) or `DiagonalFisher`: how the importance of
-            parameters is estimated.
-        grouping: A `Grouping`, `"gmm"` for the default `GaussianMixtureGrouping`, or `None`: one
-            strength for all parameters.
-        task_graph: A `TaskGraph`, to pull towards tasks that resemble the current one.
-        **kwargs: Of `keras.Model`.
+        *args: `inputs, outputs` of a functional model. For other models use `from_model`.
+        strength: λ ≥ 0, how strongly earlier tasks hold; 200 by default, 0 is fine-tuning. Short
+            for `regularizer=DWDRegularizer(strength)`.
+        regularizer: A `DWDRegularizer`: the penalty and its settings.
+        fisher: A `KroneckerFisher` (the default) or a `DiagonalFisher`: the estimate of the Fisher
+            information, that is, of the importance of parameters.
+        grouping: A `Grouping`, which gives groups of parameters their strengths; `"gmm"` for the
+            default `GaussianMixtureGrouping`, `None` for one strength for all parameters.
+        task_graph: A `TaskGraph`, which pulls towards tasks that resemble the current one.
+        **kwargs: Arguments of `keras.Model`.
 
     Example:
 
@@ -81,6 +95,17 @@ class DWDModel(SavedModel):
                 "DWDModel is built from `inputs` and `outputs`. "
                 "Use `DWDModel.from_model(model)` for a sequential or subclassed model."
             )
+        if len(args) == 1 and isinstance(args[0], keras.Model):
+            raise TypeError(
+                f"DWDModel is built from `inputs` and `outputs`. Received the model "
+                f"{args[0].name!r}: use `DWDModel.from_model(model)`."
+            )
+        unknown = set(kwargs) - _OF_FUNCTIONAL  # which a functional model would ignore
+        if unknown:
+            raise TypeError(
+                f"DWDModel has no argument {', '.join(map(repr, sorted(unknown)))}. Its settings "
+                "are strength, regularizer, fisher, grouping and task_graph."
+            )
         clone = cloned_settings(args[1:])
         if clone:
             regularizer, fisher, grouping, task_graph = (
@@ -90,344 +115,416 @@ class DWDModel(SavedModel):
             if regularizer is not None:
                 raise ValueError("Give `strength` or `regularizer`, not both.")
             regularizer = DWDRegularizer(strength)
-        made_regularizer = copied("regularizer", regularizer, DWDRegularizer)
-        made_fisher = copied("fisher", fisher, Fisher)
+        own_regularizer = copied("regularizer", regularizer, DWDRegularizer)
+        own_fisher = copied("fisher", fisher, Fisher)
         default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
-        made_grouping = copied("grouping", default, Grouping)
-        made_graph = copied("task_graph", task_graph, TaskGraph)
+        own_grouping = copied("grouping", default, Grouping)
+        own_graph = copied("task_graph", task_graph, TaskGraph)
         super().__init__(*args, **kwargs)
-        self.regularizer: DWDRegularizer = made_regularizer or DWDRegularizer()
-        self.fisher: Fisher = made_fisher or KroneckerFisher()
+        self._consolidation = Consolidation(
+            own_regularizer or DWDRegularizer(),
+            own_fisher or KroneckerFisher(),
+            own_grouping,
+            own_graph,
+        )
+        keep_in_files(self, self._consolidation)
+        self._in_step = False
         self.supports_jit = self.fisher.supports_jit
-        self.grouping: Grouping | None = made_grouping
-        self.task_graph: TaskGraph | None = made_graph
-        if self.regularizer.anchor == "folded" and isinstance(self.fisher, KroneckerFisher):
-            raise ValueError(
-                "`anchor` 'folded' is the exact sum over tasks, which only a diagonal has. Use "
-                "`fisher=DiagonalFisher(...)` with it."
-            )
-        self.tasks_learned = 0
-        # Of the last boundary.
-        self.groups: Summary = []
-        self.assignments: Arrays = {}
-        # The weights at the last boundary, as a digest: nothing to fold before they change.
-        self.weights_digest = b""
-        self.head_gate = HeadGate()
-        self._pass = BoundaryPass()
-        variables = by_path(self)  # fails on ambiguous names while it is still cheap to mend
+        variables = by_path(self)  # raises an error on ambiguous names
         if isinstance(grouping, Grouping):
             grouping.check(variables)
 
     @classmethod
-    def from_model(cls, model: keras.Model, inputs: Any = None, **settings: Any) -> "DWDModel":
+    def from_model(
+        cls,
+        model: keras.Model,
+        inputs: Any = None,
+        *,
+        strength: float | None = None,
+        regularizer: DWDRegularizer | None = None,
+        fisher: Fisher | None = None,
+        grouping: Grouping | Literal["gmm"] | None = "gmm",
+        task_graph: TaskGraph | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """A `DWDModel` around an existing model, sharing its layers and weights.
 
         Args:
-            model: Functional, sequential or subclassed, built; possibly trained already: then
-                `consolidate(its data)` makes what it knows the first task.
-            inputs: For a subclassed model, `keras.Input`s to call it on. Made from the shapes it
-                was built with where left out, as float32.
-            **settings: Of `DWDModel`.
+            model: A functional, sequential or subclassed model that is built. If it is already
+                trained, call `consolidate` with its data to make this the first task.
+            inputs: For a subclassed model, `keras.Input`s to call it on. By default they are
+                created from the shapes it was built with, as float32.
+            strength: See `DWDModel`.
+            regularizer: See `DWDModel`.
+            fisher: See `DWDModel`.
+            grouping: See `DWDModel`.
+            task_graph: See `DWDModel`.
+            name: Name of the new model; by default the name of `model`.
+            **kwargs: Arguments of `keras.Model`, or of the subclass of `DWDModel`.
+
+        Returns:
+            A model of the class that this is called on.
 
         Raises:
-            ValueError: If the model is not built, has a training step of its own, or is a
-                subclassed one that cannot tell its inputs.
+            ValueError: If the model is not built, overrides the training step, or is a subclassed
+                model whose inputs are unknown.
         """
-        return wrapped(cls, model, inputs, settings)
+        if isinstance(model, DWDModel):
+            raise ValueError(
+                f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
+            )
+        settings = {
+            "strength": strength,
+            "regularizer": regularizer,
+            "fisher": fisher,
+            "grouping": grouping,
+            "task_graph": task_graph,
+            "name": name or model.name,
+        }
+        return wrapped(cls, model, inputs, settings | kwargs)
+
+    # Settings and consolidation state.
+
+    @property
+    def regularizer(self) -> DWDRegularizer:
+        """The penalty: its settings, precision and anchor."""
+        return self._consolidation.regularizer
+
+    @property
+    def fisher(self) -> Fisher:
+        """The estimate of the Fisher information."""
+        return self._consolidation.fisher
+
+    @property
+    def grouping(self) -> Grouping | None:
+        """The grouping, which gives groups of parameters their strengths λ_k, or `None`."""
+        return self._consolidation.grouping
+
+    @property
+    def task_graph(self) -> TaskGraph | None:
+        """The task graph, which holds the similarity of tasks, or `None`."""
+        return self._consolidation.task_graph
+
+    @task_graph.setter
+    def task_graph(self, task_graph: TaskGraph | None) -> None:
+        self._consolidation.task_graph = task_graph
+
+    @property
+    def tasks_learned(self) -> int:
+        """The number of tasks consolidated so far."""
+        return self._consolidation.tasks_learned
+
+    @property
+    def groups(self) -> Summary:
+        """The groups of the last boundary: number, size, strength λ_k and layers of each."""
+        return self._consolidation.groups
+
+    @property
+    def assignments(self) -> Arrays:
+        """The group of each parameter at the last boundary, by block."""
+        return self._consolidation.assignments
+
+    @property
+    def workers(self) -> Workers:
+        """The workers that train this model together."""
+        return self._consolidation.workers
+
+    def consolidate(self, data: Any = None, batch_size: int = 32) -> None:
+        """End the current task, so that training on later tasks preserves what it learned.
+
+        Args:
+            data: The task's training data, to estimate its Fisher information in one pass:
+                `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, or any
+                iterable of such batches. The class weights of `fit` are not known here: pass sample
+                weights instead. `None` uses the online estimate from training.
+            batch_size: The largest number of examples per batch in this pass; it is reduced where
+                memory requires it.
+
+        Raises:
+            ValueError: If the weights have not changed since the last boundary; if `data` is empty,
+                not finite, does not fit the model's inputs, or has labels outside its outputs; or
+                if there is no online estimate. The model is not changed then.
+        """
+        if not self.compiled:
+            raise ValueError("Compile the model first: its loss defines the Fisher information.")
+        self._consolidation.add_task(self, data, batch_size)
+
+    def penalty(self) -> tf.Tensor:
+        """The current penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar.
+
+        It is not part of the reported loss, because computing it at each step would cost a pass
+        over all weights. `PenaltyLogger` reports it once per epoch.
+        """
+        return self._consolidation.penalty(self)
+
+    def inherit(
+        self,
+        previous: "DWDModel",
+        renamed: Mapping[str, str] | None = None,
+        dropped: Sequence[str] = (),
+    ) -> None:
+        """Take over the weights and the consolidation state of a smaller model.
+
+        For a model that has grown: with more layers, more heads or more classes. Variables are
+        matched by path, that is, by the names of their layers and their own. A variable may be
+        larger along any axis: the old values come first and are pulled as before. New elements are
+        not pulled (in matrices of more than 4,096 rows, hardly). If `previous` has an unfinished
+        task, its online estimate restarts. The state of this model is replaced.
+
+        Args:
+            previous: A `DWDModel`, which is not changed. It may share layers with this one.
+            renamed: New paths by old paths, of layers (`{"head": "head_1"}`) or variables.
+            dropped: Patterns of paths of variables of `previous` to drop, in which `*` matches
+                anything: `["old_head/*"]`.
+
+        Raises:
+            ValueError: If a variable of `previous` has no counterpart in this model and was not
+                dropped, or if a model has a task graph. Neither model is changed then.
+
+        Example:
+
+        ```python
+        larger = DWDModel.from_model(larger_network)
+        larger.inherit(model)
+        larger.compile("adam", loss)
+        ```
+        """
+        if not isinstance(previous, DWDModel) or previous is self:
+            raise ValueError(f"`previous` must be another DWDModel. Received: {previous!r}")
+        learned = previous._consolidation
+        self._consolidation.inherit(self, previous, learned, renamed or {}, dropped)
+
+    # Training and evaluation.
+
+    def compile(
+        self,
+        *args: Any,
+        communicator: Communicator | None = None,
+        sharded: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.compile`, for one worker or several.
+
+        Args:
+            *args: Arguments of `keras.Model.compile`.
+            communicator: The communicator that connects the workers. By default a
+                `HorovodCommunicator` if `horovodrun` has started this process, else one worker.
+            sharded: Whether each worker keeps only its share of the Fisher information, precision
+                and anchor. All workers must then call `save` together.
+            **kwargs: Arguments of `keras.Model.compile`.
+        """
+        reached = detect_communicator() if communicator is None else communicator
+        workers = Workers(reached, sharded, self.workers.owners)
+        arguments = _by_name(keras.Model.compile, *args, **kwargs)
+        check_compile(self._consolidation, workers, arguments)
+        super().compile(**arguments)
+        self._consolidation.divide(self, workers)
+
+    def get_compile_config(self) -> Any:
+        """The compile configuration of `keras.Model`, and whether the state is sharded."""
+        config = super().get_compile_config()
+        return config and config | {"sharded": self.workers.sharded}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile like a saved model, with the current workers."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`keras.Model.fit`, which first refuses arrays that are empty, with NaN or wrong labels.
+        """`keras.Model.fit`, after a check of arrays for missing data, NaN and invalid labels.
 
-        Of datasets only what they say of themselves is looked at: a pass over them may be
-        expensive, or not repeatable.
+        The contents of datasets are not checked: a pass over them may be expensive, or impossible
+        to repeat. With several workers, `batch_size` is the batch size of each.
         """
-        given = arguments(keras.Model.fit, x, y, *args, **kwargs)
-        check_fit(self, given)
-        held_out = given.get("validation_data")
-        for data in (x, held_out[0] if isinstance(held_out, (tuple, list)) else None):
+        arguments = _by_name(keras.Model.fit, x, y, *args, **kwargs)
+        check_fit(self, arguments)
+        validation = arguments.get("validation_data")
+        for data in (x, validation[0] if isinstance(validation, (tuple, list)) else None):
             check_task_ids(self, data)
+        consolidation = self._consolidation
         if self.task_graph is not None:
-            self.task_graph.check(self)
-            given["callbacks"] = self.task_graph.with_update(self, given.get("callbacks"))
-        return super().fit(**given)
+            self.task_graph.check(self, consolidation.tasks_learned, consolidation.weights_digest)
+            update = lambda: consolidation.update_task_graph(self)  # noqa: E731
+            arguments["callbacks"] = self.task_graph.with_update(update, arguments.get("callbacks"))
+        if self.workers.several:
+            share_fit(self, consolidation, arguments)
+        build_state(self, arguments)
+        with _without_length(self.workers):
+            return super().fit(**arguments)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.evaluate`; workers share the examples and all return the same results."""
+        arguments = _by_name(keras.Model.evaluate, x, y, *args, **kwargs)
+        if self.workers.several and not evaluates_within_fit(arguments):
+            share_evaluation(self.workers, arguments)
+        with _without_length(self.workers):
+            return super().evaluate(**arguments)
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Create the slots the training step updates, then trace as Keras does."""
+        """Create the slots that the training step updates, then the train function of Keras."""
         if self.train_function is not None and not force:
             return self.train_function
-        if self._learns_online:
-            self.fisher.forget_all_but(self.fisher.shapes(self, by_path(self)))
-            shapes = self.kept(self.fisher.shapes(self, self._pulled_variables()))
-            self.fisher.build(shapes, optimizer.find(self.optimizer))
-        self.head_gate.build(self._trainable_by_path())
+        self._consolidation.build(self)
         return super().make_train_function(force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """`keras.Model.train_step`, with the pull added and the Fisher updated.
+        """`keras.Model.train_step`, plus the pull and the update of the Fisher information.
 
-        The gradient of the loss is exactly Keras' own. Before the first boundary it goes to the
-        optimizer untouched.
+        The gradient of the loss is exactly that of Keras. Before the first boundary the optimizer
+        gets it unchanged.
         """
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise RuntimeError(
                 "DWDModel does not train under a tf.distribute strategy with several replicas."
             )
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        fisher = self.fisher if self._learns_online else None
-        trainable = self._trainable_by_path()
-        variables = list(trainable.values())
-        with tf.GradientTape(persistent=True) as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
-            added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
-            added_loss = tf.add_n(added) if added else None
-            scaled_loss = self.optimizer.scale_loss(loss)
-        examples = tf.shape(next(t for t in tf.nest.flatten(x) if t is not None))[0]
-        self._loss_tracker.update_state(loss, sample_weight=examples)
+        return self._consolidation.training_step(self)(self, data)
 
-        gradients = tape.gradient(scaled_loss, variables)
-        # 1 unless the optimizer scales the loss (mixed precision): gradients carry that factor.
-        scale = self.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
-        workers, communicator = self.workers, self.workers.communicator
-        if workers.sharded:
-            # Each pull is that of one worker, and the mean of all is taken: no more to send.
-            pulls = self.head_gate.within(self.regularizer.gradients(by_path(self)))
-            named = dict(zip(trainable, gradients, strict=True))
-            times = communicator.size * (tf.ones(()) if scale is None else scale)
-            gradients = self.regularizer.added(pulls, trainable, named, times)
-        step = self.optimizer.iterations
-        gradients = workers.averaged(gradients, loss, step, scaled=scale is not None)
-        examples *= communicator.size
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """`keras.Model.compute_metrics`; the results within a step are those of this worker."""
+        self._in_step = True
+        try:
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+        finally:
+            self._in_step = False
 
-        from_data = gradients
-        if added_loss is not None or scale is not None:
-            from_added = [None] * len(variables)
-            if added_loss is not None:
-                from_added = tape.gradient(added_loss, variables)
-            from_data = data_gradients(gradients, from_added, scale)
-        del tape
+    def get_metrics_result(self) -> Any:
+        """`keras.Model.get_metrics_result`, over the examples of all workers."""
+        if self._in_step or not self.workers.several:
+            return super().get_metrics_result()
+        return metrics_result(self, self.workers, super().get_metrics_result)
 
-        if fisher is not None:
-            if fisher.estimator == "adam":
-                fisher.note(examples)
+    # Files and copies: files and deep copies include the state, clones do not.
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.save` to a `.keras` file, which includes the consolidation state.
+
+        With several workers rank 0 writes; with sharded state all of them must call it.
+        """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")) and self._consolidation.has_learned:
+            raise ValueError(
+                "`filepath` must end in '.keras': the older HDF5 format has no place for the "
+                f"consolidation state. Received: {filepath!r}"
+            )
+        if not self.workers.leads:
+            return self._give_state()
+        return super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """`keras.Model.save_weights` with the state, which a plain model ignores when loading.
+
+        With several workers rank 0 writes; with sharded state all of them must call it.
+        """
+        if not self.workers.leads:
+            return self._give_state()
+        with as_plain(self) as plain:
+            if plain is self:
+                return super().save_weights(*args, **kwargs)
+            return plain.save_weights(*args, **kwargs)
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.load_weights`; weights of a plain model leave the state unchanged."""
+        with as_plain(self) as plain:
+            if plain is self or os.fspath(filepath).endswith(".keras"):
+                super().load_weights(filepath, *args, **kwargs)
             else:
-                batch: Any = (x, y, sample_weight)
-                if fisher.estimator == "batch":  # at no cost: the gradient is there
-                    batch = dict(zip(trainable, from_data, strict=True)), examples
-                due = tf.convert_to_tensor(self.optimizer.iterations) % fisher.every == 0
-                due |= fisher.weight.value == 0  # the first step of a task
-                # Workers that wait for each other do so in one order.
-                with tf.control_dependencies([g for g in gradients if g is not None]):
-                    tf.cond(due, lambda: self._learn_fisher(batch, scale), _nothing)
+                plain.load_weights(filepath, *args, **kwargs)
 
-        if variables:
-            kept = self.head_gate.open(trainable, from_data)
-            self._apply(trainable, gradients, scale)
-            self.head_gate.close(kept)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = SAVED_MODEL,
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """`keras.Model.export` of the plain model, without the parts that only training needs.
 
-    def consolidate(self, data: Any = None, batch_size: int = 32) -> None:
-        """End the current task: protect what it learned from the tasks to come.
+        A SavedModel has the endpoint `serve`, which is also its default signature. It takes batches
+        of any size, by the names of the model's inputs, and needs only TensorFlow. The file is as
+        large as the weights. Existing content at `filepath` is replaced after everything is
+        written, and is kept if writing fails. With several workers rank 0 exports.
 
         Args:
-            data: The task's training data, to estimate its Fisher information in one pass:
-                `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, or any
-                iterable of such batches. Class weights given to `fit` are not known here: give
-                sample weights. `None` uses the online estimate that training kept.
-            batch_size: Examples per batch of that pass; memory decides where it is too large.
+            filepath: A new or empty folder, or the folder of a SavedModel to replace; a file for
+                other formats.
+            format: `"tf_saved_model"`, or another format of Keras (`"onnx"`, `"litert"`, …).
+            verbose: Whether to print the location of the exported model; true by default.
+            input_signature: A `keras.InputSpec` for each input, instead of the shapes and dtypes of
+                the model's inputs.
+            **kwargs: Arguments for other formats, see `keras.Model.export`.
 
         Raises:
-            ValueError: If the weights did not change since the last boundary, if data is empty,
-                not finite, of other shapes than the model's inputs or labelled outside its
-                outputs, or if there is no estimate to use. The model is then as before.
+            ValueError: If `filepath` holds anything else, or if `format` or `input_signature` is
+                invalid.
+
+        Example:
+
+        ```python
+        model.export("saved", verbose=False)
+        served = tf.saved_model.load("saved").signatures["serving_default"]
+        logits = served(image=x, task=ids)["output_0"]
+        ```
         """
-        if not self.compiled:
-            raise ValueError("Compile the model first: its loss defines the Fisher information.")
-        weights = {id(v) for v in self.weights}  # not the states of random generators
-        digest = digest_of({p: v for p, v in by_path(self).items() if id(v) in weights})
-        if self.tasks_learned and digest == self.weights_digest:
+        if self.workers.leads:
+            export(self, filepath, format, verbose, input_signature, **kwargs)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.quantize`; quantized variables do not change any more afterwards."""
+        arguments = _by_name(keras.Model.quantize, *args, **kwargs)
+        mode = arguments.get("mode") or getattr(arguments.get("config"), "mode", None)
+        if mode != "int8" and self.tasks_learned:
             raise ValueError(
-                "The weights are those of the last boundary: train the model on the next task "
-                "before consolidating again."
+                "`mode` must be 'int8' for a model that has learned tasks: others replace what "
+                "these are about. Quantise a clone with the same weights, to be used and not "
+                f"trained. Received: {mode!r}"
             )
-        if self.task_graph is not None:
-            self.task_graph.check(self)
-        variables = self._pulled_variables()
-        check_weights(variables)
-        grouped = Grouped({}, [], {})
-        folded: list[Folded] = []
-        if variables:
-            if data is None:
-                kept = {path: v for path, v in variables.items() if self.workers.keeps(path)}
-                statistics = self.fisher.value(optimizer.find(self.optimizer), kept)
-            else:
-                statistics = self._estimate(data, batch_size)
-            self.fisher.check(statistics)
-            blocks = self.fisher.blocks(self, variables, statistics)
-            if self.grouping is not None:
-                grouped = self.grouping.apply(self._learned(blocks))
-                blocks = grouped.blocks
-            folded = self.regularizer.folded(by_path(self), blocks)
-        if self.task_graph is not None:
-            self.task_graph.add(self, digest)
-        # From here on nothing can fail.
-        layout = self.regularizer.layout()
-        for part in folded:
-            self.regularizer.hold(*part)
-        if self.grouping is not None and self.grouping.budget is not None:
-            groups = grouped.groups
-            self.regularizer.follow({key: g["group"] for g in groups for key in g["layers"]})
-            for g in groups:
-                g["strength"] = float(self.regularizer.levels[g["group"]])
-        self.fisher.reset()
-        self.head_gate.reset()
-        self.tasks_learned += 1
-        self.groups, self.assignments = grouped.groups, grouped.assignments
-        self.weights_digest = digest
-        if self.grouping is not None:
-            self.grouping.commit()
-        try:
-            self.weigh_tasks()
-        finally:
-            if self.regularizer.layout() != layout:
-                self.retrace()
-
-    def weigh_tasks(self) -> None:
-        """Weigh the edges of the task graph to the current task, and move its anchor by them."""
-        if self.task_graph is not None and self.regularizer.strength > 0:
-            weights = self.task_graph.weights_to(self)
-            self.regularizer.tie_to(*self.task_graph.center(weights, by_path(self)))
-
-    def penalty(self) -> tf.Tensor:
-        """The current penalty ½ Σ Λ (θ − c)², a float32 scalar.
-
-        It is not part of the reported loss: its value would cost a pass over all weights a step.
-        `PenaltyLogger` reports it once an epoch.
-        """
-        return self.workers.total(self.regularizer.value(by_path(self)))
+        super().quantize(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """Configuration of the model, its settings included; its state is next to the weights."""
+        """The configuration of the model, including its settings but not its state."""
+        return super().get_config() | self._settings()
+
+    def _settings(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
-        return super().get_config() | {
+        return {
             "regularizer": serialize(self.regularizer),
             "fisher": serialize(self.fisher),
             "grouping": None if self.grouping is None else serialize(self.grouping),
             "task_graph": None if self.task_graph is None else serialize(self.task_graph),
         }
 
-    # Below: how it is done.
+    def _give_state(self) -> None:
+        """Take part in saving a state that is divided among the workers."""
+        self._consolidation.save(self)
 
-    def retrace(self) -> None:
-        """Make the training step anew: the one traced so far knows nothing of new slots.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model, as if saved and loaded, that shares nothing with the original."""
+        return deep_copy(self, memo)
 
-        Within a `fit` that goes on, which a callback may have called this from, the next step
-        takes the new function.
-        """
-        if self.train_function is not None:
-            self.make_train_function(force=True)
+    def __copy__(self) -> Any:
+        """A deep copy: a model cannot have copies that share its layers."""
+        return copy.deepcopy(self)
 
-    @property
-    def _learns_online(self) -> bool:
-        return self.fisher.online and bool(self._pulled_variables())
-
-    def _trainable_by_path(self) -> Variables:
-        """Trainable variables, in the order of `trainable_variables`."""
-        paths = {id(v): path for path, v in by_path(self).items()}
-        return {paths[id(v)]: v for v in self.trainable_variables}
-
-    def _pulled_variables(self) -> Variables:
-        trainable = self._trainable_by_path().items()
-        return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
-
-    def data_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
-        """The loss of the data alone: no penalty, no regularisation. Graph code."""
-        loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
-        # Subtracting the added losses again leaves a gradient of exactly zero for them.
-        added = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in self.losses]
-        return loss - tf.add_n(added) if added else loss
-
-    def _learn_fisher(self, batch: Any, scale: tf.Tensor | None) -> tf.Tensor:
-        """Update the online estimate, from a batch or, for `batch`, from gradients and a count."""
-        if self.fisher.estimator == "batch":
-            gradients, count = batch[0], tf.cast(batch[1], "float32")
-            statistics = {
-                f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
-                for path, g in gradients.items()
-                if g is not None
-            }
-        else:
-            variables = self._pulled_variables()
-            statistics = self.statistics(variables, batch, self.workers.communicator)
-            statistics = self.workers.reduced(statistics)
-        known = {name: value for name, value in statistics.items() if name in self.fisher.slots}
-        valid = all_finite(statistics.values()) if scale is not None else None
-        self.fisher.update(known, valid)
-        return _nothing()
-
-    def statistics(
-        self, variables: Variables, batch: Any, communicator: Communicator | None = None
-    ) -> Statistics:
-        """F̂ of one batch, a part of one of all workers; graph code.
-
-        The loss that it computes is in no report.
-        """
-        reported = [v for metric in self.metrics for v in metric.variables]
-        before = [tf.identity(v.value) for v in reported]
-        scale, others = loss_scale(self), communicator or Communicator()
-        statistics = self.fisher.of_batch(self, variables, batch, scale, others)
-        for variable, value in zip(reported, before, strict=True):
-            variable.assign(value)
-        return statistics
-
-    def _apply(self, variables: Variables, gradients: list[Any], scale: tf.Tensor | None) -> None:
-        """Let the optimizer update the variables, with the pull in it if there is one."""
-        named = dict(zip(variables, gradients, strict=True))
-        budget = self.grouping.budget if self.grouping is not None else None
-        pulls = self.regularizer.pulls and not self.workers.sharded  # else it is in there
-        decoupled = optimizer.find(self.optimizer) if pulls else None
-        if not pulls:
-            self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
-            return
-        if decoupled is None:
-            pulled = self.regularizer.with_pull(by_path(self), named, scale, budget)
-            self.optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
-            return
-
-        def pull(stiffness: dict[int, tf.Tensor]) -> None:
-            known = {path: stiffness[id(v)] for path, v in variables.items() if id(v) in stiffness}
-            self.regularizer.pull(by_path(self), known)
-
-        if budget is not None:
-            self.regularizer.balance(
-                self.regularizer.gradients(by_path(self)), named, scale, budget
-            )
-        with decoupled.pulling(pull):
-            self.optimizer.apply_gradients(zip(gradients, variables.values(), strict=True))
-
-    def _estimate(self, data: Any, batch_size: int) -> Arrays:
-        communicator = self.workers.communicator
-        looked = int(np.asarray(self.fisher.looked))
-        try:
-            found = self._pass(self, self._pulled_variables(), data, batch_size, communicator)
-        finally:
-            self.fisher.start(looked)  # also where the pass fails: then nothing has changed
-        return self.kept(found)
-
-    def kept(self, of_blocks: dict[str, Any]) -> dict[str, Any]:
-        """Of all statistics, by `kind/PATH`, those of blocks that this worker keeps."""
-        variables = self._pulled_variables()
-        self.workers.divide(block_sizes(self.fisher.shapes(self, variables), variables))
-        kept = {name: name.partition("/")[2] for name in of_blocks}
-        return {name: of_blocks[name] for name, path in kept.items() if self.workers.keeps(path)}
-
-    def _learned(self, blocks: dict[str, Block]) -> Learned:
-        values = {path: np.asarray(v) for path, v in by_path(self).items()}
-        anchors = {path: np.asarray(v) for path, v in self.regularizer.anchors.items()}
-        exchange = self.workers.exchange
-        return Learned(blocks, values, anchors, kinds_of(self), self.groups, exchange)
+    def _prepare_clone(self, outputs: list[keras.KerasTensor]) -> None:
+        """Attach the settings to the outputs of a clone: `clone_model` does not pass them on."""
+        mark_clone(outputs, self._settings())
 
 
-def _nothing() -> tf.Tensor:
-    """What both branches of a conditional return that are there for their effect."""
-    return tf.zeros(())
+def _by_name(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a method of `keras.Model` by name, without `self`."""
+    arguments = inspect.signature(method).bind(None, *args, **kwargs).arguments
+    arguments.pop("self")
+    return arguments | arguments.pop("kwargs", {})
+
+
+@contextmanager
+def _without_length(workers: Workers) -> Iterator[None]:
+    """Suppress Keras' warning on datasets of unknown length, which several workers use."""
+    if not workers.several:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        yield

@@ -1,10 +1,12 @@
-"""Addressing variables by path: a position in a list shifts when a layer is frozen."""
+"""Addresses variables by path, because positions in a list change when a layer is frozen."""
 
 import hashlib
 from collections.abc import Iterator
 
 import keras
 import numpy as np
+
+from keras_dwd.keras_private import layers_within, own_variables
 
 Arrays = dict[str, np.ndarray]
 """One array per variable, keyed by its path in the model."""
@@ -14,23 +16,35 @@ Variables = dict[str, keras.Variable]
 
 
 def by_path(model: keras.Model) -> Variables:
-    """All variables of a model by the names of the layers they are in, outermost first.
+    """All variables of a model by path: the names of their layers, outermost first, and their own.
 
-    `variable.path` will not do: it starts with the name of whatever model was being built at the
-    time, and is another one after loading.
+    `variable.path` does not work for this: it starts with the name of the model that was being
+    built when the variable was created, and changes when the model is loaded.
 
     Raises:
         ValueError: If two variables share a path.
     """
-    found: Variables = {}
+    variables: Variables = {}
     for path, variable in _walk(model, "", set()):
-        if path in found:
+        if path in variables:
             raise ValueError(
                 f"Two variables of the model are called {path!r}, and nothing tells them apart. "
                 "Give the layers distinct names."
             )
-        found[path] = variable
-    return found
+        variables[path] = variable
+    return variables
+
+
+def trainable_by_path(model: keras.Model) -> Variables:
+    """The trainable variables by path, in the order of `model.trainable_variables`."""
+    paths = {id(v): path for path, v in by_path(model).items()}
+    return {paths[id(v)]: v for v in model.trainable_variables}
+
+
+def weights_by_path(model: keras.Model) -> Variables:
+    """The weights by path: all variables except the states of random generators."""
+    weights = {id(v) for v in model.weights}
+    return {path: v for path, v in by_path(model).items() if id(v) in weights}
 
 
 def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str, keras.Variable]]:
@@ -46,9 +60,8 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
 def kinds_of(model: keras.Model) -> dict[str, str]:
     """The class of each variable's layer, by path, in the order of `by_path`."""
     kinds: dict[int, str] = {}
-    for layer in model._flatten_layers(include_self=False):
-        own = [*layer._trainable_variables, *layer._non_trainable_variables]
-        kinds |= {id(v): type(layer).__name__ for v in own}
+    for layer in layers_within(model):
+        kinds |= {id(v): type(layer).__name__ for v in own_variables(layer)}
     return {path: kinds[id(v)] for path, v in by_path(model).items() if id(v) in kinds}
 
 
@@ -60,6 +73,6 @@ def untracked(values: np.ndarray, name: str, dtype: str = "float32") -> keras.Va
 def digest_of(variables: Variables) -> bytes:
     """A digest of the values of variables, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for variable in variables.values():  # not of their paths, which may be others after loading
+    for variable in variables.values():  # paths may change on loading
         digest.update(np.ascontiguousarray(variable).view("uint8").data)
     return digest.digest()

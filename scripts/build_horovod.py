@@ -1,18 +1,18 @@
 """Build Horovod 0.28.1 against the installed TensorFlow and install it.
 
-Horovod is published as source only, and its last release predates what it has to build against:
+Horovod is published as source only, and its last release needs these changes to build and run:
 
-- CMake 4 refuses the policy level of its bundled Gloo (`CMAKE_POLICY_VERSION_MINIMUM`);
-- gcc 13 no longer includes `<cstdint>` and friends by itself (`-include`);
-- TensorFlow 2.19 moved the XLA headers that `xla_mpi_ops.cc` includes, although all of that file's
-  code is for GPUs: the guard is moved in front of the includes;
-- its Gloo controller reserves a vector and then reads its size, so that the check for stalled
-  ranks never fires: it resizes it instead;
-- the connections of its process sets forget which network interface they were to use, and take that
-  of the host's name, which on Debian is the loopback: several hosts then never find each other.
+- CMake 4 rejects the policy version of the bundled Gloo: `CMAKE_POLICY_VERSION_MINIMUM` is set.
+- gcc 13 no longer includes `<cstdint>` and similar headers implicitly: `-include` adds them.
+- TensorFlow 2.19 moved XLA headers that `xla_mpi_ops.cc` includes. As all code of that file is for
+  GPUs, its preprocessor guard is extended to the includes.
+- The Gloo controller reserves a vector and then uses its size, so the check for stalled ranks
+  never fires: the vector is resized instead.
+- The connections of process sets ignore the chosen network interface and use that of the host
+  name, which is the loopback on Debian, so that hosts cannot connect: the interface is passed on.
 
-The wheel is kept in the user's cache, keyed by everything it depends on, so that the next
-environment installs it in seconds.
+The wheel is cached for each combination of versions and patches, so that the next environment
+installs it in seconds.
 
 Usage: python scripts/build_horovod.py [--constraint FILE] [--force]
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 
 VERSION = "0.28.1"
 
-# (file, text as released, text as built)
+# (file, released text, replacement)
 PATCHES = [
     (
         "horovod/tensorflow/xla_mpi_ops.cc",
@@ -65,7 +65,7 @@ COMPILER_FLAGS = "-include cstdint -include stdexcept -include string"
 
 
 def cache_folder() -> Path:
-    """Where the wheel for this TensorFlow, Python, machine and set of patches is kept."""
+    """Cache folder of the wheel for this TensorFlow, Python, machine and set of patches."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     recipe = hashlib.sha256(repr((PATCHES, BUILD_ENVIRONMENT, COMPILER_FLAGS)).encode())
     key = (
@@ -77,7 +77,7 @@ def cache_folder() -> Path:
 
 
 def tensorflow_version() -> str:
-    """Version of the TensorFlow distribution of this environment."""
+    """Version of the TensorFlow installed in this environment."""
     for distribution in ("tensorflow", "tensorflow-cpu"):
         try:
             return importlib.metadata.version(distribution)
@@ -87,7 +87,7 @@ def tensorflow_version() -> str:
 
 
 def pip(*arguments: str, **options: object) -> None:
-    """Run pip of this environment; its failure ends the script."""
+    """Run this environment's pip; exit if it fails."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     result = subprocess.run(command, **options)  # type: ignore[call-overload]
     if result.returncode:
@@ -95,7 +95,7 @@ def pip(*arguments: str, **options: object) -> None:
 
 
 def patch(source: Path) -> None:
-    """Apply `PATCHES`; text that is not found is an error, never a silent skip."""
+    """Apply `PATCHES`; exit if a text to replace is not in its file exactly once."""
     for name, released, built in PATCHES:
         path = source / name
         text = path.read_text()
@@ -105,11 +105,11 @@ def patch(source: Path) -> None:
 
 
 def build(target: Path, constraint: list[str]) -> None:
-    """Download, patch and build; `target` appears only when the wheel is complete."""
+    """Download, patch and build; `target` is created only when the wheel is complete."""
     if shutil.which("g++") is None and "CXX" not in os.environ:
         sys.exit("build_horovod: no C++ compiler (on Debian: apt-get install build-essential)")
     pip("install", *constraint, "setuptools", "wheel", "cmake")
-    environment = BUILD_ENVIRONMENT | os.environ  # which may ask for more, such as NCCL
+    environment = BUILD_ENVIRONMENT | os.environ  # the user's variables win, for example for NCCL
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["CXXFLAGS"] = f"{environment.get('CXXFLAGS', '')} {COMPILER_FLAGS}".strip()
     environment.setdefault("MAKEFLAGS", f"-j{os.cpu_count() or 1}")
@@ -130,7 +130,7 @@ def build(target: Path, constraint: list[str]) -> None:
 
 
 def main() -> None:
-    """Install from the cache, building first where needed."""
+    """Install the wheel from the cache; build it first if it is not there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--constraint", help="pip constraints file")
     parser.add_argument("--force", action="store_true", help="build even if a wheel is cached")
@@ -143,7 +143,7 @@ def main() -> None:
         build(target, constraint)
     (wheel,) = target.glob("*.whl")
     pip("install", *constraint, "--force-reinstall", "--no-deps", str(wheel))
-    pip("install", *constraint, f"horovod=={VERSION}")  # what Horovod itself depends on
+    pip("install", *constraint, f"horovod=={VERSION}")  # the dependencies of Horovod
 
 
 if __name__ == "__main__":

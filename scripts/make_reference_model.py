@@ -13,18 +13,17 @@ from keras_dwd import (
     DWDModel,
     DWDOptimizer,
     DWDRegularizer,
-    GroupingPolicy,
     KroneckerFisher,
-    LayerGrouping,
-    SingleGroup,
     __version__,
 )
+from keras_dwd.experimental import GroupingPolicy
+from keras_dwd.groupings import LayerGrouping, SingleGroup
 
 FOLDER = Path(__file__).parent.parent / "tests" / "data"
 
 
 def main() -> None:
-    """Learn two tasks and a part of a third, with one of most things that a state has."""
+    """Save a model in the middle of its third task, with most kinds of consolidation state."""
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     network = keras.Sequential(

@@ -1,9 +1,9 @@
-"""Train, export and describe the model in `saved_models`.
+"""Train and export the model in `saved_models`, and write its model card.
 
 Usage: python scripts/make_saved_model.py
 
-It learns five pairs of digits one after another, with a head for each. All figures in the model
-card are measured on the exported model.
+The model learns to tell apart five pairs of digits, one pair after another, with a head for each.
+All figures in the model card are measured on the exported model.
 """
 
 import json
@@ -16,8 +16,9 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_dwd import DWDModel, TaskHeads, __version__
+from keras_dwd import DWDModel, __version__
 from keras_dwd.files import replaced
+from keras_dwd.layers import TaskHeads
 
 FOLDER = Path(__file__).parent.parent / "saved_models" / "split_digits"
 EPOCHS = 10
@@ -86,7 +87,7 @@ tensorflow_model_server --rest_api_port=8501 --model_name=split_digits \\
 
 
 def network() -> keras.Model:
-    """From pixel values to the logits of the two digits of a task."""
+    """A network from pixel values and task ids to the logits of the two digits of the task."""
     image = keras.Input((8, 8), name="image")
     task = keras.Input((), dtype="int32", name="task")
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 16)(image))
@@ -97,16 +98,16 @@ def network() -> keras.Model:
 
 def parts(x: np.ndarray, y: np.ndarray) -> list[Any]:
     """Inputs and labels of each task."""
-    found = []
+    tasks = []
     for t, digits in enumerate(TASKS):
-        chosen = np.isin(y, digits)
-        images = x[chosen].reshape(-1, 8, 8).astype("float32")
-        found.append(((images, np.full(len(images), t, "int32")), y[chosen] - digits[0]))
-    return found
+        of_task = np.isin(y, digits)
+        images = x[of_task].reshape(-1, 8, 8).astype("float32")
+        tasks.append(((images, np.full(len(images), t, "int32")), y[of_task] - digits[0]))
+    return tasks
 
 
 def main() -> None:
-    """Learn the tasks, export, measure, write the card."""
+    """Train on the tasks, export the model, measure its accuracy and write the model card."""
     keras.utils.set_random_seed(0)
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, stratify=y, **SPLIT)
@@ -141,8 +142,8 @@ def main() -> None:
         },
     }
     size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    with replaced(FOLDER / "README.md") as made:
-        made.write_text(
+    with replaced(FOLDER / "README.md") as card:
+        card.write_text(
             CARD.format(
                 rows="\n".join(rows),
                 epochs=EPOCHS,

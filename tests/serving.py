@@ -1,9 +1,9 @@
-"""Runs models as someone does who has no keras_dwd, in a process of its own.
+"""Runs models in a separate process in which keras_dwd cannot be imported.
 
 Usage: python tests/serving.py FOLDER...
 
-Of each folder the model, `saved` or `model.keras`, is given `inputs.npz`; `outputs.npz` is what it
-makes of them.
+In each folder the model `saved` or `model.keras` is called on the inputs in `inputs.npz`; its
+outputs are written to `outputs.npz`.
 """
 
 import sys
@@ -20,7 +20,7 @@ def main() -> None:
         if (folder / "saved").exists():
             outputs = tf.saved_model.load(folder / "saved").signatures["serving_default"](**inputs)
         else:
-            import keras  # of no use to a SavedModel
+            import keras  # not needed for a SavedModel
 
             (x,) = inputs.values()
             outputs = {"output_0": keras.models.load_model(folder / "model.keras")(x)}

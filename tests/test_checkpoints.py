@@ -6,11 +6,10 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import blobs
+from cases import blobs
 from safetensors.numpy import save_file
 
-from keras_dwd import Scenario, run_sequence
-from keras_dwd.evaluation import runner
+from keras_dwd.evaluation import Scenario, run_sequence, runner
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.files import FileError, read_arrays, write_arrays
 
@@ -37,7 +36,7 @@ def scenario(first=0):
 
 
 class KilledError(Exception):
-    """In place of a signal."""
+    """Raised to interrupt a run, in place of a signal."""
 
 
 class Kill(keras.callbacks.Callback):
@@ -70,14 +69,14 @@ def run(folder, method="dwd-online", at=None, shown=(), first_seed=0, **settings
 def ended_with(folder):
     arrays, _ = read_arrays(max(folder.glob("checkpoint-*")))
     clocks = {"progress/train_seconds", "progress/boundary_seconds", "progress/spent"}
-    # Random generators are numbered anew in a process; they are among the weights, by position.
+    # Names of random generators differ from run to run; their states are among the weights.
     clocks |= {name for name in arrays if "seed_generator" in name}
     return {name: array.tobytes() for name, array in arrays.items() if name not in clocks}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What a run of a method ends with."""
+    """The final state and the accuracies of an uninterrupted run of a method."""
     known = {}
 
     def of(method):
@@ -126,7 +125,7 @@ def test_a_run_that_is_over_is_not_run_again(tmp_path, undisturbed):
 
 
 def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
-    """The files of the task graph are one task ahead of the newest checkpoint that is left."""
+    """The files of the task graph are one task ahead of the newest remaining checkpoint."""
     run(tmp_path, "dwd-online+graph", at=None)
     newest, before = sorted(tmp_path.glob("checkpoint-*"), reverse=True)
     assert "graph" in {p.name for p in tmp_path.iterdir()}
@@ -137,7 +136,7 @@ def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
         path.unlink(missing_ok=True)
     for path in tmp_path.glob("checkpoint-*"):
         path.unlink()
-    run(tmp_path, "dwd-online+graph")  # from the first task
+    run(tmp_path, "dwd-online+graph")  # starts again from the first task
     assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
 
 
@@ -149,7 +148,7 @@ def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
     ],
 )
 def test_a_run_that_ends_at_its_first_boundary_goes_on(tmp_path, monkeypatch, of, where, method):
-    """After the files of the task graph were written; after `fit` has put averages in place."""
+    """Interrupted after the task graph is written, and after `fit` has applied weight averages."""
 
     def run_in(folder):
         optimizer = keras.optimizers.Adam(use_ema=True, ema_momentum=0.9)
@@ -183,7 +182,7 @@ def test_stopping_early_is_not_undone(tmp_path, monkeypatch):
     note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
     with pytest.raises(KilledError):
         run(tmp_path, at=(1, 0, 0), shown=[note], epochs=50)
-    assert epochs == [0]  # of the second task
+    assert epochs == [0]  # the first epoch of the second task
 
 
 def test_other_data_are_refused(tmp_path):
@@ -267,8 +266,9 @@ def test_a_disk_that_is_full_ends_the_run_which_can_go_on(tmp_path, undisturbed,
     assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
 
 
+@pytest.mark.long
 def test_killed_by_a_signal(tmp_path):
-    """As `benchmarks/crash.py` does it 50 times: real processes, a real SIGKILL."""
+    """Real processes and a real SIGKILL; `benchmarks/crash.py` does this 50 times."""
     out = tmp_path / "crash.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--kills", "1"]
     command += ["--methods", "dwd-online+graph", "--out", str(out)]

@@ -1,4 +1,4 @@
-"""Several workers, in real processes, equal one."""
+"""Several workers, in real processes, give the same results as one."""
 
 import json
 import os
@@ -14,24 +14,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import workers as script
-from conftest import blobs, compiled
+from cases import blobs, compiled
 from typer.testing import CliRunner
 
-from keras_dwd import (
-    Communicator,
-    DiagonalFisher,
-    DWDOptimizer,
-    LayerGrouping,
-    LearningRateWarmup,
-    cli,
-)
-from keras_dwd.distributed import data, horovod
+from keras_dwd import Communicator, DiagonalFisher, DWDOptimizer, cli
+from keras_dwd.callbacks import LearningRateWarmup
+from keras_dwd.distributed import data
+from keras_dwd.distributed.launch import launch
 from keras_dwd.distributed.workers import Workers
+from keras_dwd.groupings import LayerGrouping
 
-if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` sets it: there it must be
+if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` requires Horovod
     pytest.importorskip("horovod", reason="Horovod is not installed")
 
-# Shorter than the defaults, so that what must be noticed is noticed while the test runs.
+# Shorter than the defaults, so that stalled workers are detected while the test runs.
 IMPATIENT = {
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "5",
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "10",
@@ -46,7 +42,7 @@ def command(name, folder):
 def run_workers(name, folder, count, **environment):
     """The results of each worker, by rank."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    assert horovod.launch(command(name, folder), count, quiet | environment) == 0
+    assert launch(command(name, folder), count, quiet | environment) == 0
     results = []
     for rank in range(count):
         with np.load(folder / f"{name}.{rank}.npz") as file:
@@ -55,9 +51,9 @@ def run_workers(name, folder, count, **environment):
 
 
 def failing(name, folder, count, **environment):
-    """The exit code and what was written by workers that fail, and the seconds it took."""
+    """The exit code and output of workers that fail, and the seconds until they ended."""
     program = (
-        "import sys; from keras_dwd.distributed.horovod import launch;"
+        "import sys; from keras_dwd.distributed.launch import launch;"
         f"sys.exit(launch({command(name, folder)!r}, {count}))"
     )
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -80,7 +76,7 @@ def assert_close(found, expected, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """What one worker finds."""
+    """The results of a single worker."""
     (found,) = run_workers("agree", tmp_path_factory.mktemp("one"), 1)
     return found
 
@@ -90,17 +86,17 @@ def test_several_workers_find_what_one_finds(count, cases, one, tmp_path):
     """Weights, Fisher information, factors, groups, anchors, penalties and metrics."""
     results = run_workers("agree", tmp_path, count, CASES=",".join(cases))
     kept = {key for found in results for key in found}
-    # The order of shuffled examples is not that of Keras with one worker.
+    # The order of shuffled examples differs from that of Keras with one worker.
     expected = {key for key in one if key.split("/")[0] in {*cases, "sequence"} - {"shuffled"}}
     assert expected <= kept
     for rank, found in enumerate(results):
         loose = ("shuffled", "half", "elements")
         assert_close({k: v for k, v in found.items() if k.split("/")[0] not in loose}, one)
-        # In half precision Adam takes some of the smallest gradients another way.
+        # Half precision changes the direction of Adam's step for some of the smallest gradients.
         halves = {k: v for k, v in found.items() if k.startswith(("half/weight", "half/val"))}
         assert_close(halves, one, 0.05)
         for key in (k for k in found if k.startswith("elements/group")):
-            assert abs(found[key] - one[key]) <= 3  # of 140, at the borders of groups
+            assert abs(found[key] - one[key]) <= 3  # of 140; borders of groups may differ
         for key in set(found) & set(results[0]):
             np.testing.assert_allclose(found[key], results[0][key], rtol=1e-5, atol=1e-6)
         sharded = [key for key in found if key.startswith("sharded/pull/")]
@@ -108,7 +104,7 @@ def test_several_workers_find_what_one_finds(count, cases, one, tmp_path):
 
 
 def test_the_square_of_the_mean_gradient_is_told_apart_from_the_fisher_information(one):
-    """The tolerance of the test above would not let it through."""
+    """The tolerance of the test above is small enough to detect this difference."""
     model = script.made(fisher=DiagonalFisher("batch", every=1))
     x, y = script.data(0)
     script.fit(model, x, y, epochs=3, shuffle=False)
@@ -123,7 +119,7 @@ def test_the_square_of_the_mean_gradient_is_told_apart_from_the_fisher_informati
 
 
 def test_a_killed_run_goes_on_with_another_number_of_workers(one, tmp_path):
-    """Killed with two workers in the second task; the newest file is damaged besides."""
+    """Two workers are killed in the second task, and the newest file is damaged as well."""
     kept = {"CHECKPOINTS": str(tmp_path / "kept"), "SHARDED": "1"}
     code, said, _ = failing("sequence", tmp_path, 2, DIE_AT="[1, 1, 1]", **kept)
     ended = time.time()
@@ -131,7 +127,7 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(one, tmp_path):
     assert "Worker 1 was ended by signal 9" in said
     assert not list(tmp_path.glob("*.npz"))
     files = sorted((tmp_path / "kept").iterdir())
-    assert ended - files[-1].stat().st_mtime < 60  # written just before; starting is not counted
+    assert ended - files[-1].stat().st_mtime < 60  # it was written shortly before the end
     files[-1].write_bytes(files[-1].read_bytes()[:-100])
     (found,) = run_workers("sequence", tmp_path, 1, **kept)
     assert_close({f"sequence/{key}": value for key, value in found.items()}, one)
@@ -148,7 +144,7 @@ def test_each_worker_keeps_its_share_of_the_state(tmp_path):
 
 
 def sent(folder, **environment):
-    """By name of a collective, the number of times and the elements of one, as Horovod saw it."""
+    """Number of calls and of elements of each collective, by name, from Horovod's timeline."""
     timeline = folder / "timeline.json"
     run_workers("bytes_sent", folder, 2, HOROVOD_TIMELINE=str(timeline), **environment)
     text = timeline.read_text().rstrip().rstrip(",")
@@ -169,12 +165,11 @@ def test_the_pull_of_sharded_workers_sends_nothing_more(tmp_path):
         (tmp_path / name).mkdir()
     plain = sent(tmp_path / "plain", SHARDED="0")
     pulled = sent(tmp_path / "sharded", SHARDED="1")
-    steps = 12  # of 96 examples, 8 at a time
+    steps = 12  # 96 examples in batches of 8
     gradients = {name for name in plain if "gradients" in name}
     assert len(gradients) == 6  # one for each variable
     assert all(plain[name] == steps for name in gradients)
-    # Twice as many fits, and in each of them nothing in a step but the gradients, but for the
-    # one Fisher update of each fit.
+    # Here are two fits; besides the gradients, each sends only one Fisher update.
     assert all(pulled[name] == 2 * steps for name in gradients)
     others = {n: c for n, c in pulled.items() if n not in plain and n not in gradients}
     within = {name: c for name, c in others.items() if "fisher" in name or "residuals" in name}
@@ -283,7 +278,7 @@ def test_the_command_line_runs_workers_and_resumes(tmp_path):
 
 
 class Several(Communicator):
-    """A worker that hears nothing but itself of the others."""
+    """A communicator that receives its own messages in place of those of other workers."""
 
     def __init__(self, rank=0, size=2):
         self.rank, self.size = rank, size
@@ -390,3 +385,86 @@ def test_warmup_leaves_one_worker_alone_and_refuses_schedules():
         model = compiled(optimizer=optimizer)
         with pytest.raises(ValueError, match="schedule"):
             model.fit(x, y, verbose=0, callbacks=[LearningRateWarmup()])
+
+
+def several_learner(base=None, rate=0.1):
+    """The first of two workers, which hears nothing but itself of the other."""
+    keras.utils.set_random_seed(0)
+    model = compiled(base, fisher=DiagonalFisher("batch"), grouping=None)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(rate), loss, communicator=Several())
+    return model
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_class_weights_are_weights_of_examples(as_dataset):
+    x, y = blobs(32)
+    given = np.linspace(0.5, 1.5, 32).astype("float32") if as_dataset else np.ones(32, "float32")
+    by_class = np.array([2.0, 1.0, 0.25], "float32")[y]  # the second has none of its own
+    found = []
+    for weights, settings in (
+        (given, {"class_weight": {0: 2.0, 2: 0.25}}),
+        (given * by_class, {}),
+        (given, {}),
+    ):
+        model = several_learner()
+        if as_dataset:
+            data = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(8)
+            model.fit(data, verbose=0, **settings)
+        else:
+            if not settings:
+                settings = {"sample_weight": weights}
+            model.fit(x, y, batch_size=8, shuffle=False, verbose=0, **settings)
+        found.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-7)
+    assert np.abs(found[0] - found[2]).max() > 1e-4
+
+
+def test_the_last_examples_are_held_back_for_validation():
+    x, y = blobs(40)
+    model = several_learner(rate=0.0)
+    history = model.fit(x, y, batch_size=4, validation_split=0.2, verbose=0).history
+    mine = slice(32, 36)  # of the last 8 the half of the first worker
+    logits = model.predict(x[mine], verbose=0).astype("float64")
+    chosen = logits[np.arange(4), y[mine]]
+    expected = np.mean(np.log(np.exp(logits).sum(1)) - chosen)
+    assert history["val_loss"] == pytest.approx([expected], rel=1e-4)
+
+
+def test_warmup_sets_the_learning_rate_back():
+    model = several_learner(rate=0.1)
+    seen = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(float(self.model.optimizer.learning_rate))
+
+    model.fit(
+        *blobs(), batch_size=4, epochs=2, verbose=0, callbacks=[LearningRateWarmup(1), Rates()]
+    )
+    assert seen[-1] == pytest.approx(0.2)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.1)
+
+
+def test_moving_averages_of_workers_are_averaged():
+    class Alike(Several):
+        """Of two workers that have the same."""
+
+        def total(self, arrays, name):
+            return [2 * np.asarray(array, "float64") for array in arrays]
+
+    base = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.BatchNormalization(momentum=0.9, name="norm"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    model = several_learner(base, rate=0.0)
+    model.compile(keras.optimizers.SGD(0.0), model.loss, communicator=Alike())
+    x, y = blobs(32)
+    model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    mine = x[:16].astype("float64")
+    norm = model.get_layer("norm")
+    np.testing.assert_allclose(norm.moving_mean, 0.1 * mine.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(norm.moving_variance, 0.9 + 0.1 * mine.var(0), rtol=1e-4)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -7,13 +8,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, mlp
+from cases import blobs, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from keras_dwd import METHODS, AccuracyMatrix, DWDOptimizer, Method, Scenario, run_sequence
+from keras_dwd import DWDOptimizer
 from keras_dwd.cli import app
+from keras_dwd.evaluation import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.files import write_json
 
@@ -59,7 +61,7 @@ def test_every_method_runs(method, as_dataset):
     result = run_sequence(lambda s: mlp(), scenario(as_dataset), method, epochs=4)
     assert result.matrix.after.shape == (3, 3)
     assert not np.isnan(result.matrix.after[-1]).any()
-    # 48 examples a task in batches of 32, or 16 of the dataset; 4 epochs.
+    # 48 examples per task in batches of 32, or of 16 for the dataset; 4 epochs.
     assert result.steps == (36 if as_dataset else 20 if method == "joint" else 24)
     metrics = result.metrics()
     assert metrics["steps_per_second"] >= metrics["steps_per_second_with_boundaries"] > 0
@@ -101,10 +103,14 @@ def test_unknown_method():
 def test_methods_take_another_estimator(name):
     result = run_sequence(lambda s: mlp(), scenario(), name, strength=1.0, epochs=1)
     estimator = name.partition(":")[2]
-    assert result.model.fisher.get_config()["estimator"] == estimator
+    present_name = {"exact": "empirical", "sampled": "mc"}.get(estimator, estimator)
+    assert result.model.fisher.get_config()["estimator"] == present_name
     assert isinstance(result.model.optimizer, DWDOptimizer) == (estimator == "adam")
     assert result.model.tasks_learned == 3
-    assert float(result.model.penalty()) >= 0
+    for variable in result.model.trainable_variables:
+        before = float(result.model.penalty())
+        variable.assign_add(0.1 * tf.ones(variable.shape))
+        assert float(result.model.penalty()) != before
 
 
 @pytest.mark.parametrize(
@@ -124,7 +130,7 @@ def test_files_are_whole_or_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
-# The command line.
+# Tests of the command line.
 
 
 def invoke(*arguments):
@@ -156,10 +162,27 @@ def test_run_writes_and_prints(tmp_path):
 
 
 def test_json_is_all_that_is_printed():
-    command = [sys.executable, "-m", "keras_dwd", "run", "--json", "--scenario", "split:digits"]
+    command = [sys.executable, "-m", "keras_dwd_command", "run", "--json"]
+    command += ["--scenario", "split:digits"]
     command += ["--tasks", "2", "--seeds", "1", "--epochs", "1", "--methods", "finetune"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["protocol"]["setting"] == "task"
+    # TensorFlow's start-up messages begin so: none of them is on the first screen.
+    lines = done.stderr.splitlines()
+    assert not [line for line in lines if re.match("[IWE]0000|WARNING: All log|To enable", line)]
+
+
+def test_the_command_holds_back_known_start_up_messages_only():
+    code = (
+        "import os, keras_dwd_command as c\n"
+        "with c.without_noise():\n"
+        "    os.write(2, b'I0000 00:00 1 cudart_stub.cc:31] no drivers\\nthe disk is full\\n')\n"
+        "    print('shown', flush=True)\n"
+        "os.write(2, b'afterwards')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "shown\n"
+    assert done.stderr == "the disk is full\nafterwards"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +234,8 @@ def test_inputs_may_be_a_list():
         return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Add()(inputs)))
 
     result = run_sequence(build, Scenario.from_tasks([task]), "dwd", epochs=1)
-    assert 0 <= result.matrix.average_accuracy <= 1
+    right = np.argmax(result.model.predict([x, x], verbose=0), 1) == y
+    assert result.matrix.average_accuracy == pytest.approx(right.mean())
 
 
 def test_errors_have_no_traceback():
@@ -252,3 +276,27 @@ def test_other_backends_are_refused(backend):
     )
     assert done.returncode == 1
     assert f"but the backend is '{backend}'" in done.stderr
+
+
+def test_another_seed_is_another_run():
+    results = [
+        run_sequence(lambda s: mlp(), scenario(), "finetune", epochs=1, seed=seed)
+        for seed in (0, 3)
+    ]
+    kernels = [np.array(result.model.get_layer("hidden").kernel) for result in results]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
+def test_the_compared_methods_are_what_they_are_called():
+    """The settings of the published methods, as the documentation of `DWDModel` has them."""
+    found = {}
+    for name in ("finetune", "ewc", "online-ewc"):
+        found[name] = METHODS[name].configuration(7.0)
+    assert found["finetune"]["regularizer"]["strength"] == 0
+    assert found["ewc"]["regularizer"] == {"strength": 7.0, "decay": 1.0, "anchor": "folded"}
+    assert found["online-ewc"]["regularizer"] == {"strength": 7.0, "decay": 0.9, "anchor": "latest"}
+    for name in ("ewc", "online-ewc"):
+        assert found[name]["fisher"]["estimator"] == "empirical"
+        assert found[name]["fisher"]["gamma"] is None
+        assert found[name]["grouping"] is None
+        assert found[name]["boundary_pass"]

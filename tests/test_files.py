@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def test_a_file_with_any_bit_turned_is_refused(tmp_path):
             path.write_bytes(damaged)
             with pytest.raises(FileError, match="damaged"):
                 read_arrays(path)
-            if at >= len(whole) - 32:  # of the array itself, though it is not read as a whole
+            if at >= len(whole) - 32:  # damage in the array, when only the array is read
                 with pytest.raises(FileError, match="damaged"):
                     ArrayFile(path)["w"]
     for length in range(len(whole)):
@@ -99,7 +100,7 @@ def test_json_comes_back_and_nothing_that_is_no_json_is_written(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    """A limit on the size of files ends a write as a full disk does: in its middle."""
+    """A limit on file sizes interrupts a write in the middle, as a full disk does."""
     path = tmp_path / "a.safetensors"
     write_arrays(path, {"w": np.ones(3)}, {})
     write_json(tmp_path / "a.json", {"a": 1})
@@ -130,3 +131,34 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     np.testing.assert_array_equal(read_arrays(path)[0]["w"], np.ones(3))
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, monkeypatch):
+    """First the file, then its name, then the folder that has the name; a crash finds one whole."""
+    events = []
+    sync, replace = os.fsync, os.replace
+
+    def noting_sync(number):
+        events.append(("on the disk", os.path.basename(os.readlink(f"/proc/self/fd/{number}"))))
+        sync(number)
+
+    def noting_replace(source, target):
+        events.append(("in place", os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_sync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    for write, name in (
+        (lambda path: write_json(path, {"a": 1}), "a.json"),
+        (lambda path: write_arrays(path, {"w": np.ones(3)}, {}), "a.safetensors"),
+    ):
+        events.clear()
+        write(tmp_path / name)
+        assert [what for what, _ in events] == ["on the disk", "in place", "on the disk"]
+        assert events[0][1].startswith(f".{name}.")
+        assert [where for _, where in events[1:]] == [name, tmp_path.name]
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644

@@ -3,11 +3,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 
 
 def test_files_that_are_damaged_or_made_to_do_harm_are_refused_or_do_none(tmp_path):
-    """As `benchmarks/fuzz.py` does it with 10,000."""
+    """`benchmarks/fuzz.py` with 200 files in place of 10,000."""
     out = tmp_path / "fuzz.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--files", "200"]
     done = subprocess.run(

@@ -5,33 +5,30 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled
+from cases import blobs, blocks_of, compiled, grouped, load, mlp, pass_statistics, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
-from keras_dwd import (
-    Budget,
-    DiagonalFisher,
-    DWDOptimizer,
+from keras_dwd import DiagonalFisher, DWDOptimizer, KroneckerFisher
+from keras_dwd.experimental import Budget
+from keras_dwd.files import FileError
+from keras_dwd.groupings import (
     FixedGrouping,
     GaussianMixtureGrouping,
-    KroneckerFisher,
     LayerGrouping,
     Responsibilities,
     SingleGroup,
     SpectralGrouping,
 )
-from keras_dwd.curvature.diagonal import Diagonal
-from keras_dwd.files import FileError
-from keras_dwd.grouping.grouping import Learned
-from keras_dwd.grouping.strength import Evidence, GroupStatistics, Importance
-from keras_dwd.state import restore, save
+from keras_dwd.groupings.grouping import BoundaryContext
+from keras_dwd.groupings.strength import Evidence, GroupStatistics, Importance
+from keras_dwd.precision.diagonal import Diagonal
 
 
 def planted(sizes=(300, 500, 200), seed=0):
-    """Parameters of three kinds, mixed over two variables: F, θ, and the kinds."""
+    """F, θ and kind of parameters of three kinds, which are mixed over two variables."""
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.repeat([0, 1, 2], sizes))
     fisher = 10.0 ** (np.array([-8, -3, 1])[group] + 0.3 * rng.normal(size=group.size))
@@ -45,7 +42,7 @@ def planted(sizes=(300, 500, 200), seed=0):
 
 
 def planted_units(units=60, seed=0):
-    """A kernel whose units are of three kinds, and those kinds."""
+    """A kernel whose units are of three kinds, and the kind of each unit."""
     rng = np.random.default_rng(seed)
     group = rng.permutation(np.arange(units) % 3)
     fisher = np.array([1e-4, 1e-2, 1.0])[group] * 10 ** (0.2 * rng.normal(size=(40, units)))
@@ -57,9 +54,9 @@ def flat(arrays):
 
 
 def divided(grouping, fisher, values, **learned):
-    """λ_k of each parameter, and the summary."""
+    """λ_k of each parameter, and the summary of the groups."""
     blocks = {path: Diagonal(path, f) for path, f in fisher.items()}
-    weighted, summary, _ = grouping.apply(Learned(blocks, values, **learned))
+    weighted, summary, _ = grouping.apply(BoundaryContext(blocks, values, **learned))
     shares = {
         p: np.divide(weighted[p].values, f, where=f > 0, out=np.zeros(f.shape))
         for p, f in fisher.items()
@@ -107,7 +104,7 @@ def test_responsibilities_are_those_of_the_mixture_and_weigh():
     values = np.exp(np.array([0.0, -2.0])[kind] + rng.normal(size=kind.size)).reshape(20, 100)
     fisher[0, :7] = 0.0
     grouping = GaussianMixtureGrouping(2, Importance(1.0), soft=True)
-    learned = Learned({"a": Diagonal("a", fisher)}, {"a": values})
+    learned = BoundaryContext({"a": Diagonal("a", fisher)}, {"a": values})
     blocks, summary, assignments = grouping.apply(learned)
     found, weighted = assignments["a"], blocks["a"].values
     assert found.shape == (20, 100, 2)
@@ -118,10 +115,10 @@ def test_responsibilities_are_those_of_the_mixture_and_weigh():
     mixture = GaussianMixture(2, n_init=3, random_state=1, reg_covar=1e-3).fit(features)
     order = np.argsort(mixture.means_[:, 0])
     shares = mixture.predict_proba(features)[:, order]
-    assert np.mean((shares > 0.1) & (shares < 0.9)) > 0.05  # they do overlap
-    np.testing.assert_allclose(found[used] / 255, shares, atol=0.1)  # EM stops early in each
+    assert np.mean((shares > 0.1) & (shares < 0.9)) > 0.05  # the groups overlap
+    np.testing.assert_allclose(found[used] / 255, shares, atol=0.1)  # both EM fits stop early
     assert not found[~used].any()
-    # λ_k ∝ the mean of group k, all by these shares.
+    # λ_k ∝ mean F of group k, weighted by these responsibilities.
     shares = found[used] / 255
     np.testing.assert_array_equal(shares.sum(1), 1)
     means = shares.T @ fisher[used] / shares.sum(0)
@@ -156,7 +153,7 @@ def test_variables_are_grouped_as_a_whole(make):
     values = {path: rng.choice([-1.0, 1.0], f.shape) for path, f in fisher.items()}
     _, summary = divided(make(2, granularity="variable"), fisher, values)
     assert [g["layers"] for g in summary] == [{"b": 16, "d": 24}, {"a": 12, "c": 20}]
-    # More groups than variables: one each.
+    # With more groups than variables each variable is its own group.
     _, alone = divided(GaussianMixtureGrouping(5, granularity="variable"), fisher, values)
     assert sorted(g["size"] for g in alone) == sorted(a.size for a in fisher.values())
 
@@ -232,7 +229,7 @@ def test_evidence_equals_its_formula():
     relative = np.clip(np.array(alone) / overall, 0.01, 100)
     relative *= f.sum() / sum(relative[k] * f[group == k].sum() for k in range(3))
     np.testing.assert_allclose([g["strength"] for g in summary], relative, rtol=1e-4)
-    # Before a first boundary nothing has moved.
+    # Before the first boundary there is no anchor.
     strengths, _ = divided(GaussianMixtureGrouping(3, "evidence"), fisher, values)
     np.testing.assert_allclose(flat(strengths), 1, rtol=1e-5)
 
@@ -260,11 +257,11 @@ def test_evidence_of_what_has_no_anchor_yet_is_that_of_the_rest():
 
 
 def test_a_sample_is_of_all_parts_of_a_variable():
-    """Of variables smaller than `samples`, though all together are more."""
+    """Each variable is smaller than `samples`, but all together are larger."""
     rng = np.random.default_rng(0)
     fisher, values, kinds = {}, {}, {}
     for name in "abc":
-        kinds[name] = np.repeat([0, 1, 2], 1000)  # the last ones of each are of a kind of their own
+        kinds[name] = np.repeat([0, 1, 2], 1000)  # the kind depends on the position
         fisher[name] = 10.0 ** (np.array([-8, -3, 1])[kinds[name]] + 0.1 * rng.normal(size=3000))
         values[name] = rng.normal(size=3000)
     grouping = GaussianMixtureGrouping(3, features=("fisher",), samples=3000)
@@ -273,14 +270,14 @@ def test_a_sample_is_of_all_parts_of_a_variable():
 
 
 def test_the_mean_fisher_of_fixed_groups_counts_directions_that_are_not_kept():
-    model = compiled(fisher=KroneckerFisher("exact", None, rank=2), grouping=FixedGrouping({}))
-    statistics = model._estimate(blobs(), 32)
-    blocks = model.fisher.blocks(model, model._pulled_variables(), statistics)
+    model = compiled(fisher=KroneckerFisher("empirical", None, rank=2), grouping=FixedGrouping({}))
+    statistics = pass_statistics(model, blobs(), 32)
+    blocks = blocks_of(model, statistics)
     model.consolidate(blobs())
     (group,) = model.groups
     total = sum(block.trace for block in blocks.values())
     assert group["mean_fisher"] == pytest.approx(total / model.count_params())
-    kept = sum(block.spectrum().sum() for block in blocks.values())
+    kept = sum(block.importances().sum() for block in blocks.values())
     assert kept < 0.999 * total
 
 
@@ -288,7 +285,7 @@ def test_strengths_as_given():
     fisher, values, _ = planted()
     grouping = GaussianMixtureGrouping(3, strengths=(0.5, 1, 2))
     assert [g["strength"] for g in divided(grouping, fisher, values)[1]] == [0.5, 1, 2]
-    # Numbers of groups that there were before and have no strength are not kept.
+    # Previous groups whose numbers have no strength are not matched.
     _, before = divided(GaussianMixtureGrouping(5), fisher, values)
     _, after = divided(grouping, fisher, values, groups=before)
     assert sorted(g["group"] for g in after) == [0, 1, 2]
@@ -311,7 +308,7 @@ def test_the_total_precision_is_unchanged(seed, alpha, groups):
 
 
 def test_groups_keep_their_numbers():
-    # The groups trade places in the order of their Fisher information, by a little.
+    # The order of the groups by Fisher information changes slightly.
     fisher, values, group = planted_units()
     more = {"a": fisher["a"] * np.array([1.0, 12.0, 0.08])[group]}
     sizes = {"a": 1.0 + values["a"] * 0 + np.array([0, 50, 500])[group]}
@@ -334,7 +331,7 @@ def test_a_new_group_gets_a_new_number():
     _, after = divided(GaussianMixtureGrouping(3), fisher, values, groups=before)
     assert sorted(g["group"] for g in after) == [0, 1, 2]
     kept = {g["group"]: g for g in after}
-    # The group that is not split is the same one as before.
+    # The group that is not split keeps its number.
     same = [n for n in (0, 1) if kept[n]["size"] == pytest.approx(before[n]["size"], abs=5)]
     assert len(same) == 1
 
@@ -384,27 +381,27 @@ def test_all_zero_fisher(grouping):
     ],
     ids=lambda g: type(g).__name__,
 )
-@pytest.mark.parametrize("fisher", [DiagonalFisher("exact"), KroneckerFisher("exact")])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("empirical"), KroneckerFisher("empirical")])
 def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
     model = compiled(strength=2.0, fisher=fisher, grouping=grouping)
     total = 0.0
     for seed in (0, 1):
         x, y = blobs(seed=seed)
         model.fit(x, y, verbose=0)
-        statistics = model._estimate((x, y), 32)
-        blocks = model.fisher.blocks(model, model._pulled_variables(), statistics)
-        weighted, summary, assignments = model.grouping.apply(model._learned(blocks))
+        statistics = pass_statistics(model, (x, y), 32)
+        blocks = blocks_of(model, statistics)
+        weighted, summary, assignments = grouped(model, blocks)
         model.consolidate((x, y))
-        total += sum(2 * b.spectrum().sum() for b in weighted.values())
+        total += sum(2 * b.importances().sum() for b in weighted.values())
         assert model.groups == summary
     assert [g["group"] for g in summary] == list(range(len(summary)))
     if isinstance(fisher, DiagonalFisher):
-        held = sum(np.sum(b.spectrum()) for b in model.regularizer.precisions.values())
+        held = sum(np.sum(b.importances()) for b in model.regularizer.precisions.values())
         assert held == pytest.approx(total, rel=1e-4)
         assert sum(g["size"] for g in summary) == model.count_params()
     sizes, fishers = Counter(), Counter()
     for key, block in blocks.items():
-        spectrum = block.spectrum()
+        spectrum = block.importances()
         assigned = np.broadcast_to(model.assignments[key], spectrum.shape)
         assert assigned.dtype == "int8"
         np.testing.assert_array_equal(model.assignments[key], assignments[key])
@@ -426,7 +423,7 @@ def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", ["element", "unit", "variable"])
-@pytest.mark.parametrize("fisher", [DiagonalFisher("exact"), KroneckerFisher("exact")])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("empirical"), KroneckerFisher("empirical")])
 def test_responsibilities_are_saved_and_checked(fisher, granularity):
     def make():
         grouping = GaussianMixtureGrouping(2, granularity=granularity, soft=True)
@@ -437,18 +434,18 @@ def test_responsibilities_are_saved_and_checked(fisher, granularity):
         model.fit(*blobs(seed=seed), verbose=0)
         model.consolidate(blobs(seed=seed))
     assert {a.dtype for a in model.assignments.values()} == {np.dtype("uint8")}
-    save(model, store)
+    store = saved(model)
     again = make()
-    restore(again, store)
+    load(again, store)
     assert {k: a.tolist() for k, a in again.assignments.items()} == {
         k: a.tolist() for k, a in model.assignments.items()
     }
     name = next(name for name in store if name.startswith("group|"))
     a = store[name]
-    other = np.concatenate([np.zeros_like(a), a], -1)  # groups there are not
+    other = np.concatenate([np.zeros_like(a), a], -1)  # refers to groups that do not exist
     for bad in (a // 2, other, np.stack([a] * 3), np.uint8(255)):
         with pytest.raises(FileError, match="saved group of"):
-            restore(make(), {**store, name: np.asarray(bad)})
+            load(make(), {**store, name: np.asarray(bad)})
 
 
 def test_numbers_of_groups_may_be_unsigned():
@@ -457,7 +454,7 @@ def test_numbers_of_groups_may_be_unsigned():
             return (np.arange(part.fisher.shape[-1]) % 2).astype("uint8")
 
     fisher = np.ones((3, 4))
-    grouped = Halves().apply(Learned({"a": Diagonal("a", fisher)}, {"a": fisher}))
+    grouped = Halves().apply(BoundaryContext({"a": Diagonal("a", fisher)}, {"a": fisher}))
     assert [g["size"] for g in grouped.groups] == [6, 6]
     assert grouped.assignments["a"].tolist() == [0, 1, 0, 1]
 
@@ -470,7 +467,7 @@ def test_a_grouping_of_your_own_may_give_responsibilities():
 
     fisher = np.repeat([[1.0], [2.0], [4.0]], 5, axis=1)
     grouping = Rows(strengths=(1.0, 3.0))
-    grouped = grouping.apply(Learned({"a": Diagonal("a", fisher)}, {"a": fisher}))
+    grouped = grouping.apply(BoundaryContext({"a": Diagonal("a", fisher)}, {"a": fisher}))
     np.testing.assert_allclose([g["size"] for g in grouped.groups], [8, 7], atol=1)
     strengths = grouped.blocks["a"].values / fisher
     np.testing.assert_allclose(strengths, [[1.0] * 5, [2.0] * 5, [3.0] * 5], atol=0.01)
@@ -507,7 +504,9 @@ def test_bad_arguments_are_named(make, arguments):
         make(**arguments)
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("exact", None), KroneckerFisher("exact", None)])
+@pytest.mark.parametrize(
+    "fisher", [DiagonalFisher("empirical", None), KroneckerFisher("empirical", None)]
+)
 def test_fixed_groups_have_the_strengths_they_were_given(fisher):
     data = blobs()
     penalties = {}
@@ -525,7 +524,7 @@ def test_fixed_groups_have_the_strengths_they_were_given(fisher):
         if chosen:
             assert {g["pattern"]: g["strength"] for g in model.groups} == chosen
             assert sum(g["size"] for g in model.groups) == model.count_params()
-    # Within what a factor's rest, the same for all of its rows, leaves open.
+    # Approximate, as the part of a factor that is the same for all rows cannot be scaled per row.
     assert penalties["hidden", True] == pytest.approx(2 * penalties["hidden", False], rel=0.02)
     assert penalties["head", True] == pytest.approx(0.5 * penalties["head", False], rel=0.02)
 
@@ -550,7 +549,7 @@ def budgeted(optimizer="sgd", strengths=None, **settings):
     model = compiled(
         optimizer=optimizer,
         strength=0.01,
-        fisher=DiagonalFisher("exact", gamma=None),
+        fisher=DiagonalFisher("empirical", gamma=None),
         grouping=LayerGrouping(strengths),
         **settings,
     )
@@ -561,9 +560,9 @@ def budgeted(optimizer="sgd", strengths=None, **settings):
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_the_pull_gets_its_share_of_the_gradient(decoupled):
-    sgd = keras.optimizers.SGD(0.0)  # nothing moves but λ
+    sgd = keras.optimizers.SGD(0.0)  # only λ changes
     model = budgeted(DWDOptimizer(sgd) if decoupled else sgd, Budget(share=0.3, rate=0.5))
-    assert {float(level) for level in model.regularizer.levels.values()} == {1.0}
+    assert {float(level) for level in model.regularizer.group_strengths.values()} == {1.0}
     for variable in model.trainable_variables:
         variable.assign_add(0.1 * tf.ones(variable.shape))
     x, y = blobs(seed=3)
@@ -572,7 +571,7 @@ def test_the_pull_gets_its_share_of_the_gradient(decoupled):
         loss = model.compute_loss(x, y, model(x, training=True))
     gradients = tape.gradient(loss, model.trainable_variables)
     for path, gradient in zip(NAMES, gradients, strict=True):
-        level = float(model.regularizer.levels[model.regularizer.group_of[path]])
+        level = float(model.regularizer.group_strengths[model.regularizer.group_of[path]])
         pull = np.linalg.norm(level * 0.1 * np.array(model.regularizer.precisions[path].values))
         assert level != 1.0
         assert pull / (pull + np.linalg.norm(gradient)) == pytest.approx(0.3, abs=0.01)
@@ -590,7 +589,7 @@ def test_one_step_of_a_budget_equals_its_formula():
     for name in NAMES:
         pull = np.linalg.norm(0.1 * np.array(model.regularizer.precisions[name].values))
         share = pull / (pull + np.linalg.norm(gradients[name]))
-        level = float(model.regularizer.levels[model.regularizer.group_of[name]])
+        level = float(model.regularizer.group_strengths[model.regularizer.group_of[name]])
         assert level == pytest.approx(np.exp(0.1 * (0.3 - share)), rel=1e-4)
 
 
@@ -600,7 +599,7 @@ def test_a_budget_leaves_alone_what_nothing_pulls():
     model.compile("sgd", model.loss)
     model.fit(*blobs(seed=3), epochs=5, verbose=0)
     levels = {
-        key: float(model.regularizer.levels[group])
+        key: float(model.regularizer.group_strengths[group])
         for key, group in model.regularizer.group_of.items()
     }
     assert levels["hidden/kernel"] == levels["hidden/bias"] == 1.0
@@ -614,18 +613,20 @@ def test_a_budget_is_saved_and_goes_on(tmp_path):
     again = keras.models.load_model(tmp_path / "model.keras")
     assert float(again.penalty()) == pytest.approx(float(model.penalty()))
     assert float(model.penalty()) > 0
-    levels = [float(v) for v in model.regularizer.levels.values()]
-    assert [float(v) for v in again.regularizer.levels.values()] == levels
+    levels = [float(v) for v in model.regularizer.group_strengths.values()]
+    assert [float(v) for v in again.regularizer.group_strengths.values()] == levels
     assert len(set(levels)) > 1
     for each in (model, again):
         each.fit(*blobs(seed=5), epochs=1, verbose=0, shuffle=False)
         each.consolidate(blobs(seed=5))
         found = {g["group"]: g["strength"] for g in each.groups}
-        assert found == {k: float(v) for k, v in each.regularizer.levels.items()}
+        assert found == {k: float(v) for k, v in each.regularizer.group_strengths.items()}
     for each in (model, again):
         each.fit(*blobs(seed=4), epochs=2, verbose=0, shuffle=False)
-    levels = [float(v) for v in model.regularizer.levels.values()]
-    np.testing.assert_allclose([float(v) for v in again.regularizer.levels.values()], levels)
+    levels = [float(v) for v in model.regularizer.group_strengths.values()]
+    np.testing.assert_allclose(
+        [float(v) for v in again.regularizer.group_strengths.values()], levels
+    )
 
 
 def test_a_budget_needs_whole_variables():
@@ -637,3 +638,106 @@ def test_a_budget_needs_whole_variables():
         Budget(1.0)
     model = budgeted(strengths="budget")
     assert model.grouping.get_config()["strengths"]["config"] == {"share": 0.2, "rate": 0.1}
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
+    """θ − η (g + m Λ (θ − c)), or decoupled (θ' / η + m Λ c) / (1 / η + m Λ), in float64."""
+    rate = 0.1
+    sgd = keras.optimizers.SGD(rate)
+    model = budgeted(DWDOptimizer(sgd) if decoupled else sgd, Budget(share=0.3, rate=0.0))
+    regularizer = model.regularizer
+    for number, level in enumerate(regularizer.group_strengths.values()):
+        level.assign(2.0 + 3 * number)
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
+    x, y = blobs(seed=3)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    before = [np.array(v, "float64") for v in model.trainable_variables]
+    penalty, expected = 0.0, []
+    for name, gradient, theta in zip(NAMES, gradients, before, strict=True):
+        level = float(regularizer.group_strengths[regularizer.group_of[name]])
+        precision = level * np.array(regularizer.precisions[name].values, "float64")
+        anchor = np.array(regularizer.anchors[name], "float64")
+        penalty += 0.5 * (precision * (theta - anchor) ** 2).sum()
+        moved = theta - rate * np.array(gradient, "float64")
+        if decoupled:
+            expected.append((moved / rate + precision * anchor) / (1 / rate + precision))
+        else:
+            expected.append(moved - rate * precision * (theta - anchor))
+    assert float(model.penalty()) == pytest.approx(penalty, rel=1e-4)
+    model.train_on_batch(x, y)
+    for variable, value in zip(model.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_in_mixed_precision_is_that_of_float32_and_overflow_leaves_it_alone():
+    levels = {}
+    for policy in ("float32", "mixed_float16"):
+        keras.utils.set_random_seed(0)
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = budgeted(strengths=Budget(share=0.9, rate=0.5))
+        finally:
+            keras.config.set_dtype_policy("float32")
+        for variable in model.trainable_variables:
+            variable.assign_add(0.1 * tf.ones(variable.shape))
+        x, y = blobs(seed=3)
+        held = model.regularizer.group_strengths
+        for level in held.values():
+            level.assign(100.0)
+        model.train_on_batch(x, y)
+        levels[policy] = [float(level) for level in held.values()]
+    # Far from what it would be where nothing pulls, or where the gradient is scaled.
+    assert min(levels["float32"]) < 95 * np.exp(0.5 * 0.9)
+    np.testing.assert_allclose(levels["mixed_float16"], levels["float32"], rtol=0.01)
+    model.optimizer.dynamic_scale.assign(1e38)
+    model.train_on_batch(x, y)
+    assert [float(level) for level in held.values()] == levels["mixed_float16"]
+
+
+@pytest.mark.parametrize(("share", "limit"), [(0.99, 1000.0), (0.01, 1e-3)])
+def test_the_levels_of_a_budget_have_limits(share, limit):
+    model = budgeted(keras.optimizers.SGD(0.0), Budget(share=share, rate=1e4))
+    for variable in model.trainable_variables:
+        variable.assign_add(10 * tf.ones(variable.shape))
+    model.train_on_batch(*blobs(seed=3))
+    found = [float(level) for level in model.regularizer.group_strengths.values()]
+    np.testing.assert_allclose(found, limit, rtol=1e-5)
+
+
+def test_the_summary_of_fixed_groups_equals_its_formula():
+    base, data = mlp(), blobs()
+    settings = {"strength": 1.0, "fisher": DiagonalFisher("empirical", None)}
+    plain = compiled(base, grouping=None, **settings)
+    model = compiled(base, grouping=FixedGrouping({"hidden/*": 2.0}), **settings)
+    for each in (plain, model):  # they share their weights
+        each.consolidate(data)
+    assert [group["pattern"] for group in model.groups] == ["hidden/*", "*"]
+    for group, layer in zip(model.groups, ("hidden", "head"), strict=True):
+        paths = [f"{layer}/kernel", f"{layer}/bias"]
+        values = np.concatenate([np.ravel(v) for v in model.get_layer(layer).weights])
+        fisher = [np.ravel(plain.regularizer.precisions[path].values) for path in paths]
+        assert group["size"] == values.size
+        assert group["magnitude"] == pytest.approx(np.sqrt(np.mean(values**2)), rel=1e-5)
+        assert group["mean_fisher"] == pytest.approx(np.concatenate(fisher).mean(), rel=1e-5)
+
+
+def test_spectral_groups_of_units_with_some_zeros():
+    fisher, values, group = planted_units()
+    fisher["a"][np.arange(60) % 40, np.arange(60)] = 0
+    strengths, summary = divided(SpectralGrouping(3), fisher, values)
+    assert adjusted_rand_score(group, codes({"a": np.array(strengths["a"].max(0))})) == 1
+    assert sum(g["size"] for g in summary) == np.count_nonzero(fisher["a"])
+
+
+def test_spectral_groups_are_found_whatever_the_scale_of_their_differences():
+    """An affinity that the distances were not scaled for would be zero between all units."""
+    rng = np.random.default_rng(0)
+    group = rng.permutation(np.arange(60) % 3)
+    logs = 100 * group + 8 * rng.normal(size=60) + 0.1 * rng.normal(size=(40, 60))
+    fisher, values = {"a": np.exp(logs)}, {"a": rng.normal(size=(40, 60))}
+    strengths, _ = divided(SpectralGrouping(3, strengths=(1, 2, 3)), fisher, values)
+    np.testing.assert_allclose(strengths["a"], np.broadcast_to(group + 1, (40, 60)))

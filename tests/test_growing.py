@@ -3,21 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from conftest import blobs, compiled, mlp, weights
+from cases import blobs, compiled, mlp, state_of, weights
 from keras import layers
 
-from keras_dwd import (
-    DiagonalFisher,
-    DWDModel,
-    GroupingPolicy,
-    KroneckerFisher,
-    KWinners,
-    LayerGrouping,
-    SingleGroup,
-    TaskGraph,
-    TaskHeads,
-)
-from keras_dwd.state import state_of
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, TaskGraph
+from keras_dwd.experimental import GroupingPolicy
+from keras_dwd.groupings import LayerGrouping, SingleGroup
+from keras_dwd.layers import KWinners, TaskHeads
 from keras_dwd.variables import by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -34,7 +26,7 @@ def learned(model, tasks=2, more=True):
 
 
 def net(hidden=8, classes=3, between=(), head="head", norm=True):
-    """With other sizes, and layers in between; always anew."""
+    """A new network, with optional other sizes and additional layers."""
     inputs = keras.Input((6,))
     x = layers.Dense(hidden, activation="relu", name="hidden")(inputs)
     x = layers.BatchNormalization(name="norm")(x) if norm else x
@@ -44,7 +36,7 @@ def net(hidden=8, classes=3, between=(), head="head", norm=True):
 
 
 def moved(model, seed=0):
-    """Its weights somewhere else."""
+    """Add random numbers to the weights of a model."""
     rng = np.random.default_rng(seed)
     for variable in model.trainable_variables:
         variable.assign(variable + rng.normal(size=variable.shape))
@@ -95,7 +87,7 @@ def test_layers_may_be_shared():
 @pytest.mark.parametrize(
     ("fisher", "norm"),
     [
-        (DiagonalFisher("exact"), False),
+        (DiagonalFisher("empirical"), False),
         (KroneckerFisher(correction=2), True),
         (KroneckerFisher(rank=2), False),
     ],
@@ -127,7 +119,7 @@ def test_a_matrix_of_many_rows_grows_without_making_all_directions_explicit(monk
     old = compiled(net(norm=False), fisher=KroneckerFisher(rank=2), grouping=None)
     learned(old, tasks=1, more=False)
     new = compiled(net(11, norm=False), fisher=KroneckerFisher(rank=2), grouping=None)
-    monkeypatch.setattr("keras_dwd.growing._MANY", 4)
+    monkeypatch.setattr("keras_dwd.precision.factor.Factor.EXPLICIT", 4)
     new.inherit(old)
     blocks = [model.regularizer.precisions["hidden/kernel"] for model in (old, new)]
     vectors, rests = ([getattr(b.g, name).numpy() for b in blocks] for name in ("vectors", "rest"))
@@ -201,7 +193,7 @@ def test_what_a_policy_learned_goes_on():
     assert new.grouping.rewards == old.grouping.rewards
     assert new.grouping.picked == old.grouping.picked is not None
     with pytest.raises(ValueError, match="train the model on the next task"):
-        new.consolidate((X, Y))  # its weights are those of the last boundary
+        new.consolidate((X, Y))  # the weights are unchanged since the last boundary
     plain = compiled(fisher=DiagonalFisher())
     plain.inherit(old)
     assert plain.tasks_learned == 3
@@ -269,7 +261,7 @@ def assert_goes_on_alike(*models):
 
 
 def adaptable():
-    """All kinds of layers that LoRA is for."""
+    """A model with all kinds of layers that support LoRA."""
     inputs = keras.Input((6,), dtype="int32")
     x = layers.Embedding(9, 4, name="embedding")(inputs)
     x = layers.EinsumDense("bsd,de->bse", (6, 5), bias_axes="e", name="einsum")(x)
@@ -299,7 +291,7 @@ def test_lora_between_tasks(tmp_path):
     for path, value in before.items():
         np.testing.assert_array_equal(by_path(model)[path], value)
     model.fit(*data[2], verbose=0)
-    # Keras merges adapters with their kernels in files: the state has them as they were.
+    # Keras merges LoRA adapters into their kernels in files, so the state must hold the adapters.
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     for a, b in zip(weights(model), weights(again), strict=True):
@@ -327,7 +319,7 @@ def test_a_bias_is_pulled_by_its_matrix_and_on_its_own():
     moved(model)
     difference = np.array(model.get_layer("hidden").bias - model.regularizer.anchors["hidden/bias"])
     zeros = np.zeros((6, 8), "float32")
-    _, of_matrix = blocks["hidden/kernel"].multiply([keras.ops.array(zeros), difference])
+    _, of_matrix = blocks["hidden/kernel"].matvec([keras.ops.array(zeros), difference])
     alone = np.array(blocks["hidden/bias"].values) * difference
     np.testing.assert_allclose(pulls(model)["hidden/bias"], of_matrix + alone, rtol=1e-4)
 
@@ -341,7 +333,7 @@ def test_a_model_quantised_to_int8_goes_on_with_what_is_left(tmp_path):
     held = float(model.penalty())
     model.quantize("int8")
     model.compile("adam", LOSS)
-    assert 0 <= float(model.penalty()) < held  # kernels move no more
+    assert 0 <= float(model.penalty()) < held  # quantised kernels are not trained
     model.fit(*blobs(seed=2), verbose=0)
     model.consolidate()
     assert {"head/bias", "hidden/bias"} <= set(pulls(model))
@@ -352,3 +344,15 @@ def test_a_model_quantised_to_int8_goes_on_with_what_is_left(tmp_path):
     assert_goes_on_alike(model, again)
     with pytest.raises(ValueError, match=r"'hidden/kernel' \(6, 8\) of int8, where this one has"):
         compiled().inherit(model)
+
+
+def test_the_estimate_of_a_task_that_is_not_over_is_not_inherited():
+    old = learned(compiled(fisher=DiagonalFisher()), tasks=1)
+    new = compiled(fisher=DiagonalFisher())
+    new.inherit(old)
+    with pytest.raises(ValueError, match="no online Fisher estimate"):
+        new.consolidate()
+    assert new.tasks_learned == 1
+    new.fit(X, Y, verbose=0)
+    new.consolidate()
+    assert new.tasks_learned == 2

@@ -7,7 +7,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
-if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` sets it: there it must be
+if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` requires Horovod
     pytest.importorskip("horovod", reason="Horovod is not installed")
 
 

@@ -1,4 +1,4 @@
-"""Workers on two hosts: network namespaces of this machine with a link between them."""
+"""Workers on two hosts, simulated by network namespaces with a link between them."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def ip(*words):
 
 
 class Hosts:
-    """Two hosts, each with one end of a link."""
+    """Two network namespaces that are connected by a link."""
 
     def __init__(self):
         self.names = [f"dwd{os.getpid()}{end}" for end in "ab"]
@@ -53,7 +53,7 @@ class Hosts:
                 ip("netns", "del", name)
 
     def start(self, name, folder, **environment):
-        """A worker on each host."""
+        """Start a worker on each host."""
         inside = [["ip", "netns", "exec", host] for host in self.names]
         self.server = subprocess.Popen(
             [*inside[0], sys.executable, "-c", SERVER, self.addresses[0]], stdout=subprocess.PIPE
@@ -107,8 +107,9 @@ def hosts():
     made.__exit__()
 
 
+@pytest.mark.long
 def test_two_hosts_a_lost_link_and_going_on(hosts, tmp_path):
-    """What is lost with the link is learned again, and the result is that of one worker."""
+    """Training is resumed after the link was lost, and the result is that of one worker."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     kept = tmp_path / "kept"

@@ -4,16 +4,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled
+from cases import blobs, blocks_of, compiled, load, pass_statistics, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dwd import DiagonalFisher, DWDRegularizer, KroneckerFisher
-from keras_dwd.curvature.boundary_pass import BoundaryPass
-from keras_dwd.curvature.factor import Factor
-from keras_dwd.curvature.kronecker import Kronecker
-from keras_dwd.curvature.rules import MatrixForm
-from keras_dwd.variables import untracked
+from keras_dwd.precision.factor import Factor
+from keras_dwd.precision.kronecker import Kronecker
+from keras_dwd.precision.matrix_form import MatrixForm
+from keras_dwd.variables import trainable_by_path, untracked
 
 
 def positive(rng, n, rank=None):
@@ -22,7 +21,7 @@ def positive(rng, n, rank=None):
 
 
 def dense(factor):
-    """The matrix of a factor, written out."""
+    """The dense matrix of a factor."""
     u = np.asarray(factor.vectors, "float64")
     outside = np.eye(factor.size) - u @ u.T
     return (u * np.asarray(factor.values)) @ u.T + float(np.asarray(factor.rest)) * outside
@@ -40,8 +39,8 @@ def block(rng, fan_in=4, fan_out=3, rank=None, bias=True):
 
 
 def held(kronecker):
-    """As in the training step: its leaves in variables."""
-    return kronecker.with_leaves({n: untracked(v, "leaf") for n, v in kronecker.leaves().items()})
+    """The same block with its arrays in variables, as in the training step."""
+    return kronecker.with_arrays({n: untracked(v, "leaf") for n, v in kronecker.arrays().items()})
 
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -75,7 +74,7 @@ def test_combining_factors_adds_their_matrices(seed, n, first, second):
     expected = 0.3 * dense(a) + 2 * dense(b)
     combined = a.combine(0.3, b, 2.0, rank=n)
     assert combined.trace == pytest.approx(np.trace(expected))
-    # All but the thousandth part of the trace that no direction is kept for.
+    # The factor drops directions that hold up to a thousandth of the trace.
     assert np.linalg.norm(dense(combined) - expected) <= 2e-3 * np.trace(expected)
 
 
@@ -88,7 +87,7 @@ def test_a_sketch_of_low_rank_gives_the_matrix():
     assert factor.trace == pytest.approx(np.trace(matrix), rel=1e-3)
 
 
-@pytest.mark.parametrize("fan_out", [3, 20])  # where one or the other factor is less as a matrix
+@pytest.mark.parametrize("fan_out", [3, 20])  # the smaller factor is on either side
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_equal_those_of_the_dense_matrix(rank, bias, fan_out):
@@ -103,10 +102,10 @@ def test_products_equal_those_of_the_dense_matrix(rank, bias, fan_out):
     def flattened(parts):
         return kronecker.form.join(*(np.asarray(p) for p in parts)).ravel()
 
-    product = flattened(kronecker.multiply(tensors))
+    product = flattened(kronecker.matvec(tensors))
     np.testing.assert_allclose(product, matrix @ flat, rtol=1e-4, atol=1e-4 * np.abs(product).max())
     for stiffness in (1e-3, 1.0, 1e3):
-        move = flattened(kronecker.shrink(tensors, [tf.constant(stiffness)]))
+        move = flattened(kronecker.proximal_correction(tensors, [tf.constant(stiffness)]))
         expected = np.linalg.solve(stiffness * np.eye(len(flat)) + matrix, matrix @ flat)
         np.testing.assert_allclose(move, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
@@ -130,47 +129,47 @@ def test_merging_keeps_the_trace_and_all_directions(seed, decay, scale):
 
 def test_merging_with_nothing():
     rng = np.random.default_rng(0)
-    some, zero = block(rng), block(rng).weighted({"w": 0.0, "b": 0.0})
+    some, zero = block(rng), block(rng).scale_variables({"w": 0.0, "b": 0.0})
     for merged in (held(zero).merged(some, 1.0), held(some).merged(zero, 1.0)):
         np.testing.assert_allclose(dense_kronecker(merged), dense_kronecker(some), rtol=1e-4)
 
 
 def test_strengths_of_kernel_and_bias_scale_rows():
     kronecker = block(np.random.default_rng(0))
-    weighted = kronecker.weighted({"w": 4.0, "b": 0.25})
+    weighted = kronecker.scale_variables({"w": 4.0, "b": 0.25})
     rows = np.array([2.0] * 4 + [0.5])
     expected = np.kron(dense(kronecker.a) * np.outer(rows, rows), dense(kronecker.g))
     np.testing.assert_allclose(dense_kronecker(weighted), expected, atol=2e-3 * np.trace(expected))
-    excluded = dense_kronecker(kronecker.weighted({"w": 1.0, "b": 0.0}))
+    excluded = dense_kronecker(kronecker.scale_variables({"w": 1.0, "b": 0.0}))
     assert np.abs(excluded[-3:]).max() <= 2e-3 * np.trace(excluded)
 
 
 def test_the_strengths_of_groups_scale_directions():
     kronecker = block(np.random.default_rng(0))
     rows, columns = np.array([1.0, 2, 3, 4, 5])[:, None], np.array([0.5, 1, 2])
-    scaled = kronecker.scaled(rows * columns)
-    expected = kronecker.spectrum() * rows * columns
-    np.testing.assert_allclose(scaled.spectrum(), expected, rtol=1e-6)
+    scaled = kronecker.scale_importances(rows * columns)
+    expected = kronecker.importances() * rows * columns
+    np.testing.assert_allclose(scaled.importances(), expected, rtol=1e-6)
     np.testing.assert_allclose(scaled.a.vectors, kronecker.a.vectors)
 
 
 def test_strengths_that_are_no_product_keep_the_total_of_each_direction():
     kronecker = block(np.random.default_rng(0))
-    strengths = np.random.default_rng(1).choice((0.0, 0.1, 3.0), kronecker.spectrum().shape)
-    wanted = strengths * kronecker.spectrum()
-    scaled = kronecker.scaled(strengths).spectrum()
+    strengths = np.random.default_rng(1).choice((0.0, 0.1, 3.0), kronecker.importances().shape)
+    wanted = strengths * kronecker.importances()
+    scaled = kronecker.scale_importances(strengths).importances()
     for axis in (0, 1):
         np.testing.assert_allclose(scaled.sum(axis), wanted.sum(axis), rtol=1e-6)
     np.testing.assert_allclose(
         scaled, np.outer(wanted.sum(1), wanted.sum(0)) / wanted.sum(), rtol=1e-6
     )
-    nothing = kronecker.scaled(np.zeros(strengths.shape))
-    assert np.all(nothing.spectrum() == 0)
+    nothing = kronecker.scale_importances(np.zeros(strengths.shape))
+    assert np.all(nothing.importances() == 0)
     assert nothing.a.rest * nothing.g.rest == 0
 
 
 def falling(rng, size, directions):
-    """A positive matrix of which so many directions hold 99.9%."""
+    """A positive matrix in which this many directions hold 99.9% of the trace."""
     vectors = np.linalg.qr(rng.normal(size=(size, size)))[0]
     values = np.where(np.arange(size) < directions, 1.0, 1e-3 * directions / size / 2)
     return (vectors * values) @ vectors.T
@@ -188,7 +187,7 @@ def test_directions_hold_nearly_all_and_there_is_room_for_more():
         assert held > 0.999 * (np.trace(matrix) - 200 * new.rest)
         factor = new if factor is None else factor.combine(1.0, new, 1.0, rank)
         sizes.append(factor.vectors.shape[1])
-    # 40 directions fit into the room for 64, 80 do not: twice as many then, but for the rank.
+    # 40 directions fit into 64 columns. 80 do not: then there are twice 80 columns, up to the rank.
     assert sizes == [64, 64, 150, 150]
     assert factor.combine(1.0, new, 1.0, 30).vectors.shape[1] == 30
 
@@ -200,14 +199,14 @@ def test_what_is_zero_has_room_for_what_comes():
     assert something.trace == pytest.approx(60)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "influence", "sampled", "negated"])
+@pytest.mark.parametrize("estimator", ["empirical", "influence", "mc", "negated"])
 def test_the_pull_is_the_gradient_of_the_penalty(estimator):
     model = compiled(strength=2.0, fisher=KroneckerFisher(estimator), grouping=None)
     model.fit(*blobs(), verbose=0)
     model.consolidate(blobs())
     for variable in model.trainable_variables:
         variable.assign_add(tf.random.normal(variable.shape))
-    variables = model._trainable_by_path()
+    variables = trainable_by_path(model)
     with tf.GradientTape() as tape:
         penalty = model.penalty()
     expected = tape.gradient(penalty, [v.value for v in variables.values()])
@@ -218,11 +217,11 @@ def test_the_pull_is_the_gradient_of_the_penalty(estimator):
 
 def test_the_online_factors_are_the_moving_average_of_batches():
     x, y = blobs(24)
-    fisher = KroneckerFisher("exact", gamma=0.5, every=2)
+    fisher = KroneckerFisher("empirical", gamma=0.5, every=2)
     model = compiled(optimizer=keras.optimizers.SGD(0.0), strength=1.0, fisher=fisher)
     model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
-    seen = [model._estimate((x[i : i + 4], y[i : i + 4]), 4) for i in (0, 8, 16)]
-    for name, value in model.fisher.value().items():
+    seen = [pass_statistics(model, (x[i : i + 4], y[i : i + 4]), 4) for i in (0, 8, 16)]
+    for name, value in model.fisher.estimate().items():
         expected = (seen[0][name] + 2 * seen[1][name] + 4 * seen[2][name]) / 7
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
@@ -236,14 +235,12 @@ def test_tasks_shorter_than_the_interval_of_updates_have_an_estimate():
 
 
 def test_a_block_is_the_exact_fisher_where_it_is_a_kronecker_product():
-    """One example: the Fisher information of a dense layer is exactly A ⊗ G."""
+    """For one example the Fisher information of a dense layer is exactly A ⊗ G."""
     x, y = blobs(1)
-    kronecker = compiled(strength=1.0, fisher=KroneckerFisher("exact", None, damping=0.0))
-    statistics = kronecker._estimate((x, y), 1)
-    blocks = kronecker.fisher.blocks(kronecker, kronecker._trainable_by_path(), statistics)
-    kronecker.fisher = DiagonalFisher("exact", None)
-    kronecker._pass = BoundaryPass()
-    diagonal = kronecker._estimate((x, y), 1)
+    kronecker = compiled(strength=1.0, fisher=KroneckerFisher("empirical", None, damping=0.0))
+    statistics = pass_statistics(kronecker, (x, y), 1)
+    blocks = blocks_of(kronecker, statistics)
+    diagonal = pass_statistics(kronecker, (x, y), 1, DiagonalFisher("empirical", None))
     for layer in ("hidden", "head"):
         found = blocks[f"{layer}/kernel"]
         matrix = dense_kronecker(found).diagonal().reshape(found.form.rows, -1)
@@ -275,9 +272,12 @@ def test_another_kind_of_fisher_information_is_refused_and_nothing_changes():
     model.consolidate(blobs())
     before = {name: a.copy() for name, a in model.regularizer.state().items()}
     model.fit(*blobs(seed=1), verbose=0)
-    model.fisher = DiagonalFisher("exact", None)
+    diagonal = compiled(strength=1.0, grouping=None, fisher=DiagonalFisher("empirical", None))
+    diagonal.fit(*blobs(seed=1), verbose=0)
+    load(diagonal, saved(model))
     with pytest.raises(ValueError, match=r"so far is Kronecker, the new .* Diagonal"):
-        model.consolidate(blobs(seed=1))
+        diagonal.consolidate(blobs(seed=1))
+    model = diagonal
     assert model.tasks_learned == 1
     for name, array in model.regularizer.state().items():
         np.testing.assert_array_equal(array, before[name])
@@ -290,3 +290,44 @@ def test_a_sketch_of_less_rank_than_columns_gives_the_matrix():
     matrix = thin @ thin.T
     factor = Factor.from_sketch(matrix @ probe, probe, np.trace(matrix))
     np.testing.assert_allclose(dense(factor), matrix, atol=1e-5 * np.trace(matrix))
+
+
+def test_a_task_that_adds_nothing_weakens_the_earlier_ones_too():
+    regularizer = DWDRegularizer(2.0, decay=0.5)
+    fisher = KroneckerFisher("empirical", gamma=None)
+    model = compiled(regularizer=regularizer, fisher=fisher, grouping=None)
+    x, y = blobs()
+    penalties = []
+    for weight in (1.0, 0.0):  # examples without weight have no Fisher information
+        model.consolidate((x, y, np.full(64, weight)))
+        variables = model.trainable_variables
+        held = [np.array(v) for v in variables]
+        for variable in variables:
+            variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
+        penalties.append(float(model.penalty()))
+        for variable, value in zip(variables, held, strict=True):
+            variable.assign(value + 1e-3)  # something is to change between two boundaries
+    assert penalties[1] == pytest.approx(0.5 * penalties[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.4, 1.0])
+def test_damping_makes_a_share_of_the_output_factor_the_same_for_all_outputs(damping):
+    """The pull on a linear layer, from A = E[D Dᵀ] and G = E[Dᵀ D] / tr A in float64."""
+    base = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, use_bias=False, name="head")])
+    fisher = KroneckerFisher("empirical", gamma=None, damping=damping)
+    model = compiled(base, strength=2.0, fisher=fisher, grouping=None)
+    x, y = blobs(16)
+    kernel = model.get_layer("head").kernel
+    held = np.array(kernel, "float64")
+    model.consolidate((x, y))
+    shifted = np.exp(x @ held)
+    g = shifted / shifted.sum(1, keepdims=True) - np.eye(3)[y]
+    d = np.einsum("bi,bo->bio", x.astype("float64"), g)
+    a = np.einsum("bio,bjo->ij", d, d) / 16
+    factor = np.einsum("bio,bip->op", d, d) / 16 / np.trace(a)
+    factor = (1 - damping) * factor + damping * np.trace(factor) / 3 * np.eye(3)
+    delta = np.random.default_rng(0).normal(size=(6, 3))
+    kernel.assign(held + delta)
+    pull = model.regularizer.gradients({"head/kernel": kernel})["head/kernel"]
+    expected = 2 * a @ delta @ factor
+    np.testing.assert_allclose(pull, expected, atol=2e-3 * np.abs(expected).max())

@@ -1,19 +1,19 @@
-"""A diagonal with a correction of low rank, against matrices written out."""
+"""A diagonal with a low-rank correction, compared with dense matrices."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled
+from cases import blobs, compiled, pass_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
 from test_rules import float64_gradients, made
 
 from keras_dwd import DWDModel, DWDOptimizer, KroneckerFisher
-from keras_dwd.curvature.factor import Factor
-from keras_dwd.curvature.low_rank import LowRank
-from keras_dwd.variables import untracked
+from keras_dwd.precision.factor import Factor
+from keras_dwd.precision.low_rank import LowRank
+from keras_dwd.variables import trainable_by_path, untracked
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -29,7 +29,7 @@ def dense(block):
 
 
 def held(block):
-    return block.with_leaves({n: untracked(v, "leaf") for n, v in block.leaves().items()})
+    return block.with_arrays({n: untracked(v, "leaf") for n, v in block.arrays().items()})
 
 
 @pytest.mark.parametrize("first", [1.0, -1.0])
@@ -37,9 +37,9 @@ def test_what_had_no_gradient_in_one_task_may_have_one_in_another(first):
     network = keras.Sequential(
         [keras.Input((6,)), layers.PReLU(name="slopes"), layers.Dense(3, name="head")]
     )
-    model = compiled(network, fisher=KroneckerFisher("exact", None, correction=2))
+    model = compiled(network, fisher=KroneckerFisher("empirical", None, correction=2))
     x, y = blobs()
-    for sign in (first, -first):  # of positive inputs the slopes are not used
+    for sign in (first, -first):  # positive inputs do not use the slopes
         model.fit(sign * np.abs(x), y, verbose=0)
         model.consolidate((sign * np.abs(x), y))
     block = model.regularizer.precisions["slopes/alpha"]
@@ -54,9 +54,9 @@ def test_products_equal_the_matrix(seed, stiff):
     block, delta = some(rng), rng.normal(size=(3, 2)).astype("float32")
     stiffness = (stiff * rng.uniform(0.5, 1, (3, 2))).astype("float32")
     matrix, flat = dense(block), delta.ravel()
-    (product,) = held(block).multiply([tf.constant(delta)])
+    (product,) = held(block).matvec([tf.constant(delta)])
     np.testing.assert_allclose(np.ravel(product), matrix @ flat, rtol=1e-3, atol=1e-4)
-    (step,) = held(block).shrink([tf.constant(delta)], [tf.constant(stiffness)])
+    (step,) = held(block).proximal_correction([tf.constant(delta)], [tf.constant(stiffness)])
     expected = np.linalg.solve(np.diag(stiffness.ravel().astype("float64")) + matrix, matrix @ flat)
     np.testing.assert_allclose(np.ravel(step), expected, rtol=1e-2, atol=1e-3)
 
@@ -70,7 +70,7 @@ def test_merging_keeps_the_diagonal_and_the_largest_directions(seed, decay, colu
     total = decay * dense(old) + dense(new)
     np.testing.assert_allclose(np.diag(dense(merged)), np.diag(total), rtol=1e-5)
     assert merged.correction.shape[1] <= columns
-    if 2 * columns >= 6 and columns == 6:  # nothing had to be left out
+    if 2 * columns >= 6 and columns == 6:  # all directions fit
         np.testing.assert_allclose(dense(merged), total, rtol=1e-4, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_the_diagonal_is_exact_whatever_the_rank(seed, rank):
     matrix = root @ root.T
     block = LowRank.around("w", matrix.diagonal(), Factor.from_matrix(matrix, rank), rank)
     np.testing.assert_allclose(np.diag(dense(block)), matrix.diagonal(), rtol=1e-9)
-    np.testing.assert_allclose(block.spectrum(), matrix.diagonal(), rtol=1e-9)
+    np.testing.assert_allclose(block.importances(), matrix.diagonal(), rtol=1e-9)
     assert (block.values >= 0).all()
 
 
@@ -90,15 +90,15 @@ def test_strengths_scale_rows_and_columns():
     block, strengths = some(rng), rng.uniform(0, 2, (3, 2))
     roots = np.sqrt(strengths.ravel())
     np.testing.assert_allclose(
-        dense(block.scaled(strengths)), np.outer(roots, roots) * dense(block)
+        dense(block.scale_importances(strengths)), np.outer(roots, roots) * dense(block)
     )
-    np.testing.assert_allclose(dense(block.weighted({"w": 3.0})), 3 * dense(block))
+    np.testing.assert_allclose(dense(block.scale_variables({"w": 3.0})), 3 * dense(block))
 
 
 @pytest.mark.parametrize("case", ["layer_norm", "without_a_rule", "depthwise2d"])
 def test_with_full_rank_it_is_the_fisher_information(case):
-    model, x, y = made(case, KroneckerFisher("exact", gamma=None, correction=64))
-    blocks = model.fisher.blocks(model, model._trainable_by_path(), model._estimate((x, y), 4))
+    model, x, y = made(case, KroneckerFisher("empirical", gamma=None, correction=64))
+    blocks = model.fisher.blocks(model, trainable_by_path(model), pass_statistics(model, (x, y), 4))
     gradients = float64_gradients(model, case, x, y)
     checked = 0
     for path, block in blocks.items():

@@ -1,4 +1,4 @@
-"""`DWDModel` behaves as a Keras model does, in every way Keras users train one."""
+"""`DWDModel` behaves like a Keras model in all ways in which users train one."""
 
 import re
 
@@ -6,24 +6,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled, mlp, weights
+from cases import blobs, compiled, load, mlp, saved, state_of, weights
 from keras import layers
 
-from keras_dwd import (
-    DiagonalFisher,
-    DWDModel,
-    DWDRegularizer,
-    KroneckerFisher,
-    PenaltyLogger,
-    TaskHeads,
-)
-from keras_dwd.state import restore, save, state_of
+from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher
+from keras_dwd.callbacks import PenaltyLogger
+from keras_dwd.layers import TaskHeads
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def rich_net():
-    """BatchNorm, dropout, weight decay and activity regularisation."""
+    """A network with BatchNormalization, dropout, weight decay and activity regularisation."""
     return keras.Sequential(
         [
             keras.Input((6,)),
@@ -56,6 +50,7 @@ WAYS = {
     "run_eagerly": {"compile_settings": {"run_eagerly": True}},
     "accumulation": {"optimizer": keras.optimizers.Adam(gradient_accumulation_steps=3)},
     "clipping": {"optimizer": keras.optimizers.SGD(0.1, global_clipnorm=0.5)},
+    "sgd": {"optimizer": keras.optimizers.SGD(0.02)},
     "ema": {"optimizer": keras.optimizers.SGD(0.02, use_ema=True)},
     "weight_decay": {"optimizer": keras.optimizers.AdamW(weight_decay=0.1)},
     "loss_scale": {"optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.02))},
@@ -63,6 +58,15 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def graphs_as_written():
+    """Without TensorFlow's rewriting of sums, which depends on what else a gradient is used for."""
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": True})
+
+
+@pytest.mark.usefixtures("graphs_as_written")
 @pytest.mark.parametrize("strength", [0.0, 5.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_before_the_first_boundary_it_is_bit_identical_to_keras(way, strength):
@@ -70,7 +74,7 @@ def test_before_the_first_boundary_it_is_bit_identical_to_keras(way, strength):
     plain = rich_net()
     expected = train(plain, **WAYS[way])
     keras.utils.set_random_seed(1)
-    # XLA fuses the work of a pass of its own with the step's, which changes the last bit.
+    # A separate Fisher pass would be fused with the step by XLA, which changes the last bit.
     fisher = DiagonalFisher("batch") if way == "jit_compile" else None
     model = DWDModel.from_model(rich_net(), strength=strength, fisher=fisher)
     history = train(model, **WAYS[way])
@@ -100,7 +104,7 @@ def test_so_it_is_with_a_frozen_layer_and_in_mixed_precision(policy):
 
 def test_kronecker_factors_under_jit_compile_leave_training_alone():
     trained = []
-    # A small net: of each layer more XLA has seconds more to compile.
+    # A small network, as XLA takes seconds to compile each layer.
     for make in (mlp, lambda: DWDModel.from_model(mlp(), strength=5.0)):
         keras.utils.set_random_seed(1)
         model = make()
@@ -114,7 +118,7 @@ def test_kronecker_factors_under_jit_compile_leave_training_alone():
 
 
 def test_no_variable_of_a_step_is_of_a_type_that_xla_cannot_reach_on_a_gpu():
-    """TensorFlow keeps int32 in the host's memory; with a GPU Keras compiles every step by XLA."""
+    """TensorFlow keeps int32 in host memory, but on a GPU Keras compiles every step with XLA."""
     inputs, task = keras.Input((6,)), keras.Input((), dtype="int32")
     outputs = TaskHeads(2, 3)(layers.Dense(4, "relu")(inputs), task)
     model = compiled(keras.Model([inputs, task], outputs), strength=5.0)
@@ -131,13 +135,13 @@ def test_no_variable_of_a_step_is_of_a_type_that_xla_cannot_reach_on_a_gpu():
 @pytest.mark.parametrize(
     "fisher",
     [
-        *(KroneckerFisher(e, correction=2) for e in ("influence", "exact", "sampled", "negated")),
+        *(KroneckerFisher(e, correction=2) for e in ("influence", "empirical", "mc", "negated")),
         DiagonalFisher("influence"),
     ],
     ids=lambda fisher: f"{type(fisher).__name__}-{fisher.estimator}",
 )
 def test_xla_compiles_a_step_once(fisher):
-    """What it takes for a constant it compiles the step anew for, each time it has changed."""
+    """XLA would recompile the step whenever a value that it treats as a constant changes."""
     inputs, task = keras.Input((8, 8, 2)), keras.Input((), dtype="int32")
     x = layers.MaxPooling2D()(layers.Conv2D(4, 3, activation="relu")(inputs))
     x = layers.LayerNormalization()(layers.Flatten()(x))
@@ -157,8 +161,8 @@ def test_xla_compiles_a_step_once(fisher):
 @pytest.mark.parametrize("fisher", [DiagonalFisher(), KroneckerFisher()])
 @pytest.mark.parametrize("way", WAYS)
 def test_after_a_boundary_the_pull_holds_what_matters(way, fisher):
-    """The same second task moves the weights less far, in the metric of the penalty."""
-    # Plain SGD follows the gradient of the pull stably up to learning rate x strength x F = 2.
+    """With the penalty the second task moves the weights less, in the metric of the penalty."""
+    # Plain SGD with the penalty is stable up to learning rate × strength × F = 2.
     pull = 1.0 if way in ("ema", "loss_scale") else 10.0
     trained = {}
     for strength in (0.0, pull):
@@ -226,7 +230,7 @@ def test_several_inputs_and_outputs():
         "kind": layers.Dense(3, name="kind")(x),
         "size": layers.Dense(1, name="size")(x),
     }
-    model = DWDModel([a, b], outputs, strength=1.0, fisher=DiagonalFisher("exact"))
+    model = DWDModel([a, b], outputs, strength=1.0, fisher=DiagonalFisher("empirical"))
     model.compile(
         "adam",
         {"kind": LOSS, "size": "mse"},
@@ -244,7 +248,7 @@ def test_several_inputs_and_outputs():
     assert set(model.predict(x, verbose=0)) == {"kind", "size"}
 
 
-@pytest.mark.parametrize("fisher", [KroneckerFisher(), DiagonalFisher("exact", every=1)])
+@pytest.mark.parametrize("fisher", [KroneckerFisher(), DiagonalFisher("empirical", every=1)])
 def test_the_reported_losses_of_several_outputs_are_those_of_keras(fisher):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 4)).astype("float32")
@@ -392,7 +396,7 @@ def test_state_that_fits_no_variable_is_refused(tmp_path):
     model = compiled(strength=1.0)
     model.fit(*blobs(), verbose=0)
     store = {}
-    save(model, store)
+    store = saved(model)
     before = state_of(model)
     for bad in (
         {**store, "precision|9|elsewhere": np.zeros(3)},
@@ -401,7 +405,7 @@ def test_state_that_fits_no_variable_is_refused(tmp_path):
         {key: array for key, array in store.items() if key != "tasks_learned"},
     ):
         with pytest.raises(ValueError, match="left as it was"):
-            restore(model, bad)
+            load(model, bad)
     for name, array in state_of(model).items():
         np.testing.assert_array_equal(array, before[name])
 
@@ -450,7 +454,7 @@ def test_an_interrupted_fit_resumes_with_backup_and_restore(tmp_path):
                     callbacks=[backup, *callbacks],
                 )
             except KeyboardInterrupt:
-                model = compiled(strength=50.0)  # a new process: all is in the backup
+                model = compiled(strength=50.0)  # as in a new process that has only the backup
         return model
 
     expected, resumed = learn(stop=False), learn(stop=True)
@@ -461,7 +465,7 @@ def test_an_interrupted_fit_resumes_with_backup_and_restore(tmp_path):
 
 @keras.saving.register_keras_serializable("tests")
 class Nested(Subclassed):
-    """Its layers get new names in each process, as in any subclassed model."""
+    """A subclassed model, whose layers get new names whenever it is built again."""
 
 
 def test_state_follows_a_subclassed_model_whose_layers_are_named_anew(tmp_path):
@@ -482,10 +486,10 @@ def test_loading_replaces_the_state_as_a_whole():
     early = compiled(strength=1.0)
     early.fit(*blobs(), verbose=0)
     store = {}
-    save(early, store)
-    late = compiled(strength=1.0, fisher=DiagonalFisher("exact", gamma=None))
+    store = saved(early)
+    late = compiled(strength=1.0, fisher=DiagonalFisher("empirical", gamma=None))
     late.consolidate(blobs())
-    restore(late, store)
+    load(late, store)
     assert late.tasks_learned == 0
     assert not late.regularizer.precisions
     assert not late.fisher.slots
@@ -512,7 +516,7 @@ def test_other_layers_in_models_within_models():
     }
 
 
-# Bad input: a clear error, before anything changes.
+# Invalid input raises a clear error before anything changes.
 
 
 def _refused(model, error, action):
@@ -556,6 +560,51 @@ def test_consolidate_refuses(data, error):
     _refused(model, error, lambda: model.consolidate(data))
 
 
+class Batches(keras.utils.PyDataset):
+    """Slices of arrays, which are empty past the end and raise no error there."""
+
+    def __init__(self, size, **settings):
+        super().__init__(**settings)
+        self.size, self.asked = size, []
+
+    def __len__(self):
+        return -(-len(X) // self.size)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        part = slice(index * self.size, (index + 1) * self.size)
+        return X[part], Y[part]
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 24), (2, 12)])
+def test_a_py_dataset_ends_and_says_what_its_arrays_say(workers, batch_size):
+    # Batches of 24, 24 and 16 examples, as those of the arrays.
+    data = Batches(24, workers=workers)
+    states = []
+    for given in ((X, Y), data):
+        keras.utils.set_random_seed(3)
+        model = compiled(strength=1.0)
+        for _ in range(2):  # the same dataset is used for two tasks
+            model.fit(X, Y, verbose=0)
+            data.asked.clear()
+            model.consolidate(given, batch_size)
+        states.append(state_of(model))
+    assert data.asked == [0, 1, 2]
+    of_arrays, of_data = states
+    assert of_arrays.keys() == of_data.keys()
+    for name, array in of_arrays.items():
+        np.testing.assert_allclose(of_data[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_py_dataset_without_a_length_is_refused():
+    class Endless(Batches):
+        num_batches = None
+
+    model = compiled(strength=1.0)
+    model.fit(X, Y, verbose=0)
+    _refused(model, "must end", lambda: model.consolidate(Endless(24)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -580,7 +629,7 @@ def test_consolidating_twice_without_training_is_refused():
 
 
 def with_a_frozen_layer():
-    """A model that learned a task and had a layer frozen since."""
+    """A model that has learned a task, with a layer that was frozen since."""
     model = compiled(strength=1.0)
     model.fit(X, Y, verbose=0)
     model.consolidate()
@@ -610,7 +659,7 @@ def test_diverged_weights_are_refused():
 
 
 def test_more_groups_than_parameters_are_refused():
-    from keras_dwd import GaussianMixtureGrouping
+    from keras_dwd.groupings import GaussianMixtureGrouping
 
     with pytest.raises(ValueError, match=r"`groups` .* \(83\)"):
         compiled(grouping=GaussianMixtureGrouping(84, samples=100))
@@ -624,7 +673,7 @@ def test_constructor_refuses():
     with pytest.raises(ValueError, match="not both"):
         DWDModel.from_model(mlp(), strength=1.0, regularizer=DWDRegularizer())
     with pytest.raises(ValueError, match="`fisher` must be a Fisher"):
-        DWDModel.from_model(mlp(), fisher="exact")
+        DWDModel.from_model(mlp(), fisher="empirical")
     with pytest.raises(ValueError, match="`strength`"):
         DWDModel.from_model(mlp(), strength=-1)
     with pytest.raises(ValueError, match="is a DWDModel already"):
@@ -681,7 +730,7 @@ def test_outputs_of_a_dictionary_go_by_its_keys():
     model = DWDModel(inputs, {"b": layers.Dense(3, name="x")(inputs)})
     model.compile("sgd", {"b": LOSS})
     _refused(model, "Labels must be in", lambda: model.fit(X, {"b": Y + 3}, verbose=0))
-    with_fisher = DWDModel(inputs, model.output, fisher=DiagonalFisher("sampled"))
+    with_fisher = DWDModel(inputs, model.output, fisher=DiagonalFisher("mc"))
     with_fisher.compile("sgd", {"b": LOSS})
     with pytest.raises(ValueError, match="single output"):
         with_fisher.fit(X, {"b": Y}, verbose=0)
@@ -725,3 +774,63 @@ def test_weights_that_are_not_finite_are_refused(fisher):
     model.get_layer("head").kernel.assign(held)
     model.consolidate()
     assert model.tasks_learned == 2
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_the_first_fit_traces_the_step_once(as_dataset):
+    class Counting(DWDModel):
+        traces = 0
+
+        def train_step(self, data):
+            type(self).traces += 1
+            return super().train_step(data)
+
+    model = Counting.from_model(mlp(), fisher=DiagonalFisher("batch"), grouping=None)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"], weighted_metrics=["accuracy"])
+    x, y = blobs(32)
+    weight = np.ones(32, "float32")
+    if as_dataset:
+        data = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(8)
+        model.fit(data, shuffle=False, verbose=0)
+    else:
+        model.fit(x, y, batch_size=8, sample_weight=weight, verbose=0)
+    assert Counting.traces == 1
+
+
+def test_labels_that_the_loss_ignores_are_no_bad_labels():
+    inputs = keras.Input((6,))
+    model = DWDModel(
+        inputs,
+        layers.Dense(3, name="head")(inputs),
+        fisher=DiagonalFisher("empirical", None),
+        grouping=None,
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
+    model.compile("sgd", loss)
+    y = np.where(np.arange(64) % 2, Y, 255)
+    model.fit(X, y, verbose=0)
+    model.consolidate((X, y))
+    assert model.tasks_learned == 1
+
+
+def test_a_mistyped_setting_is_refused():
+    inputs = keras.Input((6,))
+    for make in (
+        lambda: DWDModel(inputs, layers.Dense(3)(inputs), stength=1.0),
+        lambda: DWDModel.from_model(mlp(), stength=1.0),
+    ):
+        with pytest.raises(TypeError, match="has no argument 'stength'"):
+            make()
+
+
+def test_a_model_in_place_of_inputs_is_told_of_from_model():
+    with pytest.raises(TypeError, match=r"Received the model .* use `DWDModel.from_model"):
+        DWDModel(mlp())
+
+
+def test_an_estimate_from_data_alone_asks_for_data():
+    model = compiled(fisher=DiagonalFisher("empirical", gamma=None), grouping=None)
+    model.fit(*blobs(), verbose=0)
+    with pytest.raises(ValueError, match=r"estimated from data. Call `consolidate\(\(x, y\)\)`"):
+        model.consolidate()

@@ -1,4 +1,4 @@
-"""What is planned is what real processes take."""
+"""The planned memory is what real processes use."""
 
 import json
 from functools import partial
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from keras_dwd import cli
 from keras_dwd.curvature.fisher import DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
-from keras_dwd.distributed import plan
+from keras_dwd.evaluation import plan
 
 
 def dense(width, layers):
@@ -26,9 +26,9 @@ def test_the_memory_of_workers_is_as_planned(tmp_path):
     made = plan.plan(partial(plan.of_model, dense(1500, 6)), 2, "diagonal")
     transient = sum(made.memory[name] for name in ("gradients", "statistics", "communication"))
     for found in results:
-        # Three blocks of six weigh as much as half of all.
+        # Each worker stores three of the six blocks, half of the state.
         assert found["variables"] == pytest.approx(made.total - transient, rel=0.01)
-        # The allocator keeps some of what TensorFlow needed in between.
+        # The allocator keeps a part of the memory that was needed during the step.
         assert made.total - transient < found["resident"] < 1.4 * made.total
 
 
@@ -46,9 +46,9 @@ def test_state_is_divided_by_the_number_of_workers(curvature):
 def test_numbers_of_a_model_are_those_of_its_matrices():
     parameters, statistics, precision = plan.of_model(dense(10, 1), KroneckerFisher())
     assert parameters == 110
-    assert statistics == 11 * 11 + 10 * 10 + 1  # and the margin
+    assert statistics == 11 * 11 + 10 * 10 + 1  # plus one for the margin
     assert precision == (11 * 11 + 11 + 1) + (10 * 10 + 10 + 1)
-    assert plan.of_model(dense(10, 1), DiagonalFisher("exact")) == (110, 110, 110)
+    assert plan.of_model(dense(10, 1), DiagonalFisher("empirical")) == (110, 110, 110)
 
 
 @pytest.mark.parametrize("parameters", [10**6, 10**9, 175 * 10**9])
@@ -93,3 +93,11 @@ def test_links_and_bandwidths_are_measured():
     assert 1e7 < plan.measured_link() < 1e12
     assert 1e8 < plan.measured_bandwidth(2**22) < 1e13
     assert np.isfinite(plan.measured_bandwidth(2**20))
+
+
+def test_what_is_sent_is_that_of_a_ring():
+    """Of each byte 2 (n − 1) / n is sent; sums over a pass are in double precision."""
+    made = plan.plan(partial(plan.of_model, dense(10, 1)), 4, "diagonal")
+    assert made.parameters == 110
+    assert made.step_bytes == made.fisher_bytes == 1.5 * 4 * 110
+    assert made.boundary_bytes == 1.5 * 8 * 110

@@ -2,12 +2,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled, mlp
+from cases import blobs, compiled, mlp, pass_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dwd import DiagonalFisher, DWDRegularizer
-from keras_dwd.curvature.diagonal import Diagonal
+from keras_dwd.precision.diagonal import Diagonal
+from keras_dwd.variables import trainable_by_path
 
 
 def _variable(values):
@@ -15,8 +16,7 @@ def _variable(values):
 
 
 def fold(regularizer, variables, blocks):
-    for part in regularizer.folded(variables, blocks):
-        regularizer.hold(*part)
+    regularizer.prepare_task(variables, blocks)()
 
 
 def _fold_tasks(regularizer, fishers, optima):
@@ -50,10 +50,10 @@ def test_folding_is_the_explicit_sum_over_tasks(seed, spread, strength):
         expected.append(value)
         values.append(float(regularizer.value({"w": variable})))
         folded = np.asarray(regularizer.gradients({"w": variable})["w"], "float64")
-        # Relative to the terms of the sum: θ − θ* itself cancels where they happen to be close.
+        # Relative to the terms of the sum, as θ − θ* cancels where the two are close.
         scale = (fishers * (np.abs(theta) + np.abs(optima))).sum(0) * strength
         assert np.all(np.abs(folded - gradient) <= 1e-6 * scale)
-    # Values agree up to a constant: their difference between two points agrees.
+    # The values agree up to a constant, so their differences between two points agree.
     assert values[0] - values[1] == pytest.approx(
         expected[0] - expected[1], abs=1e-6 * (sum(expected))
     )
@@ -108,13 +108,13 @@ def test_config_round_trip():
 
 def test_a_layer_sets_its_own_strength_or_is_excluded():
     model = mlp(kernel_regularizer=DWDRegularizer(0.0), bias_regularizer=DWDRegularizer(6.0))
-    model = compiled(model, strength=3.0, fisher=DiagonalFisher("exact"), grouping=None)
+    model = compiled(model, strength=3.0, fisher=DiagonalFisher("empirical"), grouping=None)
     x, y = blobs()
     model.consolidate((x, y))
     precisions = model.regularizer.precisions
     assert set(precisions) == {"hidden/bias", "head/kernel", "head/bias"}
-    # Relative to the Fisher information, the bias is held twice as tight as the model's own.
-    fisher = model._estimate((x, y), 32)
+    # The regularizer of the hidden bias has twice the strength of the model's own.
+    fisher = pass_statistics(model, (x, y), 32)
     for path, strength in {"hidden/bias": 6, "head/bias": 3}.items():
         expected = strength * fisher[f"fisher/{path}"]
         np.testing.assert_allclose(precisions[path].values, expected, rtol=1e-5)
@@ -128,10 +128,10 @@ def test_an_excluded_part_of_a_matrix_is_not_pulled(name):
     held = {p: np.array(v) for p, v in model.regularizer.anchors.items()}
     for variable in model.trainable_variables:
         variable.assign_add(tf.ones(variable.shape))
-    variables = model._trainable_by_path()
+    variables = trainable_by_path(model)
     pulls = model.regularizer.gradients(variables)
     assert set(pulls) == set(variables) - {f"hidden/{name}"}
-    model.regularizer.pull(variables, dict.fromkeys(variables, tf.constant(1.0)))
+    model.regularizer.proximal_step(variables, dict.fromkeys(variables, tf.constant(1.0)))
     moved = {p: np.abs(np.array(v) - held[p] - 1).max() for p, v in variables.items() if p in held}
     assert moved.pop(f"hidden/{name}") < 1e-6
     assert min(moved.values()) > 1e-4

@@ -1,17 +1,23 @@
-"""The closed forms per layer: fast path = generic path = a loop over examples in float64."""
+"""The closed forms of layers agree with the generic path and a float64 loop over examples."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import pass_statistics
 from keras import layers
 
-from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, Rule, register_rule
+from keras_dwd import (
+    DiagonalFisher,
+    DWDModel,
+    KroneckerFisher,
+    Rule,
+    register_rule,
+)
 from keras_dwd.curvature import rules
-from keras_dwd.curvature.boundary_pass import BoundaryPass
+from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.curvature.sketches import _groups, _signs, probe_of
-from keras_dwd.curvature.taps import Taps
-from keras_dwd.variables import by_path
+from keras_dwd.variables import by_path, trainable_by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -25,12 +31,12 @@ def tokens(rng):
 
 
 def shared(layer):
-    """The same layer called twice, on inputs of other sizes."""
+    """The same layer called twice, on inputs of different sizes."""
     return lambda x: layers.Concatenate(axis=1)([layer(x), layer(layers.Cropping1D(1)(x))])
 
 
 class Positions(layers.Layer):
-    """Adds what all examples share: its embedding has no batch axis."""
+    """Adds an embedding that all examples share and that has no batch axis."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +47,7 @@ class Positions(layers.Layer):
 
 
 class Windows(layers.Layer):
-    """Folds windows into the batch."""
+    """Folds windows into the batch axis."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +58,7 @@ class Windows(layers.Layer):
 
 
 class Looped(layers.Layer):
-    """Runs a layer in a graph of its own."""
+    """Calls a layer inside a `tf.function` of its own."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +72,7 @@ class Looped(layers.Layer):
 
 
 class Flagged(layers.Layer):
-    """Has arguments that are no tensors."""
+    """Has arguments that are not tensors."""
 
     def build(self, shape):
         self.w = self.add_weight(shape=(shape[-1],), name="w")
@@ -86,7 +92,7 @@ class Weighed(layers.Layer):
 
 
 class Queries(layers.Layer):
-    """Calls a layer on a variable."""
+    """Calls a layer on a variable in place of inputs."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +107,7 @@ class Queries(layers.Layer):
         return x[:, :2] * mixed
 
 
-# What is put between the input and a dense head, and the input.
+# The layers between the input and a dense head, and the input.
 CASES = {
     "dense": (lambda: layers.Dense(4, activation="tanh"), images(5)),
     "dense_without_bias": (lambda: layers.Dense(4, use_bias=False), images(5)),
@@ -228,18 +234,17 @@ def float64_gradients(model, case, x, y):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
-    fisher = DiagonalFisher("exact", gamma=None)
+    fisher = DiagonalFisher("empirical", gamma=None)
     model, x, y = made(case, fisher)
     generic = [r for r in rules.ruled_layers(model) if r.rule is rules.GENERIC]
     assert bool(generic) == (case in WITHOUT_RULE)
-    # Else both would be the model as a whole, example by example.
+    # Otherwise both estimates would use the slow path through the whole model.
     covered = {path for r in rules.ruled_layers(model) for path in r.paths.values()}
-    followed = set(model._trainable_by_path()) <= covered
+    followed = set(trainable_by_path(model)) <= covered
     assert followed == (case not in NOT_FOLLOWED)
-    fast = model._estimate((x, y), 4)
+    fast = pass_statistics(model, (x, y), 4)
     monkeypatch.setattr(rules, "_RULES", {})
-    model._pass = BoundaryPass()
-    generic = model._estimate((x, y), 4)
+    generic = pass_statistics(model, (x, y), 4, model.fisher)
     assert fast.keys() == generic.keys()
     for path, gradients in float64_gradients(model, case, x, y).items():
         expected = (gradients**2).mean(0)
@@ -258,7 +263,7 @@ MATRICES = [
 
 
 def seen_along(d, positions):
-    """What is looked at of each example's D where both it and the positions are many."""
+    """Each example's D, projected if both its columns and the positions are many."""
     if positions <= 8 or d.shape[2] <= 16:
         return d
     directions = directions_of(d.shape[2])
@@ -266,7 +271,7 @@ def seen_along(d, positions):
 
 
 def directions_of(size):
-    """`(groups, size, 8)`: column c goes into direction c mod 8, with the sign of its group."""
+    """`(groups, size, 8)`: column c is added to direction c mod 8 with the sign of its group."""
     signs = np.asarray(_signs(size, tf.range(_groups(size))), "float64")
     return signs[:, :, None] * (np.arange(size)[:, None] % 8 == np.arange(8))
 
@@ -274,8 +279,8 @@ def directions_of(size):
 @pytest.mark.parametrize("case", MATRICES)
 def test_kronecker_factors_are_those_of_the_gradients(case):
     """D Dᵀ and Dᵀ D of each example's gradient as a matrix, summed in float64."""
-    model, x, y = made(case, KroneckerFisher("exact", gamma=None))
-    statistics = model._estimate((x, y), 4)
+    model, x, y = made(case, KroneckerFisher("empirical", gamma=None))
+    statistics = pass_statistics(model, (x, y), 4)
     gradients = float64_gradients(model, case, x, y)
     checked = 0
     for ruled in rules.ruled_layers(model):
@@ -296,7 +301,7 @@ def test_kronecker_factors_are_those_of_the_gradients(case):
 
 
 class Standardised(layers.Conv2D):
-    """A convolution whose kernel is not its variable as it is."""
+    """A convolution whose kernel differs from its variable."""
 
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, kernel - keras.ops.mean(kernel, (0, 1, 2)))
@@ -304,8 +309,8 @@ class Standardised(layers.Conv2D):
 
 def test_layers_that_compute_otherwise_have_no_closed_form(monkeypatch):
     monkeypatch.setitem(CASES, "own", (lambda: Standardised(3, 3), images(5, 5, 2)))
-    model, x, y = made("own", DiagonalFisher("exact", gamma=None))
-    found = model._estimate((x, y), 4)
+    model, x, y = made("own", DiagonalFisher("empirical", gamma=None))
+    found = pass_statistics(model, (x, y), 4)
     for path, gradients in float64_gradients(model, "own", x, y).items():
         expected = (gradients**2).mean(0)
         np.testing.assert_allclose(
@@ -321,7 +326,10 @@ def test_a_kernel_that_is_not_trained_leaves_the_bias():
 
     x = images(5)(np.random.default_rng(0)).astype("float32")
     y = np.arange(len(x)) % 3
-    for fisher in (DiagonalFisher("exact", gamma=None), KroneckerFisher("exact", gamma=None)):
+    for fisher in (
+        DiagonalFisher("empirical", gamma=None),
+        KroneckerFisher("empirical", gamma=None),
+    ):
         base = keras.Sequential([keras.Input((5,)), Biased(4, "tanh"), layers.Dense(3)])
         model = DWDModel.from_model(base, strength=1.0, fisher=fisher, grouping=None)
         model.compile("sgd", LOSS)
@@ -331,9 +339,9 @@ def test_a_kernel_that_is_not_trained_leaves_the_bias():
             with tf.GradientTape() as tape:
                 loss = LOSS(y[i : i + 1], base(x[i : i + 1]))
             squares.append(np.square(tape.gradient(loss, bias.value), dtype="float64"))
-        path, *_ = model._trainable_by_path()
+        path, *_ = trainable_by_path(model)
         if isinstance(fisher, DiagonalFisher):
-            found = model._estimate((x, y), 4)
+            found = pass_statistics(model, (x, y), 4)
             np.testing.assert_allclose(found[f"fisher/{path}"], np.mean(squares, 0), rtol=1e-4)
         model.consolidate((x, y))
         bias.assign_add(tf.ones(bias.shape))
@@ -347,13 +355,13 @@ def test_a_model_of_fixed_batches_says_that_it_cannot_be_followed():
     model = DWDModel.from_model(keras.Model(inputs, outputs))
     with pytest.warns(UserWarning, match="cannot be run on a batch of 2 examples"):
         assert rules.ruled_layers(model) == []
-    assert rules.ruled_layers(model) == []  # and says it once
+    assert rules.ruled_layers(model) == []  # no second warning
 
 
 @pytest.mark.parametrize("case", NOT_FOLLOWED)
 def test_layers_whose_calls_cannot_be_followed_have_a_diagonal(case):
-    model, x, y = made(case, KroneckerFisher("exact"))
-    statistics = model._estimate((x, y), 4)
+    model, x, y = made(case, KroneckerFisher("empirical"))
+    statistics = pass_statistics(model, (x, y), 4)
     gradients = float64_gradients(model, case, x, y)
     hidden = [path for path in gradients if not path.startswith("head/")]
     for path in hidden:
@@ -375,19 +383,18 @@ def test_all_directions_are_looked_along_alike(size):
 
 
 def test_small_batches_look_along_what_one_of_all_would():
-    """Each example is seen along some directions only, other ones than its neighbours."""
-    model, x, y = made("conv2d_wide", KroneckerFisher("exact", gamma=None))
-    whole, small = (model._estimate((x, y), size) for size in (len(y), 1))
+    """Each example is projected onto a few directions, which differ from example to example."""
+    model, x, y = made("conv2d_wide", KroneckerFisher("empirical", gamma=None))
+    whole, small = (pass_statistics(model, (x, y), size) for size in (len(y), 1))
     for name in whole:
         np.testing.assert_allclose(small[name], whole[name], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("case", ["dense", "conv2d_same", "conv1d", "conv2d_wide"])
 def test_a_sketched_factor_is_the_factor_times_its_probe(case):
-    model, x, y = made(case, KroneckerFisher("exact", gamma=None))
-    whole = model._estimate((x, y), 4)
-    model.fisher = KroneckerFisher("exact", gamma=None, rank=1)
-    sketch = model._estimate((x, y), 4)
+    model, x, y = made(case, KroneckerFisher("empirical", gamma=None))
+    whole = pass_statistics(model, (x, y), 4)
+    sketch = pass_statistics(model, (x, y), 4, KroneckerFisher("empirical", gamma=None, rank=1))
     (path,) = [n for n in sketch if n.startswith("input/") and not n.startswith("input/head")]
     probe = probe_of(len(sketch[path]), 1)
     np.testing.assert_allclose(sketch[path], whole[path] @ probe, rtol=1e-3, atol=1e-6)
@@ -399,12 +406,12 @@ def test_taps_record_and_change_nothing():
     dense = layers.Dense(3, activation="relu")
     x = tf.random.normal((5, 4))
     expected = dense(x)
-    with tf.GradientTape() as tape, Taps([dense]) as taps:
+    with tf.GradientTape() as tape, LayerRecorder([dense]) as recorder:
         result = dense(x)
         again = dense(2 * x)
         loss = tf.reduce_sum(result) + tf.reduce_sum(again)
     np.testing.assert_array_equal(result, expected)
-    first, second = taps.calls(dense)
+    first, second = recorder.calls(dense)
     np.testing.assert_array_equal(first.inputs[0], x)
     np.testing.assert_array_equal(second.inputs[0], 2 * x)
     np.testing.assert_allclose(first.output, tf.matmul(x, dense.kernel.value) + dense.bias.value)
@@ -415,14 +422,14 @@ def test_taps_record_and_change_nothing():
 
 
 def test_a_layer_that_is_passed_no_mask_is_not_looped_over(monkeypatch):
-    model, x, y = made("weighed", DiagonalFisher("exact", gamma=None))
-    monkeypatch.setattr(DiagonalFisher, "_one_by_one", None)  # every example by the whole model
-    assert len(model._estimate((x, y), 4)) == 3
+    model, x, y = made("weighed", DiagonalFisher("empirical", gamma=None))
+    monkeypatch.setattr(DiagonalFisher, "_one_by_one", None)  # fails on the slow path
+    assert len(pass_statistics(model, (x, y), 4)) == 3
 
 
 def test_a_model_of_a_fixed_batch_size_is_followed():
     inputs = keras.Input(batch_shape=(4, 6))
-    windows = keras.ops.reshape(inputs, (4, 3, 2))  # of that size alone
+    windows = keras.ops.reshape(inputs, (4, 3, 2))  # works for this batch size only
     outputs = layers.Dense(3)(layers.Flatten()(layers.Dense(2)(windows)))
     assert len(rules.ruled_layers(keras.Model(inputs, outputs))) == 2
 
@@ -430,7 +437,7 @@ def test_a_model_of_a_fixed_batch_size_is_followed():
 def test_a_call_of_the_layers_own_is_put_back():
     dense = layers.Dense(3)
     own = dense.__dict__["call"] = lambda x: x
-    with Taps([dense]):
+    with LayerRecorder([dense]):
         assert dense.__dict__["call"] is not own
     assert dense.__dict__["call"] is own
 
@@ -438,7 +445,7 @@ def test_a_call_of_the_layers_own_is_put_back():
 def test_taps_are_taken_off_after_an_error():
     dense = layers.Dense(3)
     dense.build((None, 4))
-    with pytest.raises(Exception, match="shape"), Taps([dense]):
+    with pytest.raises(Exception, match="shape"), LayerRecorder([dense]):
         dense(tf.ones((2, 7)))
     assert "call" not in vars(dense)
 
@@ -462,8 +469,8 @@ def test_a_rule_of_ones_own(monkeypatch):
             called.append(layer)
             return {"w": flow.inputs[0] * flow.gradient}
 
-    model, x, y = made("own", DiagonalFisher("exact", gamma=None))
-    measured = model._estimate((x, y), 7)
+    model, x, y = made("own", DiagonalFisher("empirical", gamma=None))
+    measured = pass_statistics(model, (x, y), 7)
     assert called
     for path, gradients in float64_gradients(model, "own", x, y).items():
         np.testing.assert_allclose(measured[f"fisher/{path}"], (gradients**2).mean(0), rtol=1e-4)
@@ -503,7 +510,7 @@ def test_lora_and_shared_variables_take_the_generic_path():
             return keras.ops.matmul(x, keras.ops.transpose(self.kernel))
 
     class Borrowing(layers.Layer):
-        """Uses a variable that it does not call its own."""
+        """Uses a variable that it does not track."""
 
         def __init__(self, owner):
             super().__init__()

@@ -6,9 +6,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dwd import Scenario
-from keras_dwd.tasks import datasets
-from keras_dwd.tasks.scenario import permuted, split
+from keras_dwd.evaluation import Scenario, datasets
+from keras_dwd.evaluation.scenario import permuted, split
 
 
 def pair(count=10, shape=(4,), classes=3, seed=0):
@@ -178,3 +177,20 @@ def test_real_data_in_tfds_format(data_dir, name, shape, classes):
         assert scenario.tasks[0].name == f"classes {', '.join(map(str, expected))}"
         assert [len(t.train[1]) for t in scenario.tasks] == [200] * 10
         assert [len(t.test[1]) for t in scenario.tasks] == [1000] * 10
+
+
+def test_training_and_test_images_are_permuted_alike(digits):
+    def pixels(task):
+        both = np.concatenate([task.train[0], task.test[0]])
+        return [hash(column.tobytes()) for column in both.reshape(len(both), -1).T]
+
+    scenario = permuted(digits, 3, seed=5)
+    plain = set(pixels(scenario.tasks[0]))
+    orders = set()
+    for task in scenario.tasks:
+        columns = pixels(task)
+        assert not set(columns) ^ plain, "pixels of which training and test images differ"
+        orders.add(tuple(columns))
+        np.testing.assert_array_equal(task.train[1], digits.y_train)
+        np.testing.assert_array_equal(task.test[1], digits.y_test)
+    assert len(orders) == 3  # each task its own

@@ -1,13 +1,14 @@
-"""Units that were never active: no Fisher work, no pull on the weights to them and from them."""
+"""Units that were never active are left out of the Fisher estimate and the penalty."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import blobs, compiled
+from cases import blobs, blocks_of, compiled, pass_statistics, state_of
 
-from keras_dwd import DWDOptimizer, KroneckerFisher, KWinners
-from keras_dwd.state import state_of
+from keras_dwd import DWDOptimizer, KroneckerFisher
+from keras_dwd.layers import KWinners
+from keras_dwd.variables import trainable_by_path
 
 
 def test_only_the_winners_pass():
@@ -33,7 +34,7 @@ def test_bad_numbers_of_winners_are_named(winners):
 
 
 def network(dead=14):
-    """Of 20 hidden units `dead` never are active, as if other tasks used them."""
+    """A network with 20 hidden units, `dead` of which are never active."""
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(20, "relu", name="hidden")
     x = hidden(inputs)
@@ -45,7 +46,7 @@ def network(dead=14):
 
 def learner(sparsity, optimizer="sgd", dead=14, **settings):
     keras.utils.set_random_seed(1)
-    fisher = KroneckerFisher("exact", sparsity=sparsity, **settings)
+    fisher = KroneckerFisher("empirical", sparsity=sparsity, **settings)
     return compiled(network(dead), optimizer, strength=1.0, fisher=fisher, grouping=None)
 
 
@@ -55,7 +56,7 @@ def test_it_goes_without_xla():
         model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
     assert not model.jit_compile
     model.fit(*blobs(), verbose=0)
-    learner(False).compile("sgd", "mse", jit_compile=True)  # the others do, without a word
+    learner(False).compile("sgd", "mse", jit_compile=True)  # other models do, without a warning
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -70,20 +71,20 @@ def test_the_estimate_and_the_pull_are_the_same_with_less(online, rank):
         for variable in model.trainable_variables:
             variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
         found[sparsity] = (
-            model.regularizer.gradients(model._trainable_by_path()),
+            model.regularizer.gradients(trainable_by_path(model)),
             float(model.penalty()),
             sum(a.nbytes for a in state_of(model).values()),
             dict(blocks),
         )
     blocks = found[True][3]
     rows = np.asarray(blocks["head/kernel"].rows[0], int)
-    np.testing.assert_array_equal(rows, [*range(14, 20), 20])  # six units and the bias
+    np.testing.assert_array_equal(rows, [*range(14, 20), 20])  # six units and the row of the bias
     np.testing.assert_array_equal(blocks["hidden/kernel"].rows[1], np.arange(14, 20))
     assert blocks["hidden/kernel"].rows[0] is blocks["head/kernel"].rows[1] is None
     assert all(block.rows == (None, None) for block in found[False][3].values())
     assert blocks["head/kernel"].a.vectors.shape[0] == 7
     assert blocks["hidden/kernel"].g.vectors.shape[0] == 6
-    if rank == 256:  # no rest, which is spread over all rows or over the active ones
+    if rank == 256:  # full rank, so no remainder is spread over all or only the active rows
         for path, pull in found[False][0].items():
             np.testing.assert_allclose(found[True][0][path], pull, atol=1e-5)
         assert found[True][1] == pytest.approx(found[False][1], rel=1e-4)
@@ -101,7 +102,7 @@ def test_damping_is_not_for_outputs_that_were_never_active():
     model.consolidate()
     for variable in model.trainable_variables:
         variable.assign_add(tf.ones(variable.shape))
-    pull = np.array(model.regularizer.gradients(model._trainable_by_path())["hidden/kernel"])
+    pull = np.array(model.regularizer.gradients(trainable_by_path(model))["hidden/kernel"])
     assert np.all(pull[:, :14] == 0)
     assert np.all(pull[:, 14:] != 0)
 
@@ -110,13 +111,13 @@ def test_later_tasks_widen_it():
     model = learner(True)
     model.fit(*blobs(), verbose=0)
     model.consolidate()
-    # Other units are active now: those that were before stay held.
+    # Other units are active now; those active before stay in the penalty.
     model.get_layer("hidden").bias.assign(np.where(np.arange(20) % 4 == 0, 0.5, -100.0))
     model.fit(*blobs(seed=2), verbose=0)
     model.consolidate()
     rows = np.asarray(model.regularizer.precisions["head/kernel"].rows[0], int)
     np.testing.assert_array_equal(rows, sorted({*range(14, 21), 0, 4, 8, 12, 16}))
-    # And once more than half of all are: everything.
+    # When more than half of the units have been active, all are included.
     model.get_layer("hidden").bias.assign(np.full(20, 0.5))
     model.fit(*blobs(seed=3), verbose=0)
     model.consolidate()
@@ -145,8 +146,8 @@ def test_the_trace_stays_when_it_widens():
         bias = np.where(np.arange(20) % 4 == seed, 0.5, -100.0)
         model.get_layer("hidden").bias.assign(bias)
         model.fit(*blobs(seed=seed), verbose=0)
-        statistics = model._estimate(blobs(seed=seed), 64)
-        block = model.fisher.blocks(model, model._pulled_variables(), statistics)["head/kernel"]
+        statistics = pass_statistics(model, blobs(seed=seed), 64)
+        block = blocks_of(model, statistics)["head/kernel"]
         traces.append(block.a.trace * block.g.trace)
         model.consolidate(blobs(seed=seed))
     held = model.regularizer.precisions["head/kernel"]

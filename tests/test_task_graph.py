@@ -1,16 +1,19 @@
 import keras
 import numpy as np
 import pytest
-from conftest import blobs, compiled, weights
+import tensorflow as tf
+from cases import blobs, compiled, mlp, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, TaskGraph, TaskHeads, linear_cka
-from keras_dwd.tasks import datasets
+from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, DWDRegularizer, TaskGraph
+from keras_dwd.evaluation import datasets, linear_cka
+from keras_dwd.layers import TaskHeads
+from keras_dwd.variables import trainable_by_path
 
 
 def explicit_hsic(k, m, unbiased):
-    """From the definitions, with matrices of n x n in float64."""
+    """CKA by its definition, with n × n matrices in float64."""
     n = len(k)
     if not unbiased:
         h = np.eye(n) - 1 / n
@@ -87,19 +90,19 @@ def learner(folder, optimizer="sgd", strength=0.5, **graph):
     return compiled(
         optimizer=optimizer,
         strength=1.0,
-        fisher=DiagonalFisher("exact", None),
+        fisher=DiagonalFisher("empirical", None),
         grouping=None,
         task_graph=graph,
     )
 
 
 def learn(model, count, epochs=2):
-    """Tasks one after another; the parameters after each, by path."""
+    """Learn tasks one after another; returns the parameters after each, by path."""
     left = []
     for seed in range(count):
         data = blobs(seed=seed)
         model.fit(*data, epochs=epochs, verbose=0)
-        left.append({p: np.array(v, "float64") for p, v in model._trainable_by_path().items()})
+        left.append({p: np.array(v, "float64") for p, v in trainable_by_path(model).items()})
         model.consolidate(data)
     return left
 
@@ -109,8 +112,8 @@ def test_the_term_equals_the_sum_over_tasks(tmp_path):
     left = learn(model, 3)
     for variable in model.trainable_variables:
         variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
-    model.weigh_tasks()
-    now = {p: np.array(v, "float64") for p, v in model._trainable_by_path().items()}
+    model._consolidation.update_task_graph(model)
+    now = {p: np.array(v, "float64") for p, v in trainable_by_path(model).items()}
     w = model.task_graph.weights_to(model)
     assert w.shape == (3,)
     assert ((w > 0) & (w < 1)).all()
@@ -119,10 +122,10 @@ def test_the_term_equals_the_sum_over_tasks(tmp_path):
         p: np.array(b.values) * (now[p] - np.array(model.regularizer.anchors[p]))
         for p, b in model.regularizer.precisions.items()
     }
-    found = model.regularizer.gradients(model._trainable_by_path())
+    found = model.regularizer.gradients(trainable_by_path(model))
     for path, gradient in found.items():
         np.testing.assert_allclose(gradient, expected[path] + without[path], atol=1e-5)
-    # The value, up to the constant that its gradient does not know.
+    # The value agrees up to a constant, which has no gradient.
     before = float(model.penalty())
     r_before = sum(0.25 * w[i] * ((now[p] - left[i][p]) ** 2).sum() for i in range(3) for p in now)
     model.get_layer("head").bias.assign_add([0.3, 0.0, 0.0])
@@ -158,7 +161,7 @@ def test_edges_are_weighed_anew_at_each_epoch_and_the_pull_follows(tmp_path):
     )
     model.fit(*blobs(seed=7), epochs=2, verbose=0, callbacks=[weigh])
     assert not np.allclose(seen[0], seen[1])
-    assert float(model.regularizer.tie) == pytest.approx(0.5 * seen[1].sum(), rel=1e-5)
+    assert float(model.regularizer.task_weight) == pytest.approx(0.5 * seen[1].sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -170,7 +173,7 @@ def test_the_pull_brings_the_model_nearer(tmp_path, decoupled):
         model = learner(tmp_path / f"{strength}", DWDOptimizer(sgd) if decoupled else sgd, strength)
         left = learn(model, 2)
         model.fit(*blobs(seed=9), epochs=10, verbose=0)
-        now = model._trainable_by_path()
+        now = trainable_by_path(model)
         center = {p: (left[0][p] + left[1][p]) / 2 for p in now}
         distances.append(sum(np.square(np.array(v) - center[p]).sum() for p, v in now.items()))
     assert distances[1] < 0.5 * distances[0]
@@ -189,7 +192,7 @@ def test_a_model_goes_on_with_its_graph_after_loading(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
     model.consolidate(blobs(seed=5))
     assert TaskGraph(tmp_path / "graph").tasks == 3
-    # What the folder has from tasks after the model was saved is learned anew.
+    # Tasks in the folder that were learned after the model was saved are dropped.
     again = keras.models.load_model(tmp_path / "model.keras")
     again.fit(*blobs(seed=6), verbose=0)
     assert again.task_graph.tasks == 2
@@ -212,11 +215,11 @@ def test_callbacks_in_a_list_of_keras(tmp_path):
     model = learner(tmp_path / "graph")
     learn(model, 1)
     callbacks = keras.callbacks.CallbackList([], model=model)
-    before = float(model.regularizer.tie)
+    before = float(model.regularizer.task_weight)
     for seed in (4, 5):
         model.fit(*blobs(seed=seed), verbose=0, callbacks=callbacks)
     assert len(callbacks.callbacks) == 1
-    assert float(model.regularizer.tie) != before
+    assert float(model.regularizer.task_weight) != before
 
 
 def test_bfloat16_weights(tmp_path):
@@ -226,7 +229,7 @@ def test_bfloat16_weights(tmp_path):
         learn(model, 2)
     finally:
         keras.config.set_dtype_policy("float32")
-    assert float(model.regularizer.tie) > 0
+    assert float(model.regularizer.task_weight) > 0
 
 
 def test_a_failing_disk_changes_nothing(tmp_path, monkeypatch):
@@ -255,10 +258,10 @@ def test_weights_as_given(tmp_path):
     model = compiled(task_graph=TaskGraph(tmp_path / "graph", weights=w), grouping=None)
     learn(model, 2)
     np.testing.assert_array_equal(model.task_graph.matrix, w[:2, :2])
-    assert float(model.regularizer.tie) == pytest.approx(0.001 * 0.7)
+    assert float(model.regularizer.task_weight) == pytest.approx(0.001 * 0.7)
     model.fit(*blobs(seed=2), verbose=0)
     model.consolidate()
-    assert float(model.regularizer.tie) == 0  # nothing comes after it
+    assert float(model.regularizer.task_weight) == 0  # no task follows
     with pytest.raises(ValueError, match="a row for each task"):
         model.fit(*blobs(seed=3), verbose=0)
 
@@ -276,7 +279,7 @@ def test_several_inputs_and_heads_per_task(tmp_path):
     features, y = blobs()
     model.fit((features, np.zeros(64, "int32")), y, verbose=0)
     model.consolidate()
-    assert set(model.regularizer.centers) == {"hidden/kernel", "hidden/bias"}
+    assert set(model.regularizer.task_anchors) == {"hidden/kernel", "hidden/bias"}
     model.fit((features, np.ones(64, "int32")), y, verbose=0)
     model.consolidate()
     assert model.task_graph.matrix[0, 1] > 0.5
@@ -373,3 +376,70 @@ def test_related_tasks_weigh_more_than_unrelated_ones(data_dir, tmp_path):
             model.consolidate()
         found[name] = model.task_graph.matrix[0, 1]
     assert found["related"] > found["unrelated"] + 0.05
+
+
+def test_one_decoupled_step_is_the_proximal_formula(tmp_path):
+    """First that of the precision, then that of the graph's center, in float64."""
+    rate = 0.1
+    model = learner(tmp_path / "graph", DWDOptimizer(keras.optimizers.SGD(rate)), strength=40.0)
+    (left,) = learn(model, 1)
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
+    x, y = blobs(seed=4)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    variables = trainable_by_path(model)
+    gradients = tape.gradient(loss, [v.value for v in variables.values()])
+    tie = float(model.regularizer.task_weight)
+    assert tie > 1 / rate  # where a step that is not proximal would throw it out
+    expected = {}
+    for (path, variable), gradient in zip(variables.items(), gradients, strict=True):
+        moved = np.array(variable, "float64") - rate * np.array(gradient, "float64")
+        precision = np.array(model.regularizer.precisions[path].values, "float64")
+        moved = (moved / rate + precision * left[path]) / (1 / rate + precision)
+        expected[path] = (moved / rate + tie * left[path]) / (1 / rate + tie)
+    model.train_on_batch(x, y)
+    for path, variable in variables.items():
+        np.testing.assert_allclose(variable, expected[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_excluded_variables_are_not_pulled_to_earlier_tasks(tmp_path):
+    graph = TaskGraph(tmp_path / "graph", probe=blobs(32)[0], strength=0.5)
+    model = compiled(
+        mlp(bias_regularizer=DWDRegularizer(0.0)),
+        strength=1.0,
+        fisher=DiagonalFisher("empirical", None),
+        grouping=None,
+        task_graph=graph,
+    )
+    learn(model, 1)
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.ones(variable.shape))
+    pulls = model.regularizer.gradients(trainable_by_path(model))
+    assert set(pulls) == {"hidden/kernel", "head/kernel", "head/bias"}
+    before = float(model.penalty())
+    model.get_layer("hidden").bias.assign_add(tf.ones((8,)))
+    assert float(model.penalty()) == before > 0
+
+
+def test_weights_of_the_unbiased_estimate_are_not_negative(tmp_path):
+    """Of representations that have nothing in common it is about as often below zero."""
+    probe = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    graph = TaskGraph(tmp_path / "graph", probe=probe, layer="head", unbiased=True)
+    fisher = DiagonalFisher("empirical", None)
+    model = compiled(strength=1.0, fisher=fisher, grouping=None, task_graph=graph)
+    hidden = model.get_layer("hidden")
+
+    def of_features(used, seed):
+        hidden.kernel.assign(keras.random.normal((6, 8), seed=seed) * used[:, None])
+        return np.array(hidden(probe), "float64")
+
+    then = of_features(np.repeat([1.0, 0.0], 3), 0)
+    model.consolidate(blobs())
+    exact = []
+    for seed in range(1, 7):
+        now = of_features(np.repeat([0.0, 1.0], 3), seed)
+        exact.append(explicit_cka(then, now, unbiased=True))
+        found = model.task_graph.weights_to(model)
+        np.testing.assert_allclose(found, [max(exact[-1], 0)], atol=1e-5)
+    assert min(exact) < -1e-3

@@ -1,11 +1,12 @@
 import keras
 import numpy as np
 import pytest
-from conftest import blobs
+from cases import blobs
 from keras import layers
 
-from keras_dwd import DiagonalFisher, DWDModel, TaskHeads
-from keras_dwd.layers.task_heads import HeadGate
+from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
+from keras_dwd.layers import TaskHeads
+from keras_dwd.training.head_gate import HeadGate
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -61,10 +62,10 @@ def test_a_step_that_overflows_opens_no_head():
     kernel.per_task = True
     gate.build({"k": kernel})
     gradient = np.zeros((2, 3, 2), "float32")
-    gate.open({"k": kernel}, [gradient * np.nan])
+    gate.mark_active({"k": kernel}, [gradient * np.nan])
     np.testing.assert_array_equal(gate.in_use["k"], [False, False])
     gradient[1, 0, 0] = 1e-6
-    gate.open({"k": kernel}, [gradient])
+    gate.mark_active({"k": kernel}, [gradient])
     np.testing.assert_array_equal(gate.in_use["k"], [False, True])
 
 
@@ -77,11 +78,11 @@ def test_all_heads_train_on_mixed_batches():
     assert changed.all()
 
 
-@pytest.mark.parametrize("estimator", ["batch", "exact"])
+@pytest.mark.parametrize("estimator", ["batch", "empirical"])
 def test_heads_of_other_tasks_have_no_fisher(estimator):
     model = heads_model(strength=1.0, fisher=DiagonalFisher(estimator))
     model.fit(*task_data(1), verbose=0)
-    model.consolidate(task_data(1) if estimator == "exact" else None)
+    model.consolidate(task_data(1) if estimator == "empirical" else None)
     precision = np.array(model.regularizer.precisions["heads/kernel"].values)
     assert np.all(precision[[0, 2]] == 0)
     assert np.all(precision[1] > 0)
@@ -94,14 +95,16 @@ def test_file_round_trip(tmp_path):
     again = keras.models.load_model(tmp_path / "heads.keras")
     x = task_data(2)[0]
     np.testing.assert_array_equal(model.predict(x, verbose=0), again.predict(x, verbose=0))
-    np.testing.assert_array_equal(again.head_gate.in_use["heads/kernel"], [True, False, False])
+    np.testing.assert_array_equal(
+        again._consolidation.head_gate.in_use["heads/kernel"], [True, False, False]
+    )
 
 
 def test_each_head_is_initialised_on_its_own():
     layer = TaskHeads(2, 50)
     layer(np.zeros((1, 300), "float32"), np.zeros(1, "int32"))
     kernel = np.array(layer.kernel)
-    limit = (6 / 350) ** 0.5  # of Glorot's uniform for 300 inputs and 50 outputs
+    limit = (6 / 350) ** 0.5  # limit of Glorot uniform for 300 inputs and 50 outputs
     assert not np.array_equal(kernel[0], kernel[1])
     assert 0.95 * limit < np.abs(kernel).max() <= limit
 
@@ -126,3 +129,24 @@ def test_ids_of_no_head_are_refused(ids):
         model.fit(bad, y, verbose=0)
     with pytest.raises(ValueError, match=r"Task ids must be in \[0, 3\)"):
         model.consolidate((bad, y))
+
+
+@pytest.mark.parametrize(
+    "fisher", [DiagonalFisher("empirical", None), KroneckerFisher("empirical", None, correction=2)]
+)
+def test_the_fisher_information_of_heads_is_that_of_a_float64_loop(fisher):
+    model = heads_model(strength=1.0, fisher=fisher, grouping=None)
+    x, y = blobs(12, classes=2)
+    task = np.arange(12, dtype="int32") % 2  # the third has no examples
+    model.consolidate(((x, task), y))
+    kernel, bias = (np.array(v, "float64") for v in model.get_layer("heads").weights)
+    hidden = np.tanh(x.astype("float64") @ np.array(model.get_layer("hidden").kernel, "float64"))
+    expected = [np.zeros((3, 8, 2)), np.zeros((3, 2))]
+    for h, t, label in zip(hidden, task, y, strict=True):
+        logits = np.exp(h @ kernel[t] + bias[t])
+        g = logits / logits.sum() - np.eye(2)[label]
+        expected[0][t] += np.outer(h, g) ** 2 / 12
+        expected[1][t] += g**2 / 12
+    for name, values in zip(("kernel", "bias"), expected, strict=True):
+        block = model.regularizer.precisions[f"heads/{name}"]
+        np.testing.assert_allclose(block.importances(), values, rtol=1e-3, atol=1e-7)

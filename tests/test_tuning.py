@@ -43,7 +43,7 @@ def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
         len(m["metrics"]["average_accuracy"]["per_seed"]) == 2 for m in results["methods"].values()
     )
     assert sum("validation" in line for line in said) == 2
-    # Nothing is run twice; one more value of λ is all that is new.
+    # Nothing is run twice: only additional values of λ are.
     again = tuned(["finetune", "dwd"])
     assert said == [f"best λ of dwd: {best}, an end of its grid"]
     assert again["methods"] == json.loads(json.dumps(results["methods"]))
@@ -58,7 +58,7 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
         tune(
             SETTINGS,
             [f"dwd{UNTOUCHED}", "dwd-online", f"dwd-online{UNTOUCHED}"],
-            grid=lambda name: (1e38,),  # a pull that throws the weights out of float32
+            grid=lambda name: (1e38,),  # a penalty that makes the weights overflow
             seeds=1,
             out=out,
             processes=1,
@@ -73,7 +73,7 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
 
 
 def test_of_runs_side_by_side_each_has_one_thread():
-    # As many threads in each as there are cores, which spin while they wait, took most of the time.
+    # With a thread per core in each process, most time would be spent on threads that spin idly.
     start = tuning._one_of_several
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=start) as pool:
         libraries = pool.submit(threadpool_info).result()
@@ -107,7 +107,7 @@ def test_each_variant_is_another_configuration():
             assert changed["regularizer"] == plain["regularizer"]
         seen.append(changed)
     both = method_named("dwd-online:exact+evidence+gamma-0.9").configuration(1.0)
-    assert both["fisher"]["estimator"] == "exact"
+    assert both["fisher"]["estimator"] == "empirical"
     assert both["fisher"]["gamma"] == 0.9
     assert both["grouping"]["strengths"]["class_name"] == "Evidence"
     for base in ("dwd-online", "ewc"):
@@ -160,7 +160,7 @@ def test_the_commands(tmp_path):
     assert list(content["methods"]) == ["finetune", "ewc", graph, "joint"]
     assert content["methods"][graph]["settings"]["task_graph"] == 0.001
     assert list(content["tuning"]["validation_accuracy"]["ewc"]) == ["100.0"]
-    # What is there is taken from the file.
+    # Results that the file already has are reused.
     result = CliRunner().invoke(app, ["tune", *options, "--methods", "finetune,ewc", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["methods"]["ewc"] == content["methods"]["ewc"]

@@ -1,4 +1,4 @@
-"""What workers do in the tests: run by `launch` as `python workers.py NAME FOLDER`.
+"""Programs that workers run in the tests, started as `python workers.py NAME FOLDER`.
 
 Each function returns arrays, which are written to `FOLDER/NAME.RANK.npz`.
 """
@@ -17,24 +17,16 @@ import tensorflow as tf
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from keras_dwd import (  # noqa: E402
-    DiagonalFisher,
-    DWDModel,
-    DWDRegularizer,
-    GaussianMixtureGrouping,
-    KroneckerFisher,
-    LayerGrouping,
-    LearningRateWarmup,
-    Scenario,
-    TaskHeads,
-    run_sequence,
-)
+from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher  # noqa: E402
+from keras_dwd.callbacks import LearningRateWarmup  # noqa: E402
 from keras_dwd.distributed import data as data_module  # noqa: E402
-from keras_dwd.distributed.communicator import here  # noqa: E402
-from keras_dwd.distributed.horovod import HorovodCommunicator  # noqa: E402
+from keras_dwd.distributed.horovod import HorovodCommunicator, detect_communicator  # noqa: E402
+from keras_dwd.evaluation import Scenario, run_sequence  # noqa: E402
+from keras_dwd.groupings import GaussianMixtureGrouping, LayerGrouping  # noqa: E402
+from keras_dwd.layers import TaskHeads  # noqa: E402
 
 LAYERS = keras.layers
-# Divisible by no number of workers, so that the last batch is uneven.
+# A prime number, so that the last batch cannot be divided evenly among workers.
 EXAMPLES = 61
 
 
@@ -71,13 +63,13 @@ def made(communicator=None, sharded=False, net=None, optimizer=None, **settings)
 
 
 def fit(model, x, y, **arguments):
-    """With eight examples a step, however many workers there are."""
+    """Fit with eight examples per step, for any number of workers."""
     share = 8 // model.workers.communicator.size
     return model.fit(x, y, batch_size=share, verbose=0, **arguments)
 
 
 def layers():
-    """Groups far from each other: at their borders the order of additions may decide."""
+    """Groups of variables, far from each other, as rounding errors could change close ones."""
     return GaussianMixtureGrouping(2, granularity="variable")
 
 
@@ -86,10 +78,10 @@ CASES = {
     "elements": {"grouping": GaussianMixtureGrouping},
     "sharded": {"sharded": True},
     "layers": {"sharded": True, "grouping": LayerGrouping},
-    "exact": {"fisher": lambda: KroneckerFisher("exact", every=2)},
+    "exact": {"fisher": lambda: KroneckerFisher("empirical", every=2)},
     "diagonal": {
         "sharded": True,
-        "fisher": lambda: DiagonalFisher("exact", every=1),
+        "fisher": lambda: DiagonalFisher("empirical", every=1),
         "regularizer": lambda: DWDRegularizer(3.0, anchor="folded"),
     },
     "pass": {"sharded": True, "fisher": lambda: KroneckerFisher(gamma=None), "consolidate": True},
@@ -100,7 +92,7 @@ CASES = {
 
 
 def two_tasks(name):
-    """Weights, online Fisher information and state after two tasks, and what was reported."""
+    """Weights, online Fisher information, state and logs after two tasks."""
     case = dict(CASES[name])
     shuffle, as_dataset = case.pop("shuffle", False), case.pop("dataset", False)
     with_data, sharded = case.pop("consolidate", False), case.pop("sharded", False)
@@ -117,18 +109,18 @@ def two_tasks(name):
             np.random.seed(task)
             history = fit(model, x, y, epochs=3, shuffle=shuffle, validation_data=(x, y))
         online = {f"online/{k}": np.asarray(v) for k, v in model.fisher.slots.items()}
+        found[f"penalty/{task}"] = np.asarray(model.penalty())  # zero right after a boundary
         model.consolidate((x, y) if with_data else None, batch_size=8)
         for key in ("val_loss", "val_accuracy"):
             found[f"{key}/{task}"] = np.array(history.history[key])
     found |= {f"weight/{i}": np.asarray(w) for i, w in enumerate(model.weights)}
     found |= {f"group/{i}": np.array([g["size"]]) for i, g in enumerate(model.groups)}
-    found |= {f"penalty/{name}": np.asarray(model.penalty())}
     x, y = data(5)
     found |= {
         f"test/{k}": np.array(v)
         for k, v in model.evaluate(x, y, verbose=0, return_dict=True).items()
     }
-    # What a precision does: its eigenvectors may be turned.
+    # Compare products with the precision, as its eigenvectors are not unique.
     for block in model.regularizer.precisions.values():
         deltas = [
             tf.constant(
@@ -137,7 +129,7 @@ def two_tasks(name):
             )
             for path in block.paths
         ]
-        for path, pull in zip(block.paths, block.multiply(deltas), strict=True):
+        for path, pull in zip(block.paths, block.matvec(deltas), strict=True):
             found[f"pull/{path}"] = np.asarray(pull)
             found[f"anchor/{path}"] = np.asarray(model.regularizer.anchors[path])
     return found | online
@@ -176,7 +168,7 @@ def sequence(folder=None, sharded=None):
             self.task = task
 
         def on_epoch_end(self, epoch, logs=None):
-            if die_at == [self.task, epoch, here().rank]:
+            if die_at == [self.task, epoch, detect_communicator().rank]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     result = run_sequence(
@@ -196,7 +188,7 @@ def sequence(folder=None, sharded=None):
 
 
 def share(sharded=True):
-    """Bytes of state on this worker."""
+    """Bytes of the consolidation state on this worker."""
 
     def net():
         return keras.Sequential([keras.Input((64,)), *(LAYERS.Dense(64) for _ in range(8))])
@@ -204,19 +196,19 @@ def share(sharded=True):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 64)).astype("float32"), rng.integers(0, 64, 32)
     found = {}
-    kinds = {"kronecker": KroneckerFisher, "diagonal": lambda: DiagonalFisher("exact")}
+    kinds = {"kronecker": KroneckerFisher, "diagonal": lambda: DiagonalFisher("empirical")}
     for name, fisher in kinds.items():
         model = made(sharded=sharded, net=net, fisher=fisher())
         fit(model, x, y)
         model.consolidate()
         arrays = [*model.fisher.slots.values(), *model.regularizer.anchors.values()]
-        arrays += [a for b in model.regularizer.precisions.values() for a in b.leaves().values()]
+        arrays += [a for b in model.regularizer.precisions.values() for a in b.arrays().values()]
         found[name] = np.array(sum(np.asarray(a).nbytes for a in arrays))
     return found
 
 
 def bytes_sent():
-    """Twelve steps with a pull between two Fisher updates, and as many of plain training."""
+    """Twelve steps of plain training or, if sharded, twelve without and twelve with a penalty."""
     sharded = os.environ["SHARDED"] == "1"
     fisher = KroneckerFisher(every=1000) if sharded else KroneckerFisher(gamma=None)
     model = made(sharded=sharded, fisher=fisher, strength=30.0 if sharded else 0.0)
@@ -224,12 +216,12 @@ def bytes_sent():
     if sharded:
         fit(model, x, y, shuffle=False)
         model.consolidate()
-    fit(model, x, y, shuffle=False)  # of whose first step the Fisher information is
+    fit(model, x, y, shuffle=False)  # the first step updates the Fisher information
     return {"steps": np.array(int(model.optimizer.iterations))}
 
 
 def memory():
-    """Bytes of this process that are there for a model, and those of its variables."""
+    """Resident memory that a model adds to this process, and bytes of its variables."""
 
     def resident():
         gc.collect()
@@ -240,19 +232,19 @@ def memory():
     def net():
         return keras.Sequential([keras.Input((1500,)), *(LAYERS.Dense(1500) for _ in range(6))])
 
-    here()
+    detect_communicator()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 1500)).astype("float32"), rng.integers(0, 1500, 16)
-    fit(made(), *data())  # what TensorFlow takes for itself
+    fit(made(), *data())  # allocates the memory that TensorFlow needs for itself
     before = resident()
-    model = made(sharded=True, net=net, fisher=DiagonalFisher("exact", every=1))
+    model = made(sharded=True, net=net, fisher=DiagonalFisher("empirical", every=1))
     fit(model, x, y)
     model.consolidate()
     fit(model, x, y)
     held = resident() - before
     variables = [*model.variables, *model.optimizer.variables, *model.fisher.slots.values()]
     variables += model.regularizer.anchors.values()
-    variables += [a for b in model.regularizer.precisions.values() for a in b.leaves().values()]
+    variables += [a for b in model.regularizer.precisions.values() for a in b.arrays().values()]
     return {
         "resident": np.array(held),
         "variables": np.array(sum(np.asarray(v).nbytes for v in variables)),
@@ -260,9 +252,9 @@ def memory():
 
 
 def behaves():
-    """Files, callbacks, saving and averages."""
+    """Files, callbacks, saving and averaging of moving statistics."""
     folder = Path(sys.argv[2])
-    rank = here().rank
+    rank = detect_communicator().rank
     found = {}
 
     def net():
@@ -276,7 +268,7 @@ def behaves():
         )
 
     model = made(sharded=True, net=net)
-    if rank:  # what rank 0 has counts
+    if rank:  # the weights of rank 0 must replace these
         kernel = model.get_layer("hidden").kernel
         kernel.assign(kernel + 1.0)
     x, y = data()
@@ -302,7 +294,7 @@ def behaves():
     model.save(folder / "saved.keras")
     found |= {f"weight/{i}": np.asarray(w) for i, w in enumerate(model.weights)}
     found["penalty"] = np.asarray(model.penalty())
-    here().messages(b"", "wait")  # until it is written
+    detect_communicator().messages(b"", "wait")  # wait until the file is written
     loaded = keras.saving.load_model(folder / "saved.keras")
     found["loaded"] = np.asarray(loaded.penalty())
     found["kept"] = np.array(len(loaded.regularizer.precisions))
@@ -311,14 +303,14 @@ def behaves():
     fit(loaded, x, y)
     loaded.consolidate()
 
-    # What rank 0 alone has loaded, optimizer included, all have when training begins.
+    # When training begins, all workers get the weights and optimizer state of rank 0.
     fresh = made(net=net)
     if rank == 0:
         fresh.load_weights(folder / "saved.keras")
         fresh.optimizer.build(fresh.trainable_variables)
         fresh.optimizer.iterations.assign(7)
     own = data_module.as_own(tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(3 + rank))
-    fresh.fit(own, verbose=0)  # of 3 and of 4 batches: as many as all have
+    fresh.fit(own, verbose=0)  # 3 and 4 batches: both workers use 3
     found["first_tasks"] = np.array(fresh.tasks_learned)
     found["first_steps"] = np.array(int(fresh.optimizer.iterations))
     found["first_penalty"] = np.asarray(fresh.penalty())
@@ -327,16 +319,16 @@ def behaves():
 
 
 def different_graph():
-    model = made(net=lambda: network("more" if here().rank == 1 else "second"))
+    model = made(net=lambda: network("more" if detect_communicator().rank == 1 else "second"))
     fit(model, *data())
     return {}
 
 
 def left_alone():
-    """One worker asks the others, which never answer."""
-    if here().rank:
+    """Rank 0 sends a message, which the others never answer."""
+    if detect_communicator().rank:
         time.sleep(120)
-    here().messages(b"?", "asked")
+    detect_communicator().messages(b"?", "asked")
     return {}
 
 
@@ -344,7 +336,7 @@ def not_a_number():
     model = made()
     x, y = data()
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(10)
-    if here().rank == 1:
+    if detect_communicator().rank == 1:
         spoil = lambda i, b: (tf.where(i == 5, np.nan, 1.0) * b[0], b[1])  # noqa: E731
         batches = batches.enumerate().map(spoil)
     options = tf.data.Options()
@@ -357,7 +349,7 @@ def failing_data():
     model = made(fisher=KroneckerFisher(gamma=None))
     x, y = data()
     fit(model, x, y)
-    if here().rank == 1:
+    if detect_communicator().rank == 1:
         x = x.copy()
         x[12] = np.nan
     model.consolidate((x, y), batch_size=8)
@@ -365,14 +357,16 @@ def failing_data():
 
 
 def endless():
-    """Trains until it is ended, and says when it began."""
+    """Trains until it is killed; writes a file when it begins."""
     model = made()
     x, y = data()
 
     class Began(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
-                (Path(sys.argv[2]) / f"pid.{here().rank}").write_text(str(os.getpid()))
+                (Path(sys.argv[2]) / f"pid.{detect_communicator().rank}").write_text(
+                    str(os.getpid())
+                )
 
     fit(model, x, y, epochs=10**6, callbacks=[Began()])
     return {}
@@ -381,7 +375,7 @@ def endless():
 def main():
     name, folder = sys.argv[1:3]
     found = globals()[name]()
-    np.savez(Path(folder) / f"{name}.{here().rank}.npz", **found)
+    np.savez(Path(folder) / f"{name}.{detect_communicator().rank}.npz", **found)
 
 
 if __name__ == "__main__":

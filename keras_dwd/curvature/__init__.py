@@ -1,1 +1,1 @@
-"""What shapes the precision: estimates of the Fisher information."""
+"""Estimates of the Fisher information, from which the precision is built."""

@@ -1,4 +1,4 @@
-"""The closed forms of the gradients of one example, layer type by layer type."""
+"""Closed forms of per-example gradients, one rule per type of layer."""
 
 import string
 from typing import Any
@@ -8,11 +8,12 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from keras_dwd.curvature.rules import Flow, MatrixForm, Rule, RuledLayer, register_rule
+from keras_dwd.curvature.rules import LayerIO, Rule, RuledLayer, register_rule
+from keras_dwd.precision.matrix_form import MatrixForm
 
 
 class _MatrixRule(Rule):
-    """Layers that multiply a matrix with rows made from their input, and may add a bias."""
+    """Layers that multiply rows built from their input by a matrix, and may add a bias."""
 
     def matrix(self, layer: keras.Layer) -> MatrixForm | None:
         shape = tuple(layer.kernel.shape)
@@ -22,7 +23,7 @@ class _MatrixRule(Rule):
         return MatrixForm((fan_in, fan_out), shape, tuple(range(len(shape))), bias)
 
     def squares(
-        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         form = self.matrix(layer)
         assert form is not None
@@ -40,7 +41,7 @@ class _MatrixRule(Rule):
 
 @register_rule(layers.Dense)
 class _DenseRule(_MatrixRule):
-    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+    def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (x,), g = flow.inputs, flow.gradient
         return _as_rows(x), _as_rows(g)
 
@@ -50,7 +51,7 @@ class _ConvRule(_MatrixRule):
     def supports(self, layer: keras.Layer) -> bool:
         return bool(layer.groups == 1)
 
-    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+    def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         patches = _patches(layer, x, g)
         fan_in = int(np.prod(layer.kernel.shape[:-1]))
@@ -59,17 +60,17 @@ class _ConvRule(_MatrixRule):
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 class _DepthwiseRule(Rule):
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
-        found = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
+        gradients = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
         if layer.bias is not None:
-            found["bias"] = tf.reduce_sum(_as_rows(g), 1)
-        return found
+            gradients["bias"] = tf.reduce_sum(_as_rows(g), 1)
+        return gradients
 
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D)
 class _SeparableRule(Rule):
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         depthwise, pointwise = layer.depthwise_kernel, layer.pointwise_kernel
         between = keras.ops.depthwise_conv(
@@ -83,18 +84,18 @@ class _SeparableRule(Rule):
         mixing = tf.reshape(tf.cast(pointwise.value, "float32"), pointwise.shape[-2:])
         g_between = tf.tensordot(g, mixing, axes=[[-1], [1]])
         mixed = tf.matmul(_as_rows(between), _as_rows(g), transpose_a=True)
-        found = {
+        gradients = {
             "depthwise_kernel": _depthwise_gradient(layer, depthwise, x, g_between),
             "pointwise_kernel": tf.reshape(mixed, (-1, *pointwise.shape)),
         }
         if layer.bias is not None:
-            found["bias"] = tf.reduce_sum(_as_rows(g), 1)
-        return found
+            gradients["bias"] = tf.reduce_sum(_as_rows(g), 1)
+        return gradients
 
 
 @register_rule(layers.EinsumDense)
 class _EinsumRule(_MatrixRule):
-    """Equations that sum over axes of the input: `ab…,kernel->ac…`, a the batch."""
+    """Equations that sum over axes of the input: `ab…,kernel->ac…`, with `a` the batch axis."""
 
     def supports(self, layer: keras.Layer) -> bool:
         if layer.input_spec is None or layer.input_spec.ndim is None:
@@ -105,7 +106,7 @@ class _EinsumRule(_MatrixRule):
 
     def matrix(self, layer: keras.Layer) -> MatrixForm | None:
         x, kernel, y = _einsum_axes(layer)
-        if set(kernel) & set(x) & set(y):  # a matrix for each position of its own
+        if set(kernel) & set(x) & set(y):  # each position has its own matrix
             return None
         fan_in, fan_out = [a for a in kernel if a in x], [a for a in kernel if a in y]
         size = dict(zip(kernel, layer.kernel.shape, strict=True))
@@ -123,30 +124,30 @@ class _EinsumRule(_MatrixRule):
             bias,
         )
 
-    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+    def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (inputs,), g = flow.inputs, flow.gradient
         x, kernel, y = _einsum_axes(layer)
         form = self.matrix(layer)
         assert form is not None
         shared = [a for a in x[1:] if a in y]
         ordered = []
-        for tensor, axes, wanted, width in (
+        for tensor, axes, matrix_axes, width in (
             (inputs, x, [a for a in kernel if a in x], form.shape[0]),
             (g, y, [a for a in kernel if a in y], form.shape[1]),
         ):
-            lone = [a for a in axes[1:] if a not in shared and a not in wanted]
-            if lone:  # summed, or broadcast: the same for every position
-                tensor = tf.einsum(f"{axes}->{''.join(a for a in axes if a not in lone)}", tensor)
-                axes = "".join(a for a in axes if a not in lone)
-            order = [axes.index(a) for a in (axes[0], *shared, *wanted)]
+            extra = [a for a in axes[1:] if a not in shared and a not in matrix_axes]
+            if extra:  # summed over or broadcast: the same at every position
+                tensor = tf.einsum(f"{axes}->{''.join(a for a in axes if a not in extra)}", tensor)
+                axes = "".join(a for a in axes if a not in extra)
+            order = [axes.index(a) for a in (axes[0], *shared, *matrix_axes)]
             moved = tf.transpose(tensor, order)
             ordered.append(tf.reshape(moved, (tf.shape(tensor)[0], -1, width)))
         return ordered[0], ordered[1]
 
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         (inputs,), g = flow.inputs, flow.gradient
         x, kernel, y = _einsum_axes(layer)
-        found = {"kernel": tf.einsum(f"{x},{y}->{x[0]}{kernel}", inputs, g)}
+        gradients = {"kernel": tf.einsum(f"{x},{y}->{x[0]}{kernel}", inputs, g)}
         if layer.bias is not None:
             # The bias spans the last axes of the output, some of them of size one.
             missing = len(y) - 1 - len(layer.bias.shape)
@@ -156,21 +157,21 @@ class _EinsumRule(_MatrixRule):
                 for i, size in enumerate(layer.bias.shape)
                 if size == 1 and g.shape[1 + missing + i] != 1
             ]
-            found["bias"] = tf.reshape(tf.reduce_sum(g, summed), (-1, *layer.bias.shape))
-        return found
+            gradients["bias"] = tf.reshape(tf.reduce_sum(g, summed), (-1, *layer.bias.shape))
+        return gradients
 
-    squares = Rule.squares  # the bias may be shared in ways that a matrix does not show
+    squares = Rule.squares  # outputs may share a bias, which the matrix form cannot express
 
 
 @register_rule(layers.Embedding)
 class _EmbeddingRule(Rule):
     def squares(
-        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         ids = tf.concat([flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
         g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
-        # A token seen twice in an example has one gradient, the sum. Every occurrence gets that
-        # sum, and a share of its square.
+        # The per-example gradient of a token is the sum over its n occurrences in the example.
+        # Each occurrence adds 1/n of the square of that sum.
         same = tf.cast(ids[:, :, None] == ids[:, None, :], "float32")
         summed = tf.matmul(same, g)
         share = weights[:, None] / tf.reduce_sum(same, 2)
@@ -181,7 +182,7 @@ class _EmbeddingRule(Rule):
 
 @register_rule(layers.BatchNormalization)
 class _BatchNormalizationRule(Rule):
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = flow.inputs[0], flow.gradient
         axis = layer.axis % len(x.shape)
         others = [i for i in range(1, len(x.shape)) if i != axis]
@@ -192,7 +193,7 @@ class _BatchNormalizationRule(Rule):
             for v in (layer.moving_mean, layer.moving_variance)
         )
         normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-        return _of_scale_and_shift(layer, normalized, g, others)
+        return _scale_and_shift_gradients(layer, normalized, g, others)
 
 
 @register_rule(layers.LayerNormalization)
@@ -200,40 +201,40 @@ class _LayerNormalizationRule(Rule):
     def supports(self, layer: keras.Layer) -> bool:
         return not getattr(layer, "rms_scaling", False)
 
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = flow.inputs[0], flow.gradient
         axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
         axes = [axis % len(x.shape) for axis in axes]
         others = [i for i in range(1, len(x.shape)) if i not in axes]
         mean, variance = tf.nn.moments(x, axes, keepdims=True)
         normalized = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-        return _of_scale_and_shift(layer, normalized, g, others)
+        return _scale_and_shift_gradients(layer, normalized, g, others)
 
 
-def _of_scale_and_shift(
+def _scale_and_shift_gradients(
     layer: keras.Layer, normalized: tf.Tensor, g: tf.Tensor, axes: list[int]
 ) -> dict[str, tf.Tensor]:
-    found = {}
+    gradients = {}
     if layer.scale:
-        found["gamma"] = tf.reduce_sum(normalized * g, axes)
+        gradients["gamma"] = tf.reduce_sum(normalized * g, axes)
     if layer.center:
-        found["beta"] = tf.reduce_sum(g, axes)
-    return found
+        gradients["beta"] = tf.reduce_sum(g, axes)
+    return gradients
 
 
 def flat(x: tf.Tensor) -> tf.Tensor:
-    """All of each example in one row, `(batch, …)`."""
+    """Flatten each example: `(batch, …)` becomes `(batch, elements)`."""
     return tf.reshape(x, (tf.shape(x)[0], -1))
 
 
 def _as_rows(x: tf.Tensor) -> tf.Tensor:
-    """`(batch, …, n)` as `(batch, positions, n)`, the number of positions static where known."""
+    """Reshape `(batch, …, n)` to `(batch, positions, n)`, with static positions where known."""
     between = x.shape[1:-1]
     positions = int(np.prod(between)) if None not in between else -1
     return tf.reshape(x, (tf.shape(x)[0], positions, x.shape[-1]))
 
 
-def _channels_last(layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
+def _channels_last(layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
     x, g = flow.inputs[0], flow.gradient
     if layer.data_format == "channels_first":
         order = [0, *range(2, len(x.shape)), 1]
@@ -242,7 +243,7 @@ def _channels_last(layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor
 
 
 def _patches(layer: keras.Layer, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
-    """What each output position sees: `(batch, *positions, kernel places, channels)`."""
+    """The input patch of each output position: `(batch, *positions, kernel places, channels)`."""
     spans = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation_rate, strict=True)]
     sizes = tf.shape(g)[1:-1]
     padding = [[0, 0]]
@@ -251,10 +252,10 @@ def _patches(layer: keras.Layer, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
         before = {"same": needed // 2, "causal": span - 1, "valid": 0}[layer.padding]
         padding.append([before, needed - before if layer.padding == "same" else 0])
     x = tf.pad(x, [*padding, [0, 0]])
-    if len(spans) == 2 and max(layer.strides) > 1:  # several times as fast as strided slices
-        sizes_of_all = ([1, *t, 1] for t in (layer.kernel_size, layer.strides, layer.dilation_rate))
-        found = tf.image.extract_patches(x, *sizes_of_all, padding="VALID")
-        return tf.reshape(found, (*tf.unstack(tf.shape(found)[:-1]), -1, x.shape[-1]))
+    if len(spans) == 2 and max(layer.strides) > 1:  # several times faster than strided slices
+        settings = ([1, *t, 1] for t in (layer.kernel_size, layer.strides, layer.dilation_rate))
+        patches = tf.image.extract_patches(x, *settings, padding="VALID")
+        return tf.reshape(patches, (*tf.unstack(tf.shape(patches)[:-1]), -1, x.shape[-1]))
     places = []
     for offset in np.ndindex(*layer.kernel_size):
         window: list[Any] = [slice(None)]
@@ -268,7 +269,7 @@ def _patches(layer: keras.Layer, x: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
 def _depthwise_gradient(
     layer: keras.Layer, kernel: keras.Variable, x: tf.Tensor, g: tf.Tensor
 ) -> tf.Tensor:
-    """`(batch, *kernel.shape)`, for a kernel of `(*places, channels, multiplier)`."""
+    """Per-example gradients, `(batch, *places, channels, multiplier)`, in the kernel's shape."""
     channels, multiplier = kernel.shape[-2:]
     places = int(np.prod(kernel.shape[:-2]))
     batch = tf.shape(x)[0]
@@ -278,7 +279,7 @@ def _depthwise_gradient(
 
 
 def _einsum_axes(layer: keras.Layer) -> tuple[str, str, str]:
-    """A letter for each axis of the input, the kernel and the output; the ellipsis spelt out."""
+    """One letter per axis of the input, kernel and output, with the ellipsis expanded."""
     inputs, output = layer.equation.replace(" ", "").split("->")
     x, kernel = inputs.split(",")
     if "..." in x:

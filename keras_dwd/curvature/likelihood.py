@@ -1,11 +1,11 @@
-"""How labels are distributed given a model's output: what its loss is the log-likelihood of."""
+"""The distribution of labels given a model's output, for losses that are log-likelihoods."""
 
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_dwd.checks import losses_of
+from keras_dwd.learner import Learner
 
 _LOSSES = {
     "sparse": (
@@ -19,7 +19,7 @@ _LOSSES = {
 
 
 def _known(loss: Any) -> tuple[str, bool] | None:
-    """Which of the known losses it is, and whether it is one of logits."""
+    """The kind of a known loss, and whether it takes logits; `None` for any other loss."""
     for kind, (as_class, as_function) in _LOSSES.items():
         if isinstance(loss, as_class):
             return kind, bool(loss.get_config().get("from_logits", False))
@@ -28,20 +28,23 @@ def _known(loss: Any) -> tuple[str, bool] | None:
     return None
 
 
-def _kind(model: Any, estimator: str, kinds: tuple[str, ...]) -> tuple[str, bool]:
+def _kind(model: Learner, estimator: str, kinds: tuple[str, ...]) -> tuple[str, bool]:
     known = None if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
     if known is None or known[0] not in kinds:
         names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
         raise ValueError(
             f"The estimator {estimator!r} needs one of the losses {names} on a single output. The "
-            f"model's loss is {model.loss!r}. 'exact' and 'influence' take any loss."
+            f"model's loss is {model.loss!r}. 'empirical' and 'influence' take any loss."
         )
     return known
 
 
-def by_logits(model: Any, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Gradients by the logits, from those by the outputs, of cross-entropies of probabilities."""
-    found = []
+def by_logits(model: Learner, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Gradients with respect to the logits, converted from gradients with respect to the outputs.
+
+    Gradients change only for outputs that are probabilities with a cross-entropy.
+    """
+    converted = []
     for loss, output, g in zip(losses_of(model), tf.nest.flatten(outputs), gradients, strict=True):
         kind, from_logits = _known(loss) or ("", True)
         p = tf.cast(output, g.dtype)
@@ -49,17 +52,18 @@ def by_logits(model: Any, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.T
             g = p * (1 - p) * g
         elif kind in ("sparse", "categorical") and not from_logits:
             g = p * (g - tf.reduce_sum(p * g, -1, keepdims=True))
-        found.append(g)
-    return found
+        converted.append(g)
+    return converted
 
 
-def squared_margins(model: Any, outputs: Any) -> tf.Tensor:
-    """The squared margin of each example, `(batch,)`: how far logits may move before it is lost.
+def squared_margins(model: Learner, outputs: Any) -> tf.Tensor:
+    """The squared margin of each example, `(batch,)`, averaged over positions and outputs.
 
-    That of a cross-entropy is the distance between the two highest logits, or of a binary one from
-    the logit to zero; of any other loss there is none, and it counts as one.
+    The margin is how far the logits may move before the prediction changes. For a cross-entropy it
+    is the distance between the two highest logits, for a binary cross-entropy the distance of the
+    logit from zero. Outputs with other losses have no margin; if there are no others, it is one.
     """
-    found = []
+    margins = []
     for loss, output in zip(losses_of(model), tf.nest.flatten(outputs), strict=True):
         kind, from_logits = _known(loss) or ("", True)
         output = tf.cast(tf.stop_gradient(output), "float32")
@@ -71,23 +75,23 @@ def squared_margins(model: Any, outputs: Any) -> tf.Tensor:
             squares = (highest[..., 0] - highest[..., 1]) ** 2
         else:
             continue
-        found.append(tf.reduce_mean(tf.reshape(squares, (tf.shape(squares)[0], -1)), 1))
-    if not found:
+        margins.append(tf.reduce_mean(tf.reshape(squares, (tf.shape(squares)[0], -1)), 1))
+    if not margins:
         return tf.ones(tf.shape(tf.nest.flatten(outputs)[0])[:1])
-    return tf.add_n(found) / len(found)
+    return tf.add_n(margins) / len(margins)
 
 
-def drawn(model: Any, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
-    """Labels, shaped as `y`, drawn from the distribution that the model's output stands for.
+def sample_labels(model: Learner, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
+    """Labels in the shape of `y`, drawn from the model's predictive distribution.
 
-    Which ones depends on how many examples came before, `first`, and nothing else: a run that was
-    interrupted goes on as it would have.
+    The random seed depends only on `first`, the number of examples processed before: an
+    interrupted run that is resumed draws the same labels.
     """
-    kind, from_logits = _kind(model, "sampled", tuple(_LOSSES))
+    kind, from_logits = _kind(model, "mc", tuple(_LOSSES))
     outputs = tf.cast(tf.stop_gradient(outputs), "float32")
     seed = tf.stack([first, 0])
     if kind == "squares":
-        # A mean of n squares is −log of a normal density of variance n / 2, up to a constant.
+        # The mean of n squares is −log of a normal density of variance n / 2, up to a constant.
         n = tf.cast(tf.size(outputs[0]), "float32")
         sample = outputs + tf.sqrt(n / 2) * tf.random.stateless_normal(tf.shape(outputs), seed)
         return tf.reshape(sample, tf.shape(y))
@@ -98,15 +102,15 @@ def drawn(model: Any, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
     logits = outputs if from_logits else _log(outputs)
     classes = outputs.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
-    rows = tf.where(tf.math.is_finite(rows), rows, 0.0)  # or labels may be of no class
+    rows = tf.where(tf.math.is_finite(rows), rows, 0.0)  # else labels may be invalid
     sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
     if kind == "categorical":
         sample = tf.one_hot(sample, classes)
     return tf.reshape(tf.cast(sample, y.dtype), tf.shape(y))
 
 
-def negated(model: Any, outputs: Any) -> tf.Tensor:
-    """The outputs with the sign of the logits turned."""
+def negated(model: Learner, outputs: Any) -> tf.Tensor:
+    """The outputs, as logits or probabilities, that belong to the negated logits."""
     kind, from_logits = _kind(model, "negated", ("sparse", "categorical", "binary"))
     if from_logits:
         return -outputs
@@ -117,3 +121,19 @@ def negated(model: Any, outputs: Any) -> tf.Tensor:
 
 def _log(probabilities: tf.Tensor) -> tf.Tensor:
     return tf.math.log(tf.maximum(tf.cast(probabilities, "float32"), keras.config.epsilon()))
+
+
+def output_names(model: Learner) -> list[str]:
+    """The names of the outputs in `compile` and `fit`, in the order of `model.outputs`."""
+    return sorted(model.output) if isinstance(model.output, dict) else list(model.output_names)
+
+
+def losses_of(model: Learner) -> list[Any]:
+    """The loss of each output, in the order of `model.outputs`; `None` for outputs without one."""
+    loss: Any = model.loss
+    if isinstance(loss, dict):
+        losses = [loss.get(name) for name in output_names(model)]
+    else:
+        losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    losses += [losses[-1] if len(losses) == 1 else None] * (len(model.outputs) - len(losses))
+    return [keras.losses.get(item) if isinstance(item, str) else item for item in losses]

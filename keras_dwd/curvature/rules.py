@@ -1,8 +1,8 @@
-"""How the gradient of one example looks, for each type of layer.
+"""Rules for per-example gradients, by type of layer.
 
-In inference mode examples do not see each other. The gradient of one example by a layer's variables
-then follows in closed form from what went into the layer and from the gradient of the loss by what
-came out of it, both of which one ordinary backward pass gives for a whole batch at once.
+In inference mode the examples of a batch do not influence each other. The per-example gradients of
+a layer's variables then follow in closed form from the inputs of the layer and from the loss
+gradient at its output. One ordinary backward pass gives both for a whole batch.
 """
 
 from collections import Counter
@@ -11,22 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_dwd.curvature.taps import follow
+from keras_dwd.curvature.layer_recorder import traceable_layers
+from keras_dwd.keras_private import (
+    layers_within,
+    own_trainable_variables,
+    own_variables,
+    recomputes,
+    takes_training,
+)
+from keras_dwd.learner import Learner
+from keras_dwd.precision.block import Place
+from keras_dwd.precision.matrix_form import MatrixForm
 from keras_dwd.variables import Variables, by_path
 
 
 @dataclass(frozen=True)
-class Flow:
-    """One call of a layer, with gradients.
+class LayerIO:
+    """The inputs of one call of a layer, and the loss gradient at its output.
+
+    Rules receive it as the argument `flow`.
 
     Attributes:
         inputs: The tensors the layer was called on.
-        gradient: Of the loss of each example by the layer's output before the activation, of the
-            output's shape, float32.
-        first: How many examples of the task were looked at before the first of these.
+        gradient: Per-example gradient of the loss with respect to the layer's output before the
+            activation, in the shape of the output, float32.
+        first: The number of examples of the task that were processed before this batch.
     """
 
     inputs: tuple[tf.Tensor, ...]
@@ -35,7 +46,7 @@ class Flow:
 
 
 class Rule:
-    """Closed forms for one type of layer; subclass it and `register_rule` it for your own.
+    """Closed forms for one type of layer; subclass and `register_rule` it for your own layers.
 
     Example:
 
@@ -51,36 +62,40 @@ class Rule:
         """Whether the closed form holds for this layer as it is configured."""
         return True
 
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
-        """The gradient of each example by each of the layer's trainable variables.
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
+        """The per-example gradients of the layer's trainable variables.
+
+        Args:
+            layer: The layer.
+            flow: One call of it.
 
         Returns:
-            By `variable.name`, of shape `(batch, *variable.shape)`.
+            The gradients by `variable.name`, of shape `(batch, *variable.shape)`.
         """
         raise TypeError(f"{type(self).__name__} gives squares alone, no gradients.")
 
     def squares(
-        self, layer: keras.Layer, flows: list[Flow], weights: tf.Tensor
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """Σ_b w_b (∂ℓ_b/∂θ)² by variable name.
 
         Args:
             layer: The layer.
-            flows: Its calls; a layer that is called twice has the sum of two gradients.
-            weights: `(batch,)`, of the examples.
+            flows: Its calls; the gradient of an example is the sum over all calls.
+            weights: `(batch,)`, the weights w_b of the examples.
         """
         total: dict[str, tf.Tensor] = {}
         for flow in flows:
-            found = self.gradients(layer, flow)
-            total = {name: g + total[name] if total else g for name, g in found.items()}
+            gradients = self.gradients(layer, flow)
+            total = {name: g + total[name] if total else g for name, g in gradients.items()}
         return {name: tf.tensordot(weights, g**2, axes=1) for name, g in total.items()}
 
     def matrix(self, layer: keras.Layer) -> "MatrixForm | None":
-        """How the layer is a matrix product, if it is one: then it has Kronecker factors."""
+        """How the layer's variables form a matrix, which then gets Kronecker factors, or `None`."""
         return None
 
-    def rows(self, layer: keras.Layer, flow: Flow) -> tuple[tf.Tensor, tf.Tensor]:
-        """What the layer's matrix multiplies, and the gradient by the product.
+    def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
+        """The rows that the layer multiplies by its matrix, and the loss gradients at the products.
 
         Returns:
             `(batch, positions, fan_in)` and `(batch, positions, fan_out)`.
@@ -89,71 +104,34 @@ class Rule:
 
 
 class GenericRule(Rule):
-    """For any layer of one output: differentiates the layer alone, for each example.
+    """For any layer with one output: differentiates the layer alone, example by example.
 
-    In a loop: `tf.vectorized_map` is faster, but gives wrong gradients of biases at some ranks, and
-    ends the process in attention layers (TensorFlow 2.21 with oneDNN).
+    Uses a loop: `tf.vectorized_map` is faster, but computes wrong gradients of biases at some ranks
+    and crashes the process in attention layers (TensorFlow 2.21 with oneDNN).
     """
 
-    def gradients(self, layer: keras.Layer, flow: Flow) -> dict[str, tf.Tensor]:
-        own = {v.name: v.value for v in layer._trainable_variables}
-        inference = {"training": False} if layer._call_has_training_arg else {}
+    def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
+        own = {v.name: v.value for v in own_trainable_variables(layer)}
+        inference = {"training": False} if takes_training(layer) else {}
 
-        def of_example(example: Any) -> list[tf.Tensor]:
+        def example_gradients(example: Any) -> list[tf.Tensor]:
             inputs, gradient = example
             with tf.GradientTape() as tape:
                 output = layer(*(x[None] for x in inputs), **inference)
-            wanted = tf.cast(gradient[None], output.dtype)
-            found = tape.gradient(output, list(own.values()), wanted, unconnected_gradients="zero")
-            return [tf.cast(tf.convert_to_tensor(g), "float32") for g in found]
+            upstream = tf.cast(gradient[None], output.dtype)
+            gradients = tape.gradient(
+                output, list(own.values()), upstream, unconnected_gradients="zero"
+            )
+            return [tf.cast(tf.convert_to_tensor(g), "float32") for g in gradients]
 
-        kinds = [tf.TensorSpec(v.shape, "float32") for v in own.values()]
-        found = tf.map_fn(of_example, (flow.inputs, flow.gradient), fn_output_signature=kinds)
-        return dict(zip(own, found, strict=True))
+        specs = [tf.TensorSpec(v.shape, "float32") for v in own.values()]
+        gradients = tf.map_fn(
+            example_gradients, (flow.inputs, flow.gradient), fn_output_signature=specs
+        )
+        return dict(zip(own, gradients, strict=True))
 
 
 GENERIC = GenericRule()
-
-
-@dataclass(frozen=True)
-class MatrixForm:
-    """A kernel seen as a matrix of fan_in × fan_out, a bias as one more row of it.
-
-    Attributes:
-        shape: `(fan_in, fan_out)`, the bias not counted.
-        kernel_shape: Of the variable.
-        permutation: Of the kernel's axes: those of the fan-in come first, then the fan-out's.
-        bias_shape: Of the variable; `None` without a bias, or with one that some outputs share.
-    """
-
-    shape: tuple[int, int]
-    kernel_shape: tuple[int, ...]
-    permutation: tuple[int, ...]
-    bias_shape: tuple[int, ...] | None
-
-    @property
-    def rows(self) -> int:
-        """Of the matrix, the bias included."""
-        return self.shape[0] + (self.bias_shape is not None)
-
-    def join(self, kernel: Any, bias: Any = None) -> Any:
-        """The matrix of `rows` × fan_out, from arrays or tensors alike."""
-        ops = tf if tf.is_tensor(kernel) else np
-        matrix = ops.reshape(ops.transpose(kernel, self.permutation), self.shape)
-        if self.bias_shape is None:
-            return matrix
-        join = tf.concat if ops is tf else np.concatenate
-        return join([matrix, ops.reshape(bias, (1, -1))], 0)
-
-    def split(self, matrix: Any) -> list[Any]:
-        """The inverse of `join`: the kernel, and the bias if it is in the matrix."""
-        ops = tf if tf.is_tensor(matrix) else np
-        permuted = [self.kernel_shape[axis] for axis in self.permutation]
-        kernel = ops.reshape(matrix[: self.shape[0]], permuted)
-        parts = [ops.transpose(kernel, np.argsort(self.permutation))]
-        if self.bias_shape is not None:
-            parts.append(ops.reshape(matrix[self.shape[0]], self.bias_shape))
-        return parts
 
 
 _RULES: dict[type, Rule] = {}
@@ -163,13 +141,16 @@ _FORMS = ("gradients", "squares", "matrix", "rows")
 
 
 def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: use this `Rule` for layers of these types.
+    """Class decorator that registers a `Rule` for layers of these types.
 
-    It also holds for their subclasses, unless those have a `call` of their own.
+    The rule also applies to subclasses, unless they override `call`.
+
+    Args:
+        *types: Types of Keras layers.
 
     Raises:
-        ValueError: If a type is no layer, or the rule has neither `gradients` nor `squares`, or of
-            `matrix` and `rows` only one.
+        ValueError: If a type is not a Keras layer, if the rule defines neither `gradients` nor
+            `squares`, or if it defines only one of `matrix` and `rows`.
     """
     for layer_type in types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):
@@ -189,8 +170,8 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
 
 
 def rule_for(layer: keras.Layer) -> Rule:
-    """The rule of a layer: its closed form, or the generic, slower one."""
-    # With these a layer computes with something other than its variables as they are.
+    """The rule of a layer: the one with closed forms, or else the slower generic one."""
+    # With LoRA or quantization a layer does not compute with its variables directly.
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return GENERIC
     return _rule_of_type(layer)
@@ -214,7 +195,7 @@ class RuledLayer:
     Attributes:
         layer: The layer.
         rule: Its rule.
-        paths: Of its variables, by their names.
+        paths: Paths of the layer's variables, by variable name.
     """
 
     layer: keras.Layer
@@ -226,17 +207,17 @@ class RuledLayer:
 
     @property
     def form(self) -> MatrixForm | None:
-        """How the layer is a matrix product, if it is one."""
+        """How the layer's variables form a matrix; `None` if they do not."""
         return self.rule.matrix(self.layer)
 
     @property
     def kernel(self) -> str:
-        """The path of the kernel of a layer that is a matrix product."""
+        """The path of the kernel, for a layer with a matrix."""
         return self.paths["kernel"]
 
     @property
     def matrix_paths(self) -> tuple[str, ...]:
-        """The variables that are in the matrix."""
+        """Paths of the variables in the matrix: the kernel and, if it is a row, the bias."""
         return self._paths_in(self.form)
 
     def _paths_in(self, form: MatrixForm | None) -> tuple[str, ...]:
@@ -244,62 +225,64 @@ class RuledLayer:
         return (self.kernel, self.paths["bias"]) if has_bias else (self.kernel,)
 
     @property
-    def earlier_matrix(self) -> "Matrix | None":
-        """The matrix that the layer is, or was before LoRA or quantisation, and what is in it."""
-        form = _rule_of_type(self.layer).matrix(self.layer)
-        return None if form is None else (self._paths_in(form), form)
+    def earlier_form(self) -> MatrixForm | None:
+        """How the layer's variables form a matrix, regardless of LoRA and quantization."""
+        return _rule_of_type(self.layer).matrix(self.layer)
 
     @property
     def beside(self) -> bool:
-        """Whether there is a variable besides those in the matrix."""
+        """Whether the layer has variables that are not in the matrix."""
         return len(self.paths) > len(self.matrix_paths)
 
     def trains(self, variables: Variables) -> bool:
-        """Whether any of the layer's variables is among these."""
+        """Whether any of the layer's variables is in `variables`."""
         return any(path in variables for path in self.paths.values())
 
-    def all_rows(self, flows: list[Flow]) -> tuple[tf.Tensor, tf.Tensor]:
-        """`rule.rows`, those of several calls after each other as further positions."""
+    def all_rows(self, flows: list[LayerIO]) -> tuple[tf.Tensor, tf.Tensor]:
+        """`rule.rows` of all calls, concatenated along the axis of positions."""
         rows = [self.rule.rows(self.layer, flow) for flow in flows]
         a, g = (tf.concat(parts, 1) for parts in zip(*rows, strict=True))
         return a, g
 
 
-def ruled_layers(model: keras.Model) -> list[RuledLayer]:
-    """The layers of a model, at any depth, that have variables of their own.
+def ruled_layers(model: Learner) -> list[RuledLayer]:
+    """The layers of a model, at any depth, that have variables of their own, with their rules.
 
-    Left out are layers that share a variable, which follows from neither alone, those whose calls
-    cannot be followed (see `follow`), and those that compute their activations again in the
-    backward pass.
+    Left out are layers that share a variable with another layer, whose gradient depends on both,
+    layers whose calls yield no per-example gradients (see `traceable_layers`), and layers that
+    recompute their activations in the backward pass.
     """
-    found = _layers_with_variables(model)
-    followed = follow(model, [ruled.layer for ruled in found])
-    return [ruled for ruled in found if id(ruled.layer) in followed]
+    candidates = _layers_with_variables(model)
+    traceable = traceable_layers(model, [ruled.layer for ruled in candidates])
+    return [ruled for ruled in candidates if id(ruled.layer) in traceable]
 
 
-def _layers_with_variables(model: keras.Model) -> list[RuledLayer]:
+def _layers_with_variables(model: Learner) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
-    found, owners = [], Counter[int]()
-    for layer in model._flatten_layers(include_self=False):
-        # Its own, without those of layers inside it.
-        own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    candidates, owners = [], Counter[int]()
+    for layer in layers_within(model):
+        # Without the variables of nested layers.
+        own = own_variables(layer)
         owners.update(id(v) for v in own)
-        recomputed = getattr(layer, "_remat_mode", None) is not None  # nothing to tap in there
+        recomputed = recomputes(layer)  # calls cannot be recorded
         if own and not recomputed and all(id(v) in paths for v in own):
             names = {v.name: paths[id(v)] for v in own}
-            found.append(RuledLayer(layer, rule_for(layer), names))
+            candidates.append(RuledLayer(layer, rule_for(layer), names))
     shared = {path for i, path in paths.items() if owners[i] > 1}
-    return [ruled for ruled in found if not shared & set(ruled.paths.values())]
+    return [ruled for ruled in candidates if not shared & set(ruled.paths.values())]
 
 
-Matrix = tuple[tuple[str, ...], MatrixForm]
-"""The paths of a kernel and, where it is part of the matrix, its bias, and how they are one."""
+def places_of(model: Learner) -> dict[str, Place]:
+    """The `Place` of each variable, or of the matrix that it is the kernel of, by path.
 
-
-def matrices(model: keras.Model) -> dict[str, Matrix]:
-    """What Kronecker factors may be held of, by the path of the kernel.
-
-    Also of layers that have become something else since, by LoRA or quantisation.
+    Layers with LoRA or quantization count as what they were before.
     """
-    found = {ruled: ruled.earlier_matrix for ruled in _layers_with_variables(model)}
-    return {ruled.kernel: matrix for ruled, matrix in found.items() if matrix is not None}
+    variables = by_path(model)
+    places = {path: Place((path,), (tuple(v.shape),)) for path, v in variables.items()}
+    for ruled in _layers_with_variables(model):
+        form = ruled.earlier_form
+        if form is not None:
+            paths = ruled._paths_in(form)
+            shapes = tuple(tuple(variables[path].shape) for path in paths)
+            places[ruled.kernel] = Place(paths, shapes, form)
+    return places

@@ -1,13 +1,13 @@
-"""The second moments that Kronecker factors are, from a batch of examples; or sketches of them."""
+"""Second moments of per-example gradients, or sketches of them, for Kronecker factors."""
 
 import numpy as np
 import tensorflow as tf
 
-# The share of rows that are not zero up to which it pays to leave the others out.
+# Rows that are zero are left out if at most this share of all rows is nonzero.
 FEW = 0.5
 
-# Of each example's gradient as a matrix D, at most this many directions of a side are looked along.
-_LOOKS = 8
+# Each per-example gradient is projected onto at most this many directions per side.
+_DIRECTIONS = 8
 
 
 def products(
@@ -15,20 +15,20 @@ def products(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Two matrices L and R with L Rᵀ = Σ_b w_b D_b D_bᵀ, for D_b = rows_bᵀ other_b.
 
-    With many positions and many columns in D an unbiased estimate of it: each example's D is seen
-    along a few directions of its columns only, other ones for its neighbours in the batch.
+    With many positions and many columns, L Rᵀ is an unbiased estimate of the sum: each D_b is
+    projected onto a few directions of its columns, which differ between neighbouring examples.
 
     Args:
         rows: `(batch, positions, n)`.
         other: `(batch, positions, m)`.
-        weights: `(batch,)`.
-        first: How many examples came before these.
+        weights: `(batch,)`, the weights w_b of the examples.
+        first: The number of examples processed before this batch.
     """
     n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
-    if positions is None or positions > _LOOKS:
-        if m > 2 * _LOOKS:
-            other = _look(other, first)
-        if positions is None or positions > other.shape[2]:  # D is smaller than its parts
+    if positions is None or positions > _DIRECTIONS:
+        if m > 2 * _DIRECTIONS:
+            other = _project(other, first)
+        if positions is None or positions > other.shape[2]:  # D_b is the smaller one
             d = tf.matmul(rows * tf.sqrt(weights)[:, None, None], other, transpose_a=True)
             d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
             return d, d
@@ -38,52 +38,55 @@ def products(
 
 
 def product(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
-    """L Rᵀ, `(n, n)`, or what a probe of `(n, r)` makes of it, `(n, r)`."""
+    """L Rᵀ of shape `(n, n)`, or L Rᵀ · probe of shape `(n, r)` if there is a probe."""
     if probe is not None:
         right = tf.matmul(probe, right, transpose_a=True)
     return tf.matmul(left, right, transpose_b=True)
 
 
 def product_of_active(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
-    """The same, of those rows only in which one of the two is not zero, where these are few."""
+    """The same product, computed only from the rows in which L or R is nonzero if these are few."""
     n = left.shape[0]
     rows = tf.where(tf.reduce_any((left != 0) | (right != 0), 1))
 
-    def of_few() -> tf.Tensor:
+    def over_active_rows() -> tf.Tensor:
         parts = [None if x is None else tf.gather(x, rows[:, 0]) for x in (left, right, probe)]
         small = product(*parts)
-        if probe is None:  # columns first, then rows: a scatter along one axis each
+        if probe is None:  # scatter the columns, then the rows: a scatter works along one axis
             tall = tf.scatter_nd(rows, tf.transpose(small), (n, tf.shape(rows)[0]))
             small = tf.transpose(tall)
         return tf.scatter_nd(rows, small, (n, n if probe is None else probe.shape[1]))
 
     few = tf.shape(rows)[0] <= int(FEW * n)
-    return tf.cond(few, of_few, lambda: product(left, right, probe))
+    return tf.cond(few, over_active_rows, lambda: product(left, right, probe))
 
 
 def probe_of(size: int, columns: int) -> np.ndarray:
-    """What a large matrix is multiplied with, instead of being formed: the same each time."""
+    """Orthonormal columns to multiply a large matrix by instead of forming it; always the same."""
     normal = np.random.default_rng(size).normal(size=(size, columns))
     return np.linalg.qr(normal)[0].astype("float32")
 
 
-def _look(x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
-    """Each example's columns, `(batch, positions, m)`, along `_LOOKS` directions of its group."""
+def _project(x: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+    """Project the columns of `(batch, positions, m)` onto directions that differ by example."""
     m = x.shape[2]
     group = (tf.range(tf.shape(x)[0]) + first) % _groups(m)
-    return tf.matmul(x, _signs(m, group)[:, :, None] * tf.one_hot(tf.range(m) % _LOOKS, _LOOKS))
+    return tf.matmul(
+        x, _signs(m, group)[:, :, None] * tf.one_hot(tf.range(m) % _DIRECTIONS, _DIRECTIONS)
+    )
 
 
 def _signs(m: int, group: tf.Tensor) -> tf.Tensor:
-    """`(groups, m)`: the signs with which columns c, c + 8, … add up to a group's direction c.
+    """The signs with which columns c, c + 8, … add up to direction c, `(len(group), m)`.
 
-    Those of a Hadamard matrix, with the columns' own at random: over all groups the directions
-    are orthogonal, so that all are looked along alike, and none has to be kept in memory.
+    They are the signs of a Hadamard matrix times one random sign per column. The directions of all
+    groups are orthogonal, so each is used equally often, and no matrix of them is stored.
     """
-    overlap = tf.bitwise.bitwise_and(group[:, None], tf.range(m)[None] // _LOOKS)
+    overlap = tf.bitwise.bitwise_and(group[:, None], tf.range(m)[None] // _DIRECTIONS)
     odd = tf.cast(tf.raw_ops.PopulationCount(x=overlap) % 2, "float32")
     return (1 - 2 * odd) * np.random.default_rng(m).choice((-1.0, 1.0), m).astype("float32")
 
 
 def _groups(m: int) -> int:
-    return 1 << (-(-m // _LOOKS) - 1).bit_length()
+    """The number of groups of directions: the smallest power of two ≥ m / `_DIRECTIONS`."""
+    return 1 << (-(-m // _DIRECTIONS) - 1).bit_length()

@@ -1,1 +1,1 @@
-"""Several workers: what they tell each other, and who keeps what."""
+"""Training by several workers: communication, shared data, and sharded state."""

@@ -1,4 +1,4 @@
-"""Which examples each worker sees: together they see those that one worker would."""
+"""Division of training and evaluation data among workers."""
 
 from typing import Any
 
@@ -7,22 +7,23 @@ import tensorflow as tf
 
 
 class TrainingArrays(keras.callbacks.Callback):
-    """One worker's part of the batches of arrays, in another order in each epoch.
+    """One worker's share of the batches of arrays, shuffled anew in each epoch.
 
-    Every worker sees its part of the same global batch of `batch_size * size` examples, in an
-    order that only seed and epoch decide: as a callback this is told the epoch. What is left at the
-    end of an epoch is divided as well: where it cannot be divided evenly some examples are seen
-    twice, with weights that make the mean over all workers that of the examples once.
+    In each step the workers share one global batch of `batch_size * size` examples. The order
+    depends on the seed and the epoch only; this object is a callback so that it learns the epoch.
+    The last, smaller global batch is divided as well. If it cannot be divided evenly, some examples
+    are seen by two workers, with sample weights such that the mean over all workers counts each
+    example once.
 
     Args:
         parts: `(x, y)` or `(x, y, sample_weight)`.
         batch_size: Examples per worker and step.
-        rank: Of this worker.
+        rank: Rank of this worker.
         size: Number of workers.
-        seed: Of the order; `None` takes the examples as they come.
+        seed: Seed of the order; `None` keeps the order of the examples.
 
     Attributes:
-        batches: Those of an epoch, a `tf.data.Dataset`.
+        batches: The batches of one epoch, a `tf.data.Dataset`.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class TrainingArrays(keras.callbacks.Callback):
         super().__init__()
         parts = tf.nest.map_structure(tf.convert_to_tensor, parts)
         count = len(tf.nest.flatten(parts)[0])
-        whole = batch_size * size
+        global_batch = batch_size * size
         with tf.device("CPU"):
             epoch = tf.Variable(0, trainable=False)
         self._epoch = epoch
@@ -40,28 +41,28 @@ class TrainingArrays(keras.callbacks.Callback):
             order = tf.range(count)
             if seed is not None:
                 order = tf.random.experimental.stateless_shuffle(order, (seed, epoch))
-            return tf.data.Dataset.range(0, count, whole, output_type=tf.int32).map(
-                lambda start: _part(order[start : start + whole], rank, size)
+            return tf.data.Dataset.range(0, count, global_batch, output_type=tf.int32).map(
+                lambda start: _part(order[start : start + global_batch], rank, size)
             )
 
         def batch(chosen: tf.Tensor, weights: tf.Tensor) -> tuple[Any, ...]:
             picked = tf.nest.map_structure(lambda a: tf.gather(a, chosen), parts)
             return picked if count % size == 0 else _weighted(picked, weights)
 
-        made = tf.data.Dataset.range(1).flat_map(ordered).map(batch)
-        steps = tf.data.experimental.assert_cardinality(-(-count // whole))
-        self.batches = as_own(made.apply(steps).prefetch(4))
+        batches = tf.data.Dataset.range(1).flat_map(ordered).map(batch)
+        steps = tf.data.experimental.assert_cardinality(-(-count // global_batch))
+        self.batches = as_own(batches.apply(steps).prefetch(4))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Take the order of this epoch; `fit` makes the iterator after this."""
+        """Set the epoch that determines the order; `fit` creates the iterator after this."""
         self._epoch.assign(epoch)
 
 
 def training_dataset(data: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
-    """One worker's part of the batches of a dataset that all workers have alike.
+    """One worker's share of the batches of a dataset that is the same on all workers.
 
-    Each step takes `size` batches, one for each worker. All but the last must be of as many
-    examples.
+    Each step uses `size` batches of the dataset, one for each worker. All batches but the last must
+    have the same number of examples.
     """
     known = tf.nest.flatten(data.element_spec)[0].shape[0]
     batch_size = known or len(tf.nest.flatten(next(iter(data.take(1))))[0])
@@ -71,17 +72,17 @@ def training_dataset(data: tf.data.Dataset, rank: int, size: int) -> tf.data.Dat
         picked = tf.nest.map_structure(lambda a: tf.gather(a, chosen), batch)
         return _weighted(picked, weights) if len(batch) > 1 else picked
 
-    made = data.rebatch(batch_size * size).map(part)
+    batches = data.rebatch(batch_size * size).map(part)
     count = int(data.cardinality())
     if count > 0:
-        made = made.apply(tf.data.experimental.assert_cardinality(-(-count // size)))
+        batches = batches.apply(tf.data.experimental.assert_cardinality(-(-count // size)))
     elif count == tf.data.INFINITE_CARDINALITY:
-        made = made.repeat()  # which knows that it is endless
-    return made.prefetch(4)
+        batches = batches.repeat()  # restores the infinite cardinality that `rebatch` loses
+    return batches.prefetch(4)
 
 
 def own_examples(parts: tuple[Any, ...], rank: int, size: int) -> tuple[Any, ...]:
-    """One worker's examples of arrays, each example at one worker; all of them if there are few."""
+    """One worker's share of the examples of arrays; all if there are fewer than workers."""
     count = len(tf.nest.flatten(parts)[0])
     if count < size:
         return parts
@@ -90,7 +91,7 @@ def own_examples(parts: tuple[Any, ...], rank: int, size: int) -> tuple[Any, ...
 
 
 def own_batches(data: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
-    """One worker's part of a dataset to evaluate on, each example at one worker."""
+    """One worker's share of an evaluation dataset: each example is seen by exactly one worker."""
     if is_own(data):
         return data
 
@@ -108,13 +109,13 @@ def own_batches(data: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
 
 
 def is_own(data: tf.data.Dataset) -> bool:
-    """Whether its owner said that it is not to be divided."""
+    """Whether the dataset is marked as this worker's share already (auto-shard policy OFF)."""
     policy = data.options().experimental_distribute.auto_shard_policy
     return policy == tf.data.experimental.AutoShardPolicy.OFF
 
 
 def as_own(data: tf.data.Dataset) -> tf.data.Dataset:
-    """A dataset that is not to be divided: it is this worker's part already."""
+    """Mark a dataset as this worker's share, so that it is not divided again."""
     options = tf.data.Options()
     policy = tf.data.experimental.AutoShardPolicy.OFF
     options.experimental_distribute.auto_shard_policy = policy
@@ -122,19 +123,20 @@ def as_own(data: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _part(batch: tf.Tensor, rank: int, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Of a global batch what a worker sees, and the weights of its examples."""
+    """One worker's share of a global batch, and the weights of its examples."""
     count = tf.shape(batch)[0]
-    share = -(-count // size)  # the same for all
+    share = -(-count // size)  # the same on all workers
     places = rank * share + tf.range(share)
     weights = tf.where(places < count, tf.cast(share * size, "float32"), 0.0)
     return tf.gather(batch, places % count), weights / tf.cast(count, "float32")
 
 
 def _weighted(batch: tuple[Any, ...], weights: tf.Tensor) -> tuple[Any, ...]:
-    x, y, given = keras.utils.unpack_x_y_sample_weight(batch)
+    """The batch with its sample weights multiplied by `weights`."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
 
-    def times(given: tf.Tensor) -> tf.Tensor:
-        shape = [-1] + [1] * (len(given.shape) - 1)
-        return tf.cast(given, "float32") * tf.reshape(weights, shape)
+    def times(sample_weight: tf.Tensor) -> tf.Tensor:
+        shape = [-1] + [1] * (len(sample_weight.shape) - 1)
+        return tf.cast(sample_weight, "float32") * tf.reshape(weights, shape)
 
-    return x, y, weights if given is None else tf.nest.map_structure(times, given)
+    return x, y, weights if sample_weight is None else tf.nest.map_structure(times, sample_weight)

@@ -1,8 +1,6 @@
 """The workers that train a model together, seen from one of them."""
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,21 +8,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import state
+from keras_dwd.communicator import Communicator
 from keras_dwd.curvature.fisher import Statistics
-from keras_dwd.distributed.communicator import Communicator
-from keras_dwd.gradients import all_finite
-from keras_dwd.grouping.grouping import Described
-from keras_dwd.variables import Arrays, Variables, by_path
+from keras_dwd.groupings.grouping import Described
+from keras_dwd.training.gradients import all_finite
+from keras_dwd.variables import Arrays, Variables
 
 
 class Workers:
-    """What a `DWDModel` does with other workers: nothing where there are none.
+    """Everything a `DWDModel` does together with other workers; does nothing for a single worker.
 
     Args:
-        communicator: How they are reached.
-        sharded: Whether each keeps only its share of the consolidation state.
-        owners: The rank that keeps each block, of those that were divided before.
+        communicator: The communicator that connects the workers.
+        sharded: Whether each worker stores only its shard of the consolidation state.
+        owners: Rank of the worker that stores each block, for blocks that already have an owner.
     """
 
     def __init__(
@@ -37,23 +34,24 @@ class Workers:
         self.several = self.communicator.size > 1
         self.sharded = self.several and sharded
         self.owners = dict(owners or {}) if self.sharded else {}
-        # The step at which this worker's gradient was not finite first, and whether any's was.
+        # First step at which this worker's gradient was not finite, −1 for none; and whether the
+        # gradient of any worker was not finite.
         self.failed_at = keras.Variable(-1, trainable=False, dtype="int64", name="failed_at")
         self.failed = keras.Variable(False, trainable=False, dtype="bool", name="failed")
         self.received = keras.Variable(0.0, trainable=False, dtype="float32", name="received")
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that writes files and shows progress."""
+        """Whether this is rank 0, the worker that writes files and shows progress."""
         return self.communicator.rank == 0
 
-    # Who keeps what.
+    # Sharding.
 
     def divide(self, sizes: Mapping[str, int]) -> None:
-        """Give each block that has no owner yet to the worker that has least.
+        """Assign each block without an owner to the worker with the smallest shard.
 
         Args:
-            sizes: By block, the bytes of its state.
+            sizes: Bytes of the state of each block.
         """
         loads = np.zeros(self.communicator.size)
         for path, rank in self.owners.items():
@@ -64,142 +62,93 @@ class Workers:
             loads[self.owners[path]] += sizes[path]
 
     def keeps(self, path: str) -> bool:
-        """Whether the block of a variable, or of the matrix it is the kernel of, is kept here."""
+        """Whether this worker stores a block, named by its variable (of a matrix, the kernel)."""
         return not self.sharded or self.owners.get(path) == self.communicator.rank
 
     # In the training step.
 
     def averaged(self, gradients: list[Any], loss: tf.Tensor, step: Any, scaled: bool) -> list[Any]:
-        """The mean of all workers' gradients, `None` where there is none. Graph code.
+        """The mean of all workers' gradients. Called inside the training graph.
 
         Args:
-            gradients: Of this worker.
-            loss: Of this worker.
-            step: The optimizer's.
-            scaled: Whether the loss was scaled: then gradients may overflow, which is mended.
+            gradients: Gradients of this worker, `None` for variables without one.
+            loss: Loss of this worker.
+            step: Step count of the optimizer.
+            scaled: Whether the loss is scaled. If so, gradients may overflow, which the
+                `LossScaleOptimizer` handles, and is no failure.
+
+        Returns:
+            The mean gradients, `None` for variables without one.
         """
         if not self.several:
             return gradients
         present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
         means = self.communicator.mean(present, "gradients")
         if not scaled:
-            # The same on all workers: one that fails fails all of them in the same step.
-            whole = all_finite([tf.cast(mean, "float32") for mean in means])
-            self.failed.assign(self.failed.value | ~whole)
+            # The means are the same on all workers, so all of them fail in the same step.
+            finite = all_finite([tf.cast(mean, "float32") for mean in means])
+            self.failed.assign(self.failed.value | ~finite)
 
-            def note() -> tf.Tensor:
-                mine = all_finite([tf.cast(g, "float32") for g in (loss, *present)])
+            def record_failure() -> tf.Tensor:
+                own_finite = all_finite([tf.cast(g, "float32") for g in (loss, *present)])
                 now = tf.cast(tf.convert_to_tensor(step), "int64")
-                first = ~mine & (self.failed_at.value < 0)
+                first = ~own_finite & (self.failed_at.value < 0)
                 self.failed_at.assign(tf.where(first, now, self.failed_at.value))
-                return whole
+                return finite
 
-            tf.cond(whole, lambda: whole, note)
-        found = iter(means)
-        return [None if g is None else next(found) for g in gradients]
+            tf.cond(finite, lambda: finite, record_failure)
+        remaining = iter(means)
+        return [None if g is None else next(remaining) for g in gradients]
 
     def reduced(self, statistics: Statistics) -> Statistics:
-        """The mean of all workers' statistics of as many examples each. Graph code."""
+        """The mean of all workers' batch statistics. Called inside the training graph.
+
+        All workers must have computed them from the same number of examples.
+        """
         if not self.several or not statistics:
             return statistics
         means = self.communicator.mean(list(statistics.values()), "fisher")
-        # Also of a worker that keeps none of them others wait for its part, and TensorFlow does not
-        # run what nothing is made of.
+        # A worker that stores none of them must still join the allreduce, and TensorFlow does not
+        # run an operation whose result is not used.
         self.received.assign(tf.reshape(means[0], (-1,))[0])
         return dict(zip(statistics, means, strict=True))
 
-    # At the boundaries of tasks, epochs and training.
+    # Outside the training graph.
 
     def exchange(self, described: Described) -> Described:
-        """What all workers say of the blocks they keep."""
+        """The statistics for groupings of all blocks, from the workers that store them."""
         if not self.sharded:
             return described
-        # The number of each block's parts too: of some there is nothing to say but that they are.
+        # The number of arrays of each block is sent as well, as it may be zero.
         sent = {f"{i}/{key}": a for key, parts in described.items() for i, a in enumerate(parts)}
         sent |= {f"parts/{key}": np.array(len(parts)) for key, parts in described.items()}
-        every = self.communicator.of_all(sent, "described")
+        gathered = self.communicator.gather_dicts(sent, "described")
         counts = {
-            n.removeprefix("parts/"): int(a) for n, a in every.items() if n.startswith("parts/")
+            n.removeprefix("parts/"): int(a) for n, a in gathered.items() if n.startswith("parts/")
         }
-        return {key: tuple(every[f"{i}/{key}"] for i in range(n)) for key, n in counts.items()}
+        return {key: tuple(gathered[f"{i}/{key}"] for i in range(n)) for key, n in counts.items()}
 
     def whole_state(self, mine: Arrays) -> Arrays:
-        """The consolidation state of the model, of which each worker keeps a part."""
-        return self.communicator.of_all(mine, "state") if self.sharded else mine
+        """The consolidation state of the whole model, from this worker's shard `mine`."""
+        return self.communicator.gather_dicts(mine, "state") if self.sharded else mine
 
     def total(self, value: tf.Tensor) -> tf.Tensor:
-        """The sum of a scalar of which each worker has a part."""
+        """The sum over the workers of a scalar, such as the penalty of their shards."""
         if not self.sharded:
             return value
         (total,) = self.communicator.total([np.asarray(value)], "total")
         return tf.constant(total, value.dtype)
 
-    def metrics_result(self, model: Any, result: Any) -> Any:
-        """What `result` makes of metrics that have seen the examples of all workers."""
-        variables = [v for metric in model.metrics for v in metric.variables]
-        before = [np.asarray(v) for v in variables]
-        totals = self.communicator.total(before, "metrics")
-        for variable, total in zip(variables, totals, strict=True):
-            variable.assign(total.astype(variable.dtype))
-        try:
-            found = result()
-            return {name: float(np.asarray(v)) for name, v in found.items()}
-        finally:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
-
-    def begin(self, model: Any) -> None:
-        """Make all workers start from the same model, that of rank 0.
-
-        Raises:
-            RuntimeError: If one of them has built another model, with its rank and what differs.
-        """
-        if not self.several:
-            return
+    def forget_failures(self) -> None:
+        """Clear the record of failures at the beginning of training."""
         self.failed_at.assign(-1)
         self.failed.assign(False)
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        self._compare(_built(model, self.sharded))
-        values = {f"w/{path}": v for path, v in by_path(model).items()}
-        values |= {f"o/{i}": v for i, v in enumerate(model.optimizer.variables)}
-        if self._differs({name: np.asarray(v) for name, v in values.items()}, "digests"):
-            first = self.communicator.from_first(
-                {name: np.asarray(v) for name, v in values.items()}, "weights"
-            )
-            for name, variable in values.items():
-                variable.assign(first[name])
-        learned: Arrays = {}
-        if not self.sharded:
-            state.save(model, learned)
-        if self._differs(learned or {"tasks": np.array(model.tasks_learned)}, "states"):
-            if self.sharded:
-                raise RuntimeError(
-                    "Workers have learned different tasks. With `sharded=True` load the saved "
-                    "model on each of them."
-                )
-            first = self.communicator.from_first(learned, "consolidation")
-            if first:
-                state.restore(model, first)
-
-    def average_moving(self, model: Any) -> None:
-        """Average what layers follow of their inputs: moving means and variances."""
-        if not self.several:
-            return
-        moving = [
-            v
-            for v in model.non_trainable_variables
-            if keras.backend.is_float_dtype(v.dtype) and not v.trainable
-        ]
-        totals = self.communicator.total([np.asarray(v) for v in moving], "moving")
-        for variable, total in zip(moving, totals, strict=True):
-            variable.assign((total / self.communicator.size).astype(variable.dtype))
 
     def raise_if_failed(self) -> None:
-        """End training on all workers if the loss of one is not finite.
+        """End training on all workers if the loss or gradient of one is not finite.
 
         Raises:
-            FloatingPointError: With the rank of that worker.
+            FloatingPointError: Names the rank of that worker and the step.
         """
         if not self.several or not bool(np.asarray(self.failed)):
             return
@@ -218,69 +167,26 @@ class Workers:
             "rate."
         )
 
-    def _differs(self, arrays: Arrays, name: str) -> bool:
-        """Whether a worker has other arrays."""
+    def differs(self, arrays: Arrays, name: str) -> bool:
+        """Whether the arrays are not the same on all workers, by their digests."""
         digest = hashlib.blake2b(digest_size=16)
         for key in sorted(arrays):
             digest.update(f"{key} {arrays[key].shape}".encode())
             digest.update(np.ascontiguousarray(arrays[key]).tobytes())
         return len(set(self.communicator.messages(digest.digest(), name))) > 1
 
-    def _compare(self, built: dict[str, Any]) -> None:
-        """Raise `RuntimeError` naming the worker that is unlike most."""
-        said = self.communicator.messages(json.dumps(built, sort_keys=True).encode(), "built")
-        every = [json.loads(each) for each in said]
-        for part in built:
-            texts = [json.dumps(each.get(part), sort_keys=True) for each in every]
-            usual, _ = Counter(texts).most_common(1)[0]
-            odd = [rank for rank, text in enumerate(texts) if text != usual]
-            if odd:
-                other = texts.index(usual)
-                raise RuntimeError(
-                    f"Worker {', '.join(map(str, odd))} has built another model than worker "
-                    f"{other}: its {part} are {_difference(texts[odd[0]], usual)}. All workers "
-                    "must run the same script."
-                )
-
-
-def _built(model: Any, sharded: bool) -> dict[str, Any]:
-    """What must be the same on all workers, as JSON."""
-    serialize = keras.saving.serialize_keras_object
-    trainable = {id(v) for v in model.trainable_variables}
-    settings = {
-        "regularizer": model.regularizer,
-        "fisher": model.fisher,
-        "grouping": model.grouping,
-        "optimizer": model.optimizer,
-    }
-    found = {
-        "variables": {
-            path: [list(v.shape), str(v.dtype), id(v) in trainable]
-            for path, v in by_path(model).items()
-        },
-        "settings": {
-            name: None if each is None else serialize(each) for name, each in settings.items()
-        }
-        | {"sharded": sharded, "steps_per_execution": model.steps_per_execution},
-    }
-    # Numbers of NumPy and the like, of learning rates.
-    return json.loads(json.dumps(found, default=str))
-
-
-def _difference(odd: str, usual: str) -> str:
-    """The first entries of two JSON objects that are not the same."""
-    a, b = json.loads(odd), json.loads(usual)
-    differing = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
-    parts = [f"{key!r}: {a.get(key)} where others have {b.get(key)}" for key in differing[:3]]
-    return "; ".join(parts)
-
 
 def block_sizes(shapes: Mapping[str, tuple[int, ...]], variables: Variables) -> dict[str, int]:
-    """About how many bytes the state of each block takes: statistics, precision and anchor."""
+    """Approximate bytes of the state of each block: statistics, precision and anchor.
+
+    Args:
+        shapes: Shapes of the Fisher statistics, by `KIND/PATH` of the block.
+        variables: The pulled variables, by path.
+    """
     sizes: dict[str, int] = dict.fromkeys({} if shapes else variables, 0)
     for name, shape in shapes.items():
         path = name.partition("/")[2]
         sizes[path] = sizes.get(path, 0) + 8 * int(np.prod(shape))
-    for path in set(sizes) & set(variables):  # of a matrix the kernel may be excluded
+    for path in set(sizes) & set(variables):  # the kernel of a matrix may be excluded
         sizes[path] += 4 * int(np.prod(variables[path].shape))
     return sizes

@@ -1,1 +1,18 @@
-"""Training a sequence of tasks and measuring what is retained."""
+"""Training on sequences of tasks, and metrics of accuracy and forgetting."""
+
+from keras_dwd.evaluation.matrix import AccuracyMatrix
+from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.evaluation.runner import SequenceResult, run_sequence
+from keras_dwd.evaluation.scenario import Scenario, Task
+from keras_dwd.task_graph.similarity import linear_cka
+
+__all__ = [
+    "METHODS",
+    "AccuracyMatrix",
+    "Method",
+    "Scenario",
+    "SequenceResult",
+    "Task",
+    "linear_cka",
+    "run_sequence",
+]

@@ -1,4 +1,4 @@
-"""Which parts of DWD help: each one changed alone, and tested against EWC."""
+"""Ablation: variants of DWD with one part changed, each compared with tuned EWC."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from scipy.stats import ttest_rel
 from keras_dwd.evaluation.tuning import UNTOUCHED
 
 BASELINE = "ewc"
-"""What all are tested against, with its λ tuned."""
+"""The method that all variants are compared with; its λ is tuned."""
 
 _PARTS = (
     ("as it is", "dwd-online"),
@@ -35,7 +35,7 @@ _PARTS = (
     ("task graph", "dwd-online+graph"),
     ("decoupled step", "dwd-online+decoupled"),
 )
-# What changes the scale of the Fisher information needs another λ than the default.
+# These variants change the scale of the Fisher information, so the default λ does not suit them.
 _TUNED = (
     ("as it is, λ tuned", "dwd-online"),
     ("a diagonal, λ tuned", "dwd-online+diagonal"),
@@ -47,36 +47,36 @@ PARTS: dict[str, str] = {
     **{label: f"{name}{UNTOUCHED}" for label, name in _PARTS},
     **dict(_TUNED),
 }
-"""The name of the method by what is changed in it; λ is the default, or tuned where it must be."""
+"""Method names by the label of what is changed; λ is the default unless the label says tuned."""
 
 
 def compare(
     results: dict[str, Any], baseline: str = BASELINE, metric: str = "average_accuracy"
 ) -> dict[str, dict[str, float]]:
-    """Each method of some results against a baseline, seed by seed.
+    """Compare each method with a baseline, paired by seed.
 
     Args:
-        results: As of `tune` or `Experiment.compare`.
-        baseline: Name of a method.
-        metric: What is compared.
+        results: The return value of `tune` or `Experiment.compare`.
+        baseline: Name of the method to compare with.
+        metric: Name of the metric to compare.
 
     Returns:
-        By method the mean `difference` to the baseline, its `std` over the seeds, and `p` of a
-        paired two-sided t-test (`nan` where all differences are the same).
+        By method, a dictionary with the mean `difference` to the baseline, its `std` over the
+        seeds, and the `p` of a paired two-sided t-test (`nan` if all differences are equal).
     """
     methods = results["methods"]
     if baseline not in methods:
         raise ValueError(f"`baseline` must be one of {', '.join(methods)}. Received: {baseline!r}")
     base = _per_seed(methods, baseline, metric)
-    found = {}
+    comparisons = {}
     for name in methods:
         if name == baseline:
             continue
         difference = _per_seed(methods, name, metric) - base
         spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
         p = float(ttest_rel(difference, 0 * difference).pvalue) if spread > 1e-12 else np.nan
-        found[name] = {"difference": float(difference.mean()), "std": spread, "p": p}
-    return found
+        comparisons[name] = {"difference": float(difference.mean()), "std": spread, "p": p}
+    return comparisons
 
 
 def _per_seed(methods: dict[str, Any], name: str, metric: str) -> np.ndarray:
@@ -84,10 +84,10 @@ def _per_seed(methods: dict[str, Any], name: str, metric: str) -> np.ndarray:
 
 
 def parts(wanted: Sequence[str] = ()) -> dict[str, str]:
-    """Those of `PARTS` whose method or label has one of these words in it; all if there are none.
+    """The `PARTS` whose label or method contains one of the words; all without words.
 
     Raises:
-        ValueError: If a word is in none.
+        ValueError: If a word occurs in none of them.
     """
     for word in wanted:
         if not any(word in label or word in name for label, name in PARTS.items()):

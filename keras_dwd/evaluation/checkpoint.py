@@ -1,4 +1,4 @@
-"""A run's progress in files, from which any number of workers can go on."""
+"""Checkpoints of a run, from which any number of workers can resume it."""
 
 import json
 import os
@@ -9,102 +9,106 @@ from typing import Any
 
 import numpy as np
 
-from keras_dwd import state
+from keras_dwd.evaluation.methods import same_settings
 from keras_dwd.files import FileError, read_arrays, remove_unfinished, write_arrays
+from keras_dwd.model import DWDModel
 from keras_dwd.variables import Arrays, by_path
 
 _VERSION = 2
-_KEPT = 2
+_MAX_TO_KEEP = 2
 _NAME = "checkpoint-*.safetensors"
 _PARTS = ("weights", "optimizer", "learned", "progress")
 
 
-def _say(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder, the last few of them.
+    """The newest checkpoints of one run, in a folder.
 
-    Each is one `safetensors` file with a checksum, written under another name and then renamed. No
-    code is loaded from it.
+    Each checkpoint is one `safetensors` file with checksums, written atomically. Reading it loads
+    no code.
 
     Args:
-        folder: Made if it is not there.
-        settings: What the run was asked to do, JSON-able: one of other settings is refused.
+        folder: Folder of the checkpoints, created when it is needed.
+        settings: JSON-serializable settings of the run; checkpoints of a run with other settings
+            are refused.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]):
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(settings))
 
-    def save(self, model: Any, progress: Arrays) -> None:
-        """Write a checkpoint; all workers that train the model call it together.
+    def save(self, model: DWDModel, progress: Arrays) -> None:
+        """Write a checkpoint; all workers that train the model must call this together.
 
         Args:
             model: A compiled `DWDModel`.
-            progress: What else is to be known, by name.
+            progress: Further arrays to save, by name.
 
         Raises:
-            OSError: If it cannot be written: those before it are as they were.
+            OSError: If the file cannot be written; earlier checkpoints are left unchanged.
         """
-        learned: Arrays = {}
-        state.save(model, learned)
+        learned = model._consolidation.save(model)
         if not model.workers.leads:
             return
-        held = (_weights(model), _optimizer(model), learned, progress)
-        parts = dict(zip(_PARTS, held, strict=True))
+        contents = (_weights(model), _optimizer(model), learned, progress)
+        parts = dict(zip(_PARTS, contents, strict=True))
         arrays = {
             f"{part}/{name}": np.asarray(array)
-            for part, held in parts.items()
-            for name, array in held.items()
+            for part, content in parts.items()
+            for name, array in content.items()
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         earlier = self.files()
         number = int(earlier[-1].stem.split("-")[1]) + 1 if earlier else 0
         about = {"version": _VERSION, "settings": self.settings}
         write_arrays(self.folder / f"checkpoint-{number:08d}.safetensors", arrays, about)
-        for old in self.files()[:-_KEPT]:
+        for old in self.files()[:-_MAX_TO_KEEP]:
             old.unlink()
 
     def files(self) -> list[Path]:
-        """The checkpoints there are, the newest last."""
+        """The existing checkpoint files, the newest last."""
         return sorted(p for p in self.folder.glob(_NAME) if p.stem.split("-")[1].isdigit())
 
     def restore(
-        self, model: Any, check: Callable[[Arrays], None], say: Callable[[str], None] = _say
+        self,
+        model: DWDModel,
+        check: Callable[[Arrays], None],
+        say: Callable[[str], None] = _print_to_stderr,
     ) -> Arrays | None:
-        """Set a model to the newest checkpoint that can be read; all workers call it together.
+        """Restore a model from the newest readable checkpoint; all workers must call this together.
 
         Only rank 0 reads files.
 
         Args:
-            model: A compiled `DWDModel`, as new.
-            check: Told of `progress` before the model is changed; raises `FileError` if it cannot
-                be that of this run.
-            say: Told of checkpoints that are damaged, which are put aside.
+            model: A compiled `DWDModel` that was just built.
+            check: Called with the `progress` before the model is changed; raises `FileError` if it
+                does not fit this run.
+            say: Called with a message for each damaged checkpoint, which is renamed.
 
         Returns:
-            The `progress` it was saved with, `None` if there is no checkpoint.
+            The `progress` that was saved; `None` if there is no checkpoint.
 
         Raises:
-            ValueError: If it is one of a run with other settings, or of another model.
-            FileError: If all that there are are damaged.
-            OSError: If the folder cannot be made.
+            FileError: If the checkpoint is of a run with other settings or of another model, or if
+                all checkpoints are damaged.
+            OSError: If the folder cannot be created.
         """
         communicator = model.workers.communicator
-        found: Arrays = {}
-        with communicator.together("checkpoint"):
+        arrays: Arrays = {}
+        with communicator.fail_together("checkpoint"):
             if model.workers.leads:
-                if not self.folder.is_dir():  # found now, not after hours of training
+                if not self.folder.is_dir():  # fails now instead of after the first epoch
                     self.folder.mkdir(parents=True)
                 remove_unfinished(self.folder, _NAME)
-                found = self._newest(say)
-        found = communicator.from_first(found, "checkpoint.arrays")
-        if not found:
+                arrays = self._newest(say)
+        arrays = communicator.broadcast(arrays, "checkpoint.arrays")
+        if not arrays:
             return None
         parts: dict[str, Arrays] = {part: {} for part in _PARTS}
-        for name, array in found.items():
+        for name, array in arrays.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = array
         weights, optimizer = _weights(model), _optimizer(model)
@@ -113,21 +117,23 @@ class Checkpoints:
             self._check(part, *shapes)
         check(parts["progress"])
         if parts["learned"]:
-            state.restore(model, parts["learned"])
-        for part, held in (("weights", weights), ("optimizer", optimizer)):
-            for name, variable in held.items():
+            model._consolidation.load(model, parts["learned"])
+        for part, variables in (("weights", weights), ("optimizer", optimizer)):
+            for name, variable in variables.items():
                 variable.assign(parts[part][name])
         return parts["progress"]
 
-    def _check(self, part: str, found: Any, expected: Any) -> None:
-        odd = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
-        if odd:
+    def _check(self, part: str, saved: Any, expected: Any) -> None:
+        """Raise `FileError` if the shapes of the saved arrays are not the expected ones."""
+        differing = [n for n in sorted({*saved, *expected}) if saved.get(n) != expected.get(n)]
+        if differing:
             raise FileError(
                 f"The checkpoint in {str(self.folder)!r} is of another model: its {part} do not "
-                f"fit, {odd[0]!r} among them."
+                f"fit, {differing[0]!r} among them."
             )
 
     def _newest(self, say: Callable[[str], None]) -> Arrays:
+        """The arrays of the newest readable checkpoint; empty if there is no checkpoint."""
         files = self.files()
         damaged = []
         for path in reversed(files):
@@ -142,12 +148,12 @@ class Checkpoints:
                 continue
             if version != _VERSION:
                 raise FileError(f"{str(path)!r} is of version {version}: this reads {_VERSION}.")
-            if settings != self.settings:
+            if not same_settings(settings, self.settings):
                 raise FileError(
                     f"{str(path)!r} is of a run with other settings: name another folder, or "
                     f"remove it. {_difference(settings, self.settings)}"
                 )
-            for other in damaged:  # or they would count as those that are kept
+            for other in damaged:  # otherwise they would count towards `_MAX_TO_KEEP`
                 other.rename(other.with_suffix(".damaged"))
             return arrays
         if files:
@@ -157,18 +163,18 @@ class Checkpoints:
         return {}
 
 
-def _difference(found: Any, asked: dict[str, Any]) -> str:
-    """What of two settings is not the same."""
-    if not isinstance(found, dict):
-        return f"It has {found!r}."
-    odd = [key for key in sorted({*found, *asked}) if found.get(key) != asked.get(key)]
-    return "; ".join(f"{k}: {found.get(k)!r}, asked for is {asked.get(k)!r}" for k in odd) + "."
+def _difference(saved: Any, asked: dict[str, Any]) -> str:
+    """Text with the entries in which two settings differ."""
+    if not isinstance(saved, dict):
+        return f"It has {saved!r}."
+    odd = [k for k in sorted({*saved, *asked}) if not same_settings(saved.get(k), asked.get(k))]
+    return "; ".join(f"{k}: {saved.get(k)!r}, asked for is {asked.get(k)!r}" for k in odd) + "."
 
 
-def _weights(model: Any) -> dict[str, Any]:
-    """By position: layers without a name of their own get another one when they are made again."""
+def _weights(model: DWDModel) -> dict[str, Any]:
+    """The model's variables by position, as automatic layer names differ when it is built again."""
     return {str(i): v for i, v in enumerate(by_path(model).values())}
 
 
-def _optimizer(model: Any) -> dict[str, Any]:
+def _optimizer(model: DWDModel) -> dict[str, Any]:
     return {str(i): v for i, v in enumerate(model.optimizer.variables)}

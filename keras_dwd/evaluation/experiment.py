@@ -1,4 +1,4 @@
-"""Several methods over one scenario and several seeds: what the command line and benchmarks run."""
+"""Runs several methods on one scenario with several seeds, for the command line and benchmarks."""
 
 import math
 import platform
@@ -12,34 +12,36 @@ import numpy as np
 import sklearn
 import tensorflow as tf
 
+from keras_dwd.evaluation import datasets
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.profiles import Profile, profile_for
 from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
-from keras_dwd.tasks import datasets
-from keras_dwd.tasks.scenario import KINDS, Scenario, Task, permuted, split
+from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
 from keras_dwd.version import __version__
 
 Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.Callback]]
-"""Called with method, seed, scenario, epochs, index of the task and task before each `fit`."""
+"""Called before each `fit` with the method, seed, scenario, epochs, task index and task; returns
+callbacks."""
 
-# The order of CIFAR-100's classes that published results use, from iCaRL's code on.
+# The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
 _CLASS_ORDER_SEEDS = {"cifar100": 1993}
 
 
 @dataclass
 class Experiment:
-    """A scenario by name and the protocol it is learned under.
+    """A scenario, given by name, and the training protocol.
 
     Attributes:
-        scenario: `split:NAME` or `permuted:NAME`.
+        scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`.
         tasks: Number of tasks.
         setting: `task`, `domain` or `class`; by default `task` for split, `domain` for permuted.
-        class_order_seed: Of the order of classes in `split` (1993 for cifar100, else the natural
-            order, by default) and of the permutations in `permuted` (0 by default).
-        profile: `cpu` or `full`.
-        epochs: Per task; that of the profile if `None`.
+        class_order_seed: Seed of the class order in `split` (by default 1993 for cifar100 and the
+            natural order otherwise) and of the permutations in `permuted` (0 by default).
+        profile: `cpu` or `full`, see `profile_for`.
+        epochs: Epochs per task; the number of the profile if `None`.
         data_dir: Folder of prepared tfds data sets.
-        validation: Fraction of the training data to evaluate on in place of the test data.
+        validation: Fraction of the training data to hold back and evaluate on in place of the test
+            data.
     """
 
     scenario: str = "permuted:digits"
@@ -87,7 +89,7 @@ class Experiment:
         checkpoint_dir: Path | None = None,
         sharded: bool = False,
     ) -> SequenceResult:
-        """One method, one seed; see `run_sequence`."""
+        """Run one method with one seed; see `run_sequence`."""
         assert self.epochs is not None
         epochs = self.epochs
         name = method if isinstance(method, str) else method.name
@@ -118,19 +120,20 @@ class Experiment:
         checkpoint_dir: Path | None = None,
         sharded: bool = False,
     ) -> dict[str, Any]:
-        """Several methods, each with the seeds 0 to `seeds − 1`.
+        """Run several methods, each with the seeds 0 to `seeds − 1`.
 
         Args:
-            methods: Names in `METHODS`, or `NAME:ESTIMATOR`.
+            methods: Names of methods, see `method_named`.
             seeds: Number of seeds.
-            strengths: λ by method, where not its default.
-            observer: Gives the callbacks of each `fit`.
-            checkpoint_dir: Of each run's progress, in a folder per method and seed.
-            sharded: Whether workers divide the consolidation state.
+            strengths: λ by method; methods that are left out use their default.
+            observer: Returns the callbacks of each `fit`.
+            checkpoint_dir: Folder for checkpoints, with a subfolder per method and seed.
+            sharded: Whether workers divide the consolidation state among themselves.
 
         Returns:
-            A JSON-able dictionary: `protocol`, `versions`, and per method its `settings`, `metrics`
-            (`mean`, `std`, `per_seed` of each) and `accuracy_matrices`.
+            A JSON-serializable dictionary with `protocol`, `versions` and `methods`. The latter has
+            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each) and
+            its `accuracy_matrices`.
         """
         if not methods:
             raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
@@ -157,7 +160,7 @@ class Experiment:
         return {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
 
     def describe(self, seeds: int) -> dict[str, Any]:
-        """The protocol, for people (`title`, `text`) and for programs."""
+        """The protocol as text (`title`, `text`) and as values."""
         protocol, images = self.protocol, self.protocol.images_per_class
         title = f"{self.scenario}, {self.tasks} tasks, {self.setting}-incremental"
         text = (
@@ -193,7 +196,7 @@ class Experiment:
 
 
 def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
-    """Mean, standard deviation (n − 1) and single values of each metric, and the matrices."""
+    """Mean, standard deviation (n − 1) and values per run of each metric; accuracy matrices."""
     per_run = [run.metrics() for run in runs]
     metrics = {}
     for name in per_run[0]:
@@ -216,7 +219,7 @@ def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the figures depend on besides the protocol."""
+    """Versions of the software and the hardware on which results depend."""
     return {
         "keras_dwd": __version__,
         "tensorflow": tf.__version__,

@@ -1,4 +1,4 @@
-"""The accuracy matrix of a sequence of tasks, and the figures read off it."""
+"""The accuracy matrix of a sequence of tasks, and the metrics computed from it."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AccuracyMatrix:
-    """Accuracies a[t, j] on task j after learning task t.
+    """Accuracies a[t, j] on the test data of task j after learning task t, from 0 to 1.
 
     Attributes:
-        after: `(tasks, tasks)`; NaN where it was not measured.
-        before: `(tasks,)`, accuracies of the untrained model, for forward transfer.
+        after: The matrix a, `(tasks, tasks)`; NaN where the accuracy was not measured.
+        before: Accuracies of the untrained model, `(tasks,)`, for forward transfer.
 
     Reference:
         [Lopez-Paz & Ranzato, 2017](https://arxiv.org/abs/1706.08840), equations 2 to 4;
@@ -23,36 +23,42 @@ class AccuracyMatrix:
 
     @property
     def average_accuracy(self) -> float:
-        """mean_j a[T, j]."""
+        """Mean accuracy on all tasks after the last one: mean_j a[T, j]."""
         return float(self.after[-1].mean())
 
     @property
     def learning_accuracy(self) -> float:
-        """mean_j a[j, j]: accuracy right after learning."""
+        """Mean accuracy on each task right after learning it: mean_j a[j, j]."""
         return float(np.diag(self.after).mean())
 
     @property
     def forgetting(self) -> float:
-        """mean_{j<T} (max_{t<T} a[t, j] − a[T, j]), the maximum over t ≥ j; 0 for one task."""
+        """Mean drop from the peak accuracy: mean_{j<T} (max_{j≤t<T} a[t, j] − a[T, j]).
+
+        0 for a single task.
+        """
         peak, last = self._peak_and_last()
         return float((peak - last).mean()) if len(peak) else 0.0
 
     @property
     def relative_forgetting(self) -> float:
-        """mean_{j<T} (peak_j − a[T, j]) / peak_j; a task that was never learned counts as 0."""
+        """Mean drop relative to the peak accuracy: mean_{j<T} (peak_j − a[T, j]) / peak_j.
+
+        A task with a peak accuracy of 0 counts as 0.
+        """
         peak, last = self._peak_and_last()
         lost = np.divide(peak - last, peak, out=np.zeros_like(peak), where=peak > 0)
         return float(lost.mean()) if len(peak) else 0.0
 
     @property
     def backward_transfer(self) -> float:
-        """mean_{j<T} (a[T, j] − a[j, j])."""
+        """Mean effect of later tasks on earlier ones: mean_{j<T} (a[T, j] − a[j, j])."""
         change = self.after[-1, :-1] - np.diag(self.after)[:-1]
         return float(change.mean()) if len(change) else 0.0
 
     @property
     def forward_transfer(self) -> float:
-        """mean_{j>1} (a[j−1, j] − before[j])."""
+        """Mean effect of earlier tasks on the next one: mean_{j>1} (a[j−1, j] − before[j])."""
         change = np.diag(self.after, 1) - self.before[1:]
         return float(change.mean()) if len(change) else 0.0
 

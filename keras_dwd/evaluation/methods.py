@@ -1,4 +1,4 @@
-"""The compared methods, each a configuration of the same model."""
+"""The methods that are compared, each a configuration of `DWDModel`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,32 +7,33 @@ from typing import Any
 
 import keras
 
-from keras_dwd.curvature.fisher import DiagonalFisher, Estimator, Fisher
+from keras_dwd.curvature.fisher import EARLIER_NAMES, DiagonalFisher, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
-from keras_dwd.grouping.fixed import LayerGrouping, SingleGroup
-from keras_dwd.grouping.gmm import GaussianMixtureGrouping
-from keras_dwd.grouping.grouping import Grouping
-from keras_dwd.grouping.policy import GroupingPolicy
-from keras_dwd.grouping.spectral import SpectralGrouping
-from keras_dwd.grouping.strength import Importance
+from keras_dwd.groupings.fixed import LayerGrouping, SingleGroup
+from keras_dwd.groupings.gmm import GaussianMixtureGrouping
+from keras_dwd.groupings.grouping import Grouping
+from keras_dwd.groupings.policy import GroupingPolicy
+from keras_dwd.groupings.spectral import SpectralGrouping
+from keras_dwd.groupings.strength import Importance
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.settings import dwd, ewc, online_ewc
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a sequence of tasks is learned.
+    """A method for learning a sequence of tasks.
 
     Attributes:
-        name: What reports call it.
-        settings: Makes the keyword arguments of `DWDModel` from the strength and, of a method with
-            a Fisher estimate, from `estimator` where that is not the method's own.
+        name: Name in reports.
+        settings: Function that returns the keyword arguments of `DWDModel`. It takes the strength
+            and, for a method with a Fisher estimate, optionally an `estimator`.
         strength: Default λ.
-        boundary_pass: Whether the Fisher is estimated in a pass over the task's data at its end,
-            rather than during training.
-        decoupled: Whether the pull is a step of its own, by a `DWDOptimizer`.
+        boundary_pass: Whether the Fisher information is estimated by a pass over the task's data at
+            the task boundary instead of during training.
+        decoupled: Whether the penalty is applied as a separate step by a `DWDOptimizer`.
         graph: μ of a `TaskGraph` with inputs of the first task as probe, or 0 for none.
-        joint: Train on all tasks at once instead: the upper reference.
+        joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Method:
     joint: bool = False
 
     def configuration(self, strength: float) -> dict[str, Any]:
-        """All settings of the model, defaults included, as they are written to result files."""
+        """All settings of the model, including defaults, as they are written to result files."""
         inputs = keras.Input((8,))
         model = DWDModel(inputs, keras.layers.Dense(8)(inputs), **self.settings(strength))
         grouping = model.grouping
@@ -62,32 +63,24 @@ def _plain(strength: float) -> dict[str, Any]:
     return {"strength": 0.0}
 
 
-def _ewc(strength: float, estimator: Estimator = "exact") -> dict[str, Any]:
-    return {
-        "regularizer": DWDRegularizer(strength, anchor="folded"),
-        "fisher": DiagonalFisher(estimator, gamma=None),
-        "grouping": None,
-    }
+def _ewc(strength: float, estimator: str = "empirical") -> dict[str, Any]:
+    return {**ewc(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
-def _online_ewc(strength: float, estimator: Estimator = "exact") -> dict[str, Any]:
-    return {
-        "regularizer": DWDRegularizer(strength, decay=0.9),
-        "fisher": DiagonalFisher(estimator, gamma=None),
-        "grouping": None,
-    }
+def _online_ewc(strength: float, estimator: str = "empirical") -> dict[str, Any]:
+    return {**online_ewc(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
-def _dwd(strength: float, estimator: Estimator = "influence") -> dict[str, Any]:
-    return {"strength": strength, "fisher": KroneckerFisher(estimator, gamma=None)}
+def _dwd(strength: float, estimator: str = "influence") -> dict[str, Any]:
+    return {**dwd(strength), "fisher": KroneckerFisher(estimator, gamma=None)}
 
 
-def _dwd_online(strength: float, estimator: Estimator = "influence") -> dict[str, Any]:
-    return {"strength": strength, "fisher": KroneckerFisher(estimator)}
+def _dwd_online(strength: float, estimator: str = "influence") -> dict[str, Any]:
+    return {**dwd(strength), "fisher": KroneckerFisher(estimator)}
 
 
-def _dwd_diagonal(strength: float, estimator: Estimator = "exact") -> dict[str, Any]:
-    return {"strength": strength, "fisher": DiagonalFisher(estimator, gamma=None)}
+def _dwd_diagonal(strength: float, estimator: str = "empirical") -> dict[str, Any]:
+    return {**dwd(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
 METHODS: dict[str, Method] = {
@@ -106,12 +99,12 @@ METHODS: dict[str, Method] = {
 
 
 def _with(**settings: Any) -> Callable[[Method], Method]:
-    """A method with other arguments of `DWDModel`, made from what it has."""
+    """A change of a method's arguments of `DWDModel`; each value is computed from all of them."""
 
     def change(method: Method) -> Method:
         def changed(strength: float, **others: Any) -> dict[str, Any]:
-            before = method.settings(strength, **others)
-            return before | {name: make(before) for name, make in settings.items()}
+            arguments = method.settings(strength, **others)
+            return arguments | {name: make(arguments) for name, make in settings.items()}
 
         return replace(method, settings=changed)
 
@@ -123,21 +116,20 @@ def _grouped(make: Callable[[], Grouping | None]) -> Callable[[Method], Method]:
 
 
 def _decaying(decay: float) -> Callable[[Method], Method]:
-    """With another decay of the precision of earlier tasks."""
+    """A change of the decay of the precision of earlier tasks."""
 
     def regularizer(before: dict[str, Any]) -> DWDRegularizer:
-        found = before.get("regularizer") or DWDRegularizer(before["strength"])
-        return DWDRegularizer(**found.get_config() | {"decay": decay})
+        return DWDRegularizer(**before["regularizer"].get_config() | {"decay": decay})
 
-    return _with(regularizer=regularizer, strength=lambda before: None)
+    return _with(regularizer=regularizer)
 
 
 def _estimated(**arguments: Any) -> Callable[[Method], Method]:
-    """With other arguments of its Fisher estimate."""
+    """A change of the arguments of a method's Fisher estimate."""
 
     def fisher(before: dict[str, Any]) -> Fisher:
-        found = before["fisher"]
-        return type(found)(**found.get_config() | arguments)
+        original = before["fisher"]
+        return type(original)(**original.get_config() | arguments)
 
     return _with(fisher=fisher)
 
@@ -176,18 +168,33 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
 }
-"""Changes of one setting of a method, by name."""
+"""Variants of a method: functions that change one setting, by name."""
+
+
+def same_settings(one: Any, other: Any) -> bool:
+    """Whether two `Method.configuration`s are equal, up to names that have changed since."""
+    return _by_present_names(one) == _by_present_names(other)
+
+
+def _by_present_names(settings: Any) -> Any:
+    """A configuration without modules of classes, and with the current names of estimators."""
+    if isinstance(settings, dict):
+        renamed = {k: _by_present_names(v) for k, v in settings.items() if k != "module"}
+        if renamed.get("estimator") in EARLIER_NAMES:
+            renamed["estimator"] = EARLIER_NAMES[renamed["estimator"]]
+        return renamed
+    return [_by_present_names(s) for s in settings] if isinstance(settings, list) else settings
 
 
 def method_named(name: str) -> Method:
-    """A method by its name.
+    """The method with this name.
 
     Args:
-        name: `NAME[:ESTIMATOR][+VARIANT]…`: one of `METHODS`, with another estimator of the Fisher
-            information and with changes of `VARIANTS`.
+        name: `NAME[:ESTIMATOR][+VARIANT]…`: the name of one of `METHODS`, optionally with another
+            estimator of the Fisher information and with changes from `VARIANTS`.
 
     Raises:
-        ValueError: If there is none of that name, with those there are.
+        ValueError: If a part of the name is unknown; lists the known names.
     """
     plain, *variants = name.split("+")
     base, colon, estimator = plain.partition(":")
@@ -197,11 +204,11 @@ def method_named(name: str) -> Method:
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
     if colon:
         method = replace(method, settings=partial(method.settings, estimator=estimator))
-        if estimator == "adam":  # which only training can estimate
+        if estimator == "adam":  # can only be estimated during training
             method = replace(method, boundary_pass=False, decoupled=True)
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"Unknown variant {variant!r}. Known: {', '.join(VARIANTS)}.")
         method = VARIANTS[variant](method)
-    method.settings(1.0)  # raises with the estimators there are
+    method.settings(1.0)  # raises `ValueError` for an unknown estimator
     return replace(method, name=name)

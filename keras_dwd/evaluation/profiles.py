@@ -1,4 +1,4 @@
-"""What is trained, and for how long: the networks and protocols of the reported figures."""
+"""Networks and training protocols of the reported results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Any
 import keras
 from keras import layers
 
+from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.layers.task_heads import TaskHeads
-from keras_dwd.tasks.scenario import Scenario, Task
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A protocol.
+    """A training protocol.
 
     Attributes:
-        network: What it trains, for reports.
-        build: Makes the model for a scenario.
-        epochs: Per task.
+        network: Description of the network for reports.
+        build: Function that builds the model for a scenario.
+        epochs: Epochs per task.
         batch_size: Examples per step.
-        learning_rate: Of Adam.
-        images_per_class: Training images of each class; all if `None`.
+        learning_rate: Learning rate of Adam.
+        images_per_class: Number of training images per class; all if `None`.
     """
 
     network: str
@@ -36,17 +36,18 @@ PROFILES = ("cpu", "full")
 
 
 def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile:
-    """The protocol for images of a shape.
+    """The protocol for images of this shape.
 
     Args:
         shape: `(height, width, channels)`.
-        kind: `split` or `permuted`: permuted pixels leave nothing for a convolution to see.
+        kind: `split` or `permuted`. Permuted images have no local structure, so they get an MLP in
+            place of a convolutional network.
         name: `cpu`, sized for two cores, or `full`, for a GPU.
     """
     if name not in PROFILES:
         raise ValueError(f"`profile` must be one of {', '.join(PROFILES)}. Received: {name!r}")
     if kind == "permuted" or shape[-1] == 1:
-        small = shape[0] < 16  # so few and so small images need no smaller protocol
+        small = shape[0] < 16  # such as digits: training is fast with all images
         images = None if small or name == "full" else 400
         return Profile("MLP 100-100", mlp, 10, images_per_class=images)
     if name == "cpu":
@@ -55,7 +56,7 @@ def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile
 
 
 def network(name: str) -> keras.Model:
-    """One of `NETWORKS`, for ten tasks of ten classes of small images, a head each."""
+    """Build one of `NETWORKS` for small images and ten tasks of ten classes, with a head each."""
     shape = (28, 28, 1) if name == "mlp" else (32, 32, 3)
     tasks = tuple(Task(str(t), None, None) for t in range(10))
     return NETWORKS[name](Scenario(name, tasks, "task", 10, shape))
@@ -138,4 +139,4 @@ NETWORKS: dict[str, Callable[[Scenario], keras.Model]] = {
     "resnet32": resnet32,
     "resnet18_like": resnet18_like,
 }
-"""By the names that `keras-dwd plan` knows."""
+"""Functions that build a network, by the names for `keras-dwd plan`."""

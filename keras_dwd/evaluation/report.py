@@ -1,11 +1,11 @@
-"""Results as tables for a terminal."""
+"""Tables of results for the terminal."""
 
 from typing import Any
 
 from rich.table import Table
 
-from keras_dwd.distributed.plan import Plan
 from keras_dwd.evaluation import ablation
+from keras_dwd.evaluation.plan import Plan
 
 COLUMNS = {
     "average_accuracy": "accuracy %",
@@ -17,47 +17,48 @@ COLUMNS = {
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Methods × metrics, mean ± standard deviation over the seeds.
+    """Table of methods and metrics, mean ± standard deviation over the seeds.
 
-    Of results with a tuned EWC also the difference in accuracy to it, with the p of a paired test.
+    If the results contain a tuned EWC, further columns show the difference in accuracy to it and
+    the p of a paired t-test.
     """
-    made = Table(title=results["protocol"]["title"])
-    made.add_column("method")
+    methods = Table(title=results["protocol"]["title"])
+    methods.add_column("method")
     tuned = "tuning" in results
     if tuned:
-        made.add_column("λ", justify="right")
+        methods.add_column("λ", justify="right")
     for heading in COLUMNS.values():
-        made.add_column(heading, justify="right")
-    against = {}
+        methods.add_column(heading, justify="right")
+    comparisons = {}
     if tuned and ablation.BASELINE in results["methods"]:
-        against = ablation.compare(results)
-        made.add_column(f"− {ablation.BASELINE}", justify="right")
-        made.add_column("p", justify="right")
+        comparisons = ablation.compare(results)
+        methods.add_column(f"− {ablation.BASELINE}", justify="right")
+        methods.add_column("p", justify="right")
     for name, method in results["methods"].items():
         cells = method_cells(name, method, tuned)
-        if name in against:
-            found = against[name]
-            cells += [f"{100 * found['difference']:+.1f}", f"{found['p']:.3f}"]
-        made.add_row(*cells)
-    return made
+        if name in comparisons:
+            comparison = comparisons[name]
+            cells += [f"{100 * comparison['difference']:+.1f}", f"{comparison['p']:.3f}"]
+        methods.add_row(*cells)
+    return methods
 
 
 def method_cells(name: str, method: dict[str, Any], tuned: bool) -> list[str]:
-    """The cells of a method: its name, λ where it was tuned, and `COLUMNS`."""
+    """The cells of a method's row: its name, λ if `tuned`, and the metrics of `COLUMNS`."""
     strength = method["settings"]["regularizer"]["strength"]
     shown = [f"{strength:g}" if strength else ""] if tuned else []
     return [name, *shown, *(cell(key, method["metrics"][key]) for key in COLUMNS)]
 
 
 def cell(key: str, metric: dict[str, Any]) -> str:
-    """A metric of a result file, mean and standard deviation in percent, or a rate."""
+    """A metric of a result file as text: mean ± standard deviation in percent, or a rate."""
     if key.startswith("steps"):
         return f"{metric['mean']:.0f}"
     return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
 
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
-    """What each worker needs, a row for each use of it."""
+    """Table of a `Plan`: what each worker needs, one use per row."""
     title = f"{made.parameters:,} parameters, {made.workers} workers, {curvature}"
     table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
     table.add_column("of each worker")

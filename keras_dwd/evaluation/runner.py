@@ -1,4 +1,4 @@
-"""Learn a sequence of tasks, measuring as it goes."""
+"""Trains a model on a sequence of tasks and measures its accuracy after each."""
 
 import contextlib
 import os
@@ -20,20 +20,20 @@ from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.files import FileError, checksum
-from keras_dwd.grouping.policy import GroupingPolicy
+from keras_dwd.groupings.policy import GroupingPolicy
 from keras_dwd.model import DWDModel
-from keras_dwd.optimizer import DWDOptimizer
-from keras_dwd.tasks.scenario import Scenario, Task
-from keras_dwd.tasks.task_graph import TaskGraph
+from keras_dwd.task_graph.graph import TaskGraph
+from keras_dwd.training.optimizer import DWDOptimizer
 from keras_dwd.variables import Arrays
 
 FISHER_EXAMPLES = 500
-"""Of each task, for a boundary pass: more give nearly the same estimate (van de Ven, 2025)."""
+"""Examples per task for a boundary pass; more give nearly the same estimate (van de Ven, 2025)."""
 
-# The share of a task's training data that a `GroupingPolicy` is rewarded by.
+# Share of a task's training data held back as validation data for a `GroupingPolicy`.
 _HELD_BACK = 0.1
-# Inputs of the first task that a task graph compares representations of.
+# Number of probe inputs of a task graph, taken from the first task.
 _PROBES = 500
 
 METRICS = (
@@ -48,15 +48,15 @@ METRICS = (
 
 @dataclass
 class SequenceResult:
-    """What one run of a method over a scenario gave.
+    """The result of one run of a method on a scenario.
 
     Attributes:
-        matrix: Accuracies after each task. Of a joint run every row is the same.
-        steps: Optimizer steps.
-        train_seconds: In `fit`, per task; the first includes tracing the graph.
-        boundary_seconds: In `consolidate`, per task.
-        peak_memory: Largest resident size of the process during the run, bytes.
-        model: The model as trained.
+        matrix: Accuracies after each task; all rows are equal for a joint run.
+        steps: Number of optimizer steps.
+        train_seconds: Seconds in `fit`, per task; the first includes tracing the graph.
+        boundary_seconds: Seconds of the task boundary, per task.
+        peak_memory: Peak resident memory of the process during the run, in bytes.
+        model: The trained model.
     """
 
     matrix: AccuracyMatrix
@@ -67,7 +67,7 @@ class SequenceResult:
     model: DWDModel = field(repr=False)
 
     def metrics(self) -> dict[str, float]:
-        """All figures by name: those of the matrix (0 to 1), and what it cost."""
+        """All metrics by name: accuracies and forgetting (from 0 to 1), time and memory."""
         training, boundaries = sum(self.train_seconds), sum(self.boundary_seconds)
         return {name: getattr(self.matrix, name) for name in METRICS} | {
             "steps_per_second": self.steps / training,
@@ -93,28 +93,30 @@ def run_sequence(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     sharded: bool = False,
 ) -> SequenceResult:
-    """Train a fresh model on the tasks of a scenario, one after another.
+    """Train a new model on the tasks of a scenario, one after another.
 
     Args:
-        build: Makes the plain Keras model for a scenario; called after the seed is set.
-        scenario: The tasks.
-        method: A `Method`, or the name of one, see `method_named`.
-        strength: λ, the method's default if `None`.
-        epochs: Per task. A joint run takes as many over the union: the same number of steps.
-        batch_size: For arrays; `tf.data` comes in its own.
-        learning_rate: Of Adam, whose state is reset for each task.
-        fisher_examples: How many examples of a task, of arrays, a boundary pass takes.
-        seed: Of weights, shuffling and dropout.
-        callbacks: Makes the callbacks of a task's `fit` from its index and the task.
-        compile_settings: More arguments of `compile`, or others in place of the defaults
-            (Adam, sparse categorical cross-entropy on logits, accuracy).
-        checkpoint_dir: A folder to keep the run's progress in after each epoch and each boundary.
-            One that is there already is gone on from, with any number of workers, and ends as the
-            run would have without interruption. Tasks must be arrays. What callbacks remember, and
-            layers that draw at random from Keras' global generator, begin anew.
+        build: Function that builds the plain Keras model for a scenario; called after the seed is
+            set.
+        scenario: The sequence of tasks.
+        method: A `Method` or the name of one, see `method_named`.
+        strength: λ; the default of the method if `None`.
+        epochs: Epochs per task. A joint run trains this many epochs on the union of all tasks,
+            which gives the same number of steps.
+        batch_size: Batch size for arrays; a `tf.data.Dataset` is batched already. Several workers
+            (see `DWDModel.compile`) share each batch.
+        learning_rate: Learning rate of Adam, whose state is reset for each task.
+        fisher_examples: Number of examples per task for a boundary pass, if tasks are arrays.
+        seed: Seed of weights, shuffling and dropout.
+        callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
+            the task and the task.
+        compile_settings: Further arguments of `compile`, or replacements of the defaults (Adam,
+            sparse categorical cross-entropy on logits, accuracy).
+        checkpoint_dir: Folder for a checkpoint after each epoch and each task boundary. If it has
+            checkpoints of the same run already, the run is resumed, with any number of workers, and
+            gives the same result as an uninterrupted run. Tasks must be arrays. Not restored are
+            the state of callbacks and of layers that use Keras' global random generator.
         sharded: Whether workers divide the consolidation state, see `DWDModel.compile`.
-
-    Several workers (see `DWDModel.compile`) share each batch: `batch_size` is that of all.
 
     Returns:
         A `SequenceResult`.
@@ -126,15 +128,16 @@ def run_sequence(
     arrays = all(isinstance(task.train, (tuple, list)) for task in scenario.tasks)
     if checkpoint_dir and not arrays:
         raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
-    chosen = method.settings(strength)
+    arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
-        chosen["task_graph"] = TaskGraph(folder, probe, method.graph)
-    model = DWDModel.from_model(build(scenario), **chosen)
-    if method.graph and strength > 0 and not checkpoint_dir:  # there for as long as the model is
+        arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
+    model = DWDModel.from_model(build(scenario), **arguments)
+    if method.graph and strength > 0 and not checkpoint_dir:
+        # The temporary folder is removed when the model is.
         weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
     adam = keras.optimizers.Adam(learning_rate)
@@ -142,7 +145,7 @@ def run_sequence(
         "optimizer": DWDOptimizer(adam) if method.decoupled else adam,
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         "metrics": ["accuracy"],
-        # A small network's step is shorter than what `fit` does between two of them.
+        # For small networks the overhead of `fit` between two steps exceeds the step itself.
         "steps_per_execution": 64,
         "sharded": sharded,
     }
@@ -155,7 +158,7 @@ def run_sequence(
     before = _accuracies(model, tests)
     result = SequenceResult(AccuracyMatrix(after, before), 0, [], [], 0, model)
     policy = model.grouping if isinstance(model.grouping, GroupingPolicy) else None
-    if policy is not None:  # what it learns from is not trained on
+    if policy is not None:  # hold back validation data for its rewards
         scenario = scenario.holdout(_HELD_BACK)
         held_back = [_as_batches(task.test) for task in scenario.tasks]
     asked = {
@@ -180,7 +183,7 @@ def run_sequence(
         if t < progress.task:
             continue
         if not progress.epoch:
-            # The moments of the last task are not this one's; a new optimizer would trace anew.
+            # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
             for variable, value in zip(model.optimizer.variables, fresh, strict=True):
                 variable.assign(value)
         progress.begin()
@@ -209,7 +212,7 @@ def run_sequence(
         if method.joint:
             after[:] = _accuracies(model, tests)
         else:
-            # Of the tasks to come only the next is needed, for forward transfer.
+            # Among future tasks only the next one is needed, for forward transfer.
             after[t, : t + 2] = _accuracies(model, tests[: t + 2])
         progress.boundary()
     result.peak_memory = memory.peak()
@@ -219,17 +222,17 @@ def run_sequence(
 def _fit_arguments(
     model: DWDModel, data: Any, batch_size: int, order: int | None
 ) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
-    """The data of a task for `fit`, and the callbacks that belong to it.
+    """The arguments of `fit` for a task's data, and the callbacks that this data needs.
 
     Args:
-        model: What is to be trained.
-        data: Of the task.
-        batch_size: Of all workers.
-        order: Seed of an order that depends on nothing else, or `None` to leave it to Keras.
+        model: The model to train.
+        data: Training data of the task.
+        batch_size: Batch size of all workers together.
+        order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
-        return {"x": data, "shuffle": False}, []  # whoever made the dataset shuffles it
+        return {"x": data, "shuffle": False}, []  # a dataset does its own shuffling
     if batch_size % communicator.size:
         raise ValueError(
             f"`batch_size` must be a multiple of the number of workers, {communicator.size}. "
@@ -238,77 +241,77 @@ def _fit_arguments(
     if order is None:
         return {"x": data[0], "y": data[1], "batch_size": batch_size}, []
     share = batch_size // communicator.size
-    made = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, order)
-    return {"x": made.batches, "shuffle": False}, [made]
+    ordered = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, order)
+    return {"x": ordered.batches, "shuffle": False}, [ordered]
 
 
 class _Progress(keras.callbacks.Callback):
-    """How far a run is, in checkpoints if there are any.
+    """The progress of a run, which it saves to checkpoints if there is a folder for them.
 
     Attributes:
-        task: Index of the next task to learn, or of the one that is being learned.
-        epoch: How many of its epochs are done.
+        task: Index of the current task.
+        epoch: Number of epochs of this task that are complete.
     """
 
     def __init__(self, result: SequenceResult, checkpoints: Checkpoints | None, epochs: int):
         super().__init__()
         self.result, self.checkpoints, self._epochs = result, checkpoints, epochs
         self.task = self.epoch = 0
-        self._spent = 0.0  # on the task, before it was interrupted
+        self._spent = 0.0  # seconds trained on the task before an interruption
 
     def restore(self) -> None:
-        """Go on where the checkpoints end."""
+        """Restore the model and the progress from the newest checkpoint, if there is one."""
         model = self.result.model
         if self.checkpoints is None:
             return
-        found = self.checkpoints.restore(model, self._check)
-        if found is None:
+        saved = self.checkpoints.restore(model, self._check)
+        if saved is None:
             return
-        self.task, self.epoch = int(found["task"]), int(found["epoch"])
-        self._spent = float(found["spent"])
-        self.result.steps = int(found["steps"])
-        self.result.train_seconds[:] = found["train_seconds"].tolist()
-        self.result.boundary_seconds[:] = found["boundary_seconds"].tolist()
-        self.result.matrix.after[:] = found["after"]
-        self.result.matrix.before[:] = found["before"]
+        self.task, self.epoch = int(saved["task"]), int(saved["epoch"])
+        self._spent = float(saved["spent"])
+        self.result.steps = int(saved["steps"])
+        self.result.train_seconds[:] = saved["train_seconds"].tolist()
+        self.result.boundary_seconds[:] = saved["boundary_seconds"].tolist()
+        self.result.matrix.after[:] = saved["after"]
+        self.result.matrix.before[:] = saved["before"]
 
-    def _check(self, found: Arrays) -> None:
+    def _check(self, saved: Arrays) -> None:
         """Raise `FileError` if this cannot be the progress of this run."""
-        like = self._state(0.0)
-        lists = ("train_seconds", "boundary_seconds")  # of as many tasks as are done
-        for name in like.keys() | found.keys():
+        expected = self._state(0.0)
+        lists = ("train_seconds", "boundary_seconds")  # one entry per completed task
+        for name in expected.keys() | saved.keys():
             first = 1 if name in lists else 0
-            pair = [arrays[name] for arrays in (like, found) if name in arrays]
+            pair = [arrays[name] for arrays in (expected, saved) if name in arrays]
             if len(pair) != 2 or len({(a.dtype, a.ndim, a.shape[first:]) for a in pair}) != 1:
                 raise FileError(f"The checkpoint's {name!r} does not fit: is it of this run?")
-        counts = {int(found["task"]), *(len(found[name]) for name in lists)}
-        if len(counts) != 1 or found["epoch"] < 0 or found["steps"] < 0:
+        counts = {int(saved["task"]), *(len(saved[name]) for name in lists)}
+        if len(counts) != 1 or saved["epoch"] < 0 or saved["steps"] < 0:
             raise FileError("The checkpoint's progress contradicts itself.")
 
     def begin(self) -> None:
-        """A task begins, or goes on."""
+        """Start the clock as training on a task begins or is resumed."""
         self._started = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self.epoch = epoch + 1
-        # After the last epoch `fit` does more: averages of weights, callbacks that restore some.
+        # After the last epoch `trained` saves, as `fit` may still change the weights at its end.
         if self.epoch < self._epochs and not self.model.stop_training:
             self._save(self._seconds())
 
     def trained(self) -> None:
-        """`fit` has ended, after its last epoch or before."""
+        """Save a checkpoint after `fit`, which may have stopped before its last epoch."""
         self.epoch = self._epochs
         self._save(self._seconds())
 
     def end(self) -> None:
-        """It was trained on."""
+        """Record the training time of the task."""
         self.result.train_seconds.append(self._seconds())
 
     def _seconds(self) -> float:
         return self._spent + time.perf_counter() - self._started
 
     def boundary(self) -> None:
-        """It was learned and evaluated."""
+        """Save a checkpoint after the task boundary and evaluation, and go to the next task."""
         self.task, self.epoch, self._spent = self.task + 1, 0, 0.0
         self._save(0.0)
 
@@ -331,16 +334,16 @@ class _Progress(keras.callbacks.Callback):
 
 
 def _checksum(scenario: Scenario) -> str:
-    """Of all arrays: a run cannot go on with other data."""
-    found = 0
+    """Checksum of all data, as a run must not be resumed with other data."""
+    crc = 0
     for task in scenario.tasks:
         for array in map(np.ascontiguousarray, tf.nest.flatten((task.train, task.test))):
-            found = checksum(array, found)
-    return f"{found:08x}"
+            crc = checksum(array, crc)
+    return f"{crc:08x}"
 
 
 def _sample(data: Any, count: int) -> Any:
-    """`count` examples of arrays, drawn evenly; anything else as it is."""
+    """`count` randomly drawn examples of arrays; other data is returned unchanged."""
     if not isinstance(data, (tuple, list)):
         return data
     size = len(tf.nest.flatten(data)[0])
@@ -349,11 +352,11 @@ def _sample(data: Any, count: int) -> Any:
 
 
 def _as_batches(data: Any) -> tf.data.Dataset:
-    """Test data, made ready once instead of at each of the many evaluations."""
+    """Test data as a cached dataset, prepared once for all evaluations."""
     if isinstance(data, tf.data.Dataset):
         return data
     x, y = data
-    x = tuple(x) if isinstance(x, list) else x  # a list would be stacked
+    x = tuple(x) if isinstance(x, list) else x  # `tf.data` would stack a list
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(256).cache().prefetch(1)
 
 
@@ -368,7 +371,7 @@ def _accuracies(model: DWDModel, tests: list[tf.data.Dataset]) -> np.ndarray:
 
 
 class _PeakMemory:
-    """The largest resident size since it was made; since the process began if not on Linux."""
+    """Peak resident memory since this object was created, or the process if not on Linux."""
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""λ chosen for each method on validation data, with the same budget; runs side by side."""
+"""Tunes λ of each method on validation data, with an equal budget and runs in parallel."""
 
 import dataclasses
 import multiprocessing
@@ -15,20 +15,20 @@ from threadpoolctl import threadpool_limits
 
 from keras_dwd.checks import number
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
-from keras_dwd.evaluation.methods import method_named
+from keras_dwd.evaluation.methods import method_named, same_settings
 from keras_dwd.files import FileError, read_json, write_json
 
 VALIDATION = 0.2
-"""The share of the training data that is held back to tune on."""
+"""Share of the training data that is held back as validation data."""
 
 UNTOUCHED = ", λ untouched"
-"""At the end of a method's name: with its default λ, none is chosen for it."""
+"""Suffix of a method's name: use its default λ instead of tuning it."""
 
 _DECADES = 3.0
 
 
 def grid_around(strength: float, points: int) -> tuple[float, ...]:
-    """Values of λ, as many for each method, three decades to either side of its default."""
+    """Log-spaced values of λ from three decades below the default `strength` to three above."""
     exponents = np.linspace(-_DECADES, _DECADES, points) if points > 1 else np.zeros(1)
     return tuple(float(f"{strength * 10**e:.3g}") for e in exponents)
 
@@ -45,29 +45,29 @@ def tune(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Choose λ for each method by validation accuracy and measure it on the test data.
+    """Tune λ of each method by validation accuracy, then measure the method on the test data.
 
-    Each method that has a λ gets as many values of it as `grid` gives, the same seeds and the same
-    epochs; only training data, a part of it held back, decides. Runs go on side by side, one
-    process with one thread per core (and, where there is a GPU, all on it): steps/s are of one.
+    All methods are tuned with the same seeds and epochs. λ is chosen by training data alone, a part
+    of which is held back as validation data. Runs are executed in parallel, each in a process with
+    one thread (and on the GPU if there is one): steps/s are those of one such process.
 
     Args:
         settings: The arguments of `Experiment`.
-        methods: Names, see `method_named`; `NAME, λ untouched` is measured at its default.
-        grid: The values of λ for a method.
-        seeds: On the test data: 0 to `seeds − 1`.
-        tuning_seeds: On the validation data.
-        out: A JSON file, written each time a method is done. What it has already from a run under
-            the same protocol and versions is not run again: neither tuning nor results.
-            One of another protocol or version is refused.
-        processes: How many runs at a time; one per core by default.
-        fresh: Ignore what the file has.
-        say: Told of each run.
+        methods: Names of methods, see `method_named`; `NAME, λ untouched` uses the default λ.
+        grid: Function that returns the values of λ to try for a method.
+        seeds: Number of seeds on the test data: 0 to `seeds − 1`.
+        tuning_seeds: Seeds on the validation data.
+        out: JSON file for the results, updated whenever a run is complete. Results and tuning that
+            it already has are not run again. A file of another protocol or other versions is
+            refused.
+        processes: Number of parallel runs; one per core by default.
+        fresh: Whether to ignore results that the file already has.
+        say: Function that is called with a message about each run.
 
     Returns:
-        As of `Experiment.compare`, and in `tuning` the validation accuracy of each λ.
+        The dictionary of `Experiment.compare`, with the validation accuracy of each λ in `tuning`.
     """
-    for method in methods:  # before anything runs
+    for method in methods:  # raises for unknown names before anything runs
         method_named(_base(method))
     results: dict[str, Any] = {
         "protocol": Experiment(**settings).describe(seeds),
@@ -85,11 +85,11 @@ def tune(
     if out is not None and out.exists() and not fresh:
         rows, tuned = _earlier(out, results)
     order = list(dict.fromkeys([*rows, *methods]))
-    order.sort(key=_is_reference)  # the upper reference comes last
+    order.sort(key=_is_reference)  # joint training comes last
     writing = threading.Lock()
 
     def keep(name: str, tried: dict[float, float], row: dict[str, Any] | None = None) -> None:
-        """Write what is known by now: this may take hours."""
+        """Write the results so far, so that an interruption loses little."""
         with writing:
             if tried:
                 tuned[name] = tried
@@ -103,7 +103,7 @@ def tune(
     context = multiprocessing.get_context("spawn")
     failed: Exception | None = None
     processes = processes or os.cpu_count() or 1
-    # More than one method at a time: while one waits for its last run others keep processes busy.
+    # Several methods at a time, so that the processes stay busy while one waits for its last run.
     with (
         ProcessPoolExecutor(processes, context, initializer=_one_of_several) as pool,
         ThreadPoolExecutor(1 + -(-processes // 3)) as threads,
@@ -117,10 +117,10 @@ def tune(
         try:
             for job in as_completed(jobs):
                 error = job.exception()
-                if isinstance(error, Exception):  # the others go on
+                if isinstance(error, Exception):  # the other methods continue
                     say(f"failed: {error}")
                     failed = failed or error
-        except BaseException:  # interrupted: what runs ends, what waits is not begun
+        except BaseException:  # interrupted: let current runs end and cancel the waiting ones
             threads.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -130,19 +130,19 @@ def tune(
 
 
 def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a file of results what can be taken over: rows, and validation accuracies by λ.
+    """The results to reuse from a file: rows by method, and validation accuracies by method and λ.
 
     Raises:
-        FileError: If it is no such file, or one of another protocol or other versions.
+        FileError: If it is not a file of results, or one of another protocol or other versions.
     """
-    found = read_json(out)
+    saved = read_json(out)
     for key in ("protocol", "versions"):
-        if found.get(key) != results[key]:
+        if saved.get(key) != results[key]:
             raise FileError(
                 f"`out` {str(out)!r} holds results of other {key}: name another file, or remove it."
             )
     try:
-        rows = {name: row for name, row in found["methods"].items() if row["metrics"].values()}
+        rows = {name: row for name, row in saved["methods"].items() if row["metrics"].values()}
         for row in rows.values():
             number("strength", row["settings"]["regularizer"]["strength"], 0)
             for metric in row["metrics"].values():
@@ -151,9 +151,9 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
                     raise TypeError
         tuned = {
             name: {float(s): number("accuracy", a, 0, 1) for s, a in tried.items()}
-            for name, tried in found["tuning"]["validation_accuracy"].items()
+            for name, tried in saved["tuning"]["validation_accuracy"].items()
         }
-        seeds = found["tuning"]["seeds"]
+        seeds = saved["tuning"]["seeds"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileError(f"`out` {str(out)!r} is no file of results: {error!r}") from None
     if seeds != results["tuning"]["seeds"]:
@@ -163,7 +163,7 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 @dataclasses.dataclass(frozen=True)
 class _Bench:
-    """Where runs of one experiment are made."""
+    """Submits the runs of one experiment to a pool of processes."""
 
     pool: ProcessPoolExecutor
     settings: dict[str, Any]
@@ -179,20 +179,29 @@ class _Bench:
         result: dict[str, Any],
         known: dict[str, float],
     ) -> None:
-        """Find what the file says of a method: its results at its best λ, and how it was found."""
+        """Tune a method and measure it at its best λ; passes the results to `keep`.
+
+        Args:
+            name: Name of the method.
+            grid: Function that returns the values of λ to try.
+            result: The method's row of an earlier run, reused if its settings are the same.
+            known: Validation accuracies by λ of an earlier run.
+        """
         method = method_named(_base(name))
         tried: dict[float, float] = {}
         strength = method.strength
         if not name.endswith(UNTOUCHED) and method.strength > 0:
-            then = result.get("settings")
-            if then and then != method.configuration(then["regularizer"]["strength"]):
-                known = {}  # of the method as it was
+            earlier = result.get("settings")
+            if earlier and not same_settings(
+                earlier, method.configuration(earlier["regularizer"]["strength"])
+            ):
+                known = {}  # the method has changed since
             tried = self._tune(name, tuple(grid(name)), {float(s): a for s, a in known.items()})
             strength = max(tried, key=lambda s: tried[s])
             end = strength in (min(tried), max(tried)) and len(tried) > 1
             self.say(f"best λ of {name}: {strength}{', an end of its grid' if end else ''}")
         chosen = method.configuration(strength)
-        if result.get("settings") != chosen:
+        if not same_settings(result.get("settings"), chosen):
             runs = [
                 self.pool.submit(_run, self.settings, _base(name), seed, strength)
                 for seed in range(self.seeds)
@@ -206,7 +215,7 @@ class _Bench:
     def _tune(
         self, name: str, grid: tuple[float, ...], known: dict[float, float]
     ) -> dict[float, float]:
-        """The validation accuracy of each λ."""
+        """The mean validation accuracy of each λ of the grid."""
         held_back = self.settings | {"validation": VALIDATION}
         tried = {strength: known[strength] for strength in grid if strength in known}
         pending = {
@@ -232,12 +241,12 @@ def _base(name: str) -> str:
 def _is_reference(name: str) -> bool:
     try:
         return method_named(_base(name)).joint
-    except ValueError:  # of a file that is older than the name
+    except ValueError:  # a name from a results file that no longer exists
         return False
 
 
 def _one_of_several() -> None:
-    """One thread, that of linear algebra included, and no more of a GPU's memory than it takes."""
+    """Limit a process to one thread, and to the GPU memory it needs."""
     threadpool_limits(1)
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -246,6 +255,6 @@ def _one_of_several() -> None:
 
 
 def _run(settings: dict[str, Any], method: str, seed: int, strength: float) -> Any:
-    """In a process of its own: what it gave, without the model."""
+    """Run a method in a process of the pool; returns the result without the model."""
     result = Experiment(**settings).run(method, seed, strength)
     return dataclasses.replace(result, model=None)  # type: ignore[arg-type]

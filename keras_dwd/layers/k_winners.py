@@ -1,4 +1,4 @@
-"""Sparse activations: only the largest of each example pass."""
+"""k-winners-take-all: a layer that makes activations sparse."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from keras_dwd.checks import integer, number
 
 @keras.saving.register_keras_serializable("keras_dwd")
 class KWinners(keras.layers.Layer):
-    """Keeps the largest activations of each example along the last axis, the others become zero.
+    """Keeps the largest activations along the last axis and sets the others to zero.
 
-    Tasks that use different units leave each other's weights alone. With
-    `KroneckerFisher(sparsity=True)` units that were never active on earlier tasks cost
-    neither Fisher work nor pull.
+    Tasks that activate different units do not change each other's weights. With
+    `KroneckerFisher(sparsity=True)`, units that were never active on earlier tasks are left out of
+    both the Fisher estimate and the penalty.
 
     Args:
-        winners: How many are kept: an integer ≥ 1, or a share in (0, 1) of the units.
-        **kwargs: Of `keras.layers.Layer`.
+        winners: Number of activations to keep, an integer ≥ 1, or a float in (0, 1) for a share of
+            the units. Activations equal to the smallest one kept are kept as well.
+        **kwargs: Arguments of `keras.layers.Layer`.
 
     Example:
 
@@ -27,7 +28,7 @@ class KWinners(keras.layers.Layer):
     ```
 
     Reference:
-        Ahmad & Scheinkman, [2019](https://arxiv.org/abs/1903.11257), without boosting.
+        [Ahmad & Scheinkman, 2019](https://arxiv.org/abs/1903.11257), without boosting.
     """
 
     def __init__(self, winners: int | float, **kwargs: Any):

@@ -1,0 +1,201 @@
+"""Records the inputs and outputs of layers during an ordinary forward pass of any model."""
+
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_dwd.keras_private import own_trainable_variables
+from keras_dwd.learner import Learner
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        inputs: The tensors the layer was called on, after autocasting.
+        output: The tensor before the layer's activation, or its output if it has no activation.
+        plain: Whether the layer was called with these tensors only and returned a single tensor.
+    """
+
+    inputs: tuple[Any, ...]
+    output: tf.Tensor
+    plain: bool
+
+
+class LayerRecorder:
+    """Records the calls of layers while active, without changing their results.
+
+    A gradient tape that is active too can then differentiate with respect to `Call.output`. This
+    works for every kind of model, because it wraps `call` of the layers. Layers that are shared
+    have several calls; layers with a fused activation are recorded before the activation.
+
+    Args:
+        layers: The layers to record.
+        activated: Those of `layers` to record after their activation instead.
+        cut: Whether to stop gradients at the outputs of the layers.
+
+    Example:
+
+    ```python
+    with tf.GradientTape() as tape, LayerRecorder([dense]) as recorder:
+        loss = loss_of(model(x))
+    g = tape.gradient(loss, [call.output for call in recorder.calls(dense)])
+    ```
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[keras.Layer],
+        activated: Iterable[keras.Layer] = (),
+        cut: bool = False,
+    ):
+        self._layers = list(layers)
+        self._cut = cut
+        self._own: dict[int, Any] = {}
+        self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
+        self._activated = {id(layer) for layer in activated}
+        self._calls: dict[int, list[Call]] = {}
+        self._hidden: set[int] = set()
+        self._graph: Any = None
+        self._thread = threading.get_ident()  # other threads may run the model too
+
+    def __enter__(self) -> "LayerRecorder":
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        for layer in self._layers:
+            if "call" in layer.__dict__:  # replaced on this instance already
+                self._own[id(layer)] = layer.__dict__["call"]
+            layer.__dict__["call"] = self._recording(layer, layer.call)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for layer in self._layers:
+            layer.__dict__.pop("call", None)
+            if id(layer) in self._own:
+                layer.__dict__["call"] = self._own[id(layer)]
+
+    def calls(self, layer: keras.Layer) -> list[Call] | None:
+        """The recorded calls of a layer, or `None` if no gradient can be taken at their outputs.
+
+        That is the case if the layer ran inside a loop or mapped function, whose tensors belong to
+        another graph, or if it has several outputs.
+        """
+        return None if id(layer) in self._hidden else self._calls.get(id(layer), [])
+
+    def _recording(self, layer: keras.Layer, call: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return call(*args, **kwargs)
+            activation = layer.__dict__.get("activation")
+            activation = None if id(layer) in self._activated else activation
+            pre_activations: list[tf.Tensor] = []
+            if activation is not None:
+
+                def record_pre_activation(z: Any) -> Any:
+                    if threading.get_ident() == self._thread:
+                        pre_activations.append(z)
+                    return activation(z)
+
+                # `setattr` would track an activation that is a layer a second time.
+                layer.__dict__["activation"] = record_pre_activation
+            try:
+                result = call(*args, **kwargs)
+            finally:
+                if activation is not None:
+                    layer.__dict__["activation"] = activation
+            output = pre_activations[0] if pre_activations else result
+            graph = output.graph if tf.is_symbolic_tensor(output) else None
+            if graph is not self._graph:
+                self._hidden.add(id(layer))
+            inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
+            others = [value for name, value in kwargs.items() if name != "training"]
+            plain = (
+                tf.is_tensor(result)
+                and all(map(tf.is_tensor, args))
+                and not any(value is not None for value in others)
+            )
+            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
+            if self._cut:
+                if graph is self._graph:
+                    self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
+                result = tf.nest.map_structure(
+                    lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t, result
+                )
+            return result
+
+        return recorded
+
+
+def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
+    """The tensors a layer was called on, by position or by name, without masks."""
+    named = (value for name, value in bound.arguments.items() if not name.endswith("mask"))
+    return tuple(tf.convert_to_tensor(value) for value in named if tf.is_tensor(value))
+
+
+# For each model: the quantization mode of each layer by id, and the ids of the traceable layers.
+_traceable: weakref.WeakKeyDictionary[keras.Model, tuple[dict[int, Any], set[int]]]
+_traceable = weakref.WeakKeyDictionary()
+
+
+def traceable_layers(model: Learner, layers: Iterable[keras.Layer]) -> set[int]:
+    """The ids of the layers whose calls yield per-example gradients.
+
+    Left out are layers that run inside a loop or mapped function, layers whose inputs or output
+    have another first axis than the batch (such as positions shared by all examples, or windows),
+    and layers with a variable that is also used outside their calls. To tell the batch axis from
+    others, a model without a fixed batch size is traced with batches of two sizes.
+    """
+    layers = list(layers)
+    # Quantization changes how a layer is called.
+    modes = {id(layer): getattr(layer, "quantization_mode", None) for layer in layers}
+    if model not in _traceable or _traceable[model][0] != modes:
+        owners = {
+            id(v.value): id(layer) for layer in layers for v in own_trainable_variables(layer)
+        }
+        values = [v.value for layer in layers for v in own_trainable_variables(layer)]
+        traceable = set(modes)
+        batch_sizes = {i.shape[0] for i in model.inputs} - {None}
+        for size in batch_sizes or (2, 3):
+
+            @tf.function(autograph=False)  # as Keras does in `fit`
+            def run(x: Any, size: int = size) -> None:
+                with tf.GradientTape() as tape, LayerRecorder(layers, cut=True) as recorder:
+                    outputs = model(x, training=False)
+                for layer in layers:
+                    calls = recorder.calls(layer)
+                    if calls is None or not all(_is_batch(c, size) for c in calls):
+                        traceable.discard(id(layer))
+                tensors = map(tf.convert_to_tensor, [*tf.nest.flatten(outputs), *recorder.entered])
+                gradients = tape.gradient([t for t in tensors if t.dtype.is_floating], values)
+                for value, gradient in zip(values, gradients, strict=True):
+                    if gradient is not None:
+                        traceable.discard(owners[id(value)])
+
+            batch = tf.nest.map_structure(
+                lambda i, size=size: tf.TensorSpec((size, *i.shape[1:]), i.dtype), model.input
+            )
+            try:
+                run.get_concrete_function(batch)
+            except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+                traceable.clear()  # the model does not run on this batch size: nothing is known
+                warnings.warn(
+                    f"The model cannot be run on a batch of {size} examples: {error}. So it is not "
+                    "known how its layers are used, and the Fisher information is a diagonal, made "
+                    "by running the model for each example, which is slow.",
+                    stacklevel=2,
+                )
+                break
+        _traceable[model] = (modes, traceable)
+    return _traceable[model][1]
+
+
+def _is_batch(call: Call, size: int) -> bool:
+    """Whether the first axis of all inputs and of the output has the size of the batch."""
+    return all(t.shape[:1] == (size,) for t in (*call.inputs, call.output))

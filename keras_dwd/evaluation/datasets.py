@@ -1,0 +1,113 @@
+"""Image classification data sets: scikit-learn's digits and prepared tensorflow-datasets."""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels in memory.
+
+    Attributes:
+        name: The argument `name` of `load`.
+        x_train: Training images, `(n, height, width, channels)`, uint8.
+        y_train: Training labels `(n,)`, int32.
+        x_test: Test images.
+        y_test: Test labels.
+        classes: Number of classes.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: int
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Load a data set from disk; nothing is downloaded.
+
+    Args:
+        name: `digits` (1,797 images of 8 × 8 pixels, part of scikit-learn), or the name of a
+            classification data set of tensorflow-datasets (tfds) that is prepared in `data_dir`.
+        data_dir: Folder of prepared tfds data sets. Defaults to the environment variable
+            `TFDS_DATA_DIR`, else to `~/tensorflow_datasets`.
+
+    Raises:
+        FileNotFoundError: If `data_dir` does not exist.
+        ValueError: If the data set is not in `data_dir`, or does not consist of images and labels.
+    """
+    if name == "digits":
+        return _digits()
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
+    return _tfds(name, Path(folder).expanduser())
+
+
+@functools.lru_cache(maxsize=1)
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    x = np.round(bunch.images[..., None] * (255 / 16)).astype("uint8")
+    y = bunch.target.astype("int32")
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=0.2, stratify=y, random_state=0
+    )
+    return Dataset("digits", x_train, y_train, x_test, y_test, 10)
+
+
+@functools.lru_cache(maxsize=2)
+def _tfds(name: str, folder: Path) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The data set {name!r} is not known by itself (known: digits), and the data directory "
+            f"{str(folder)!r} does not exist. Set `--data-dir` or TFDS_DATA_DIR to a folder of "
+            "prepared tensorflow-datasets data."
+        )
+    # Search the folder first: `tfds.load` tries for minutes to download what it does not find.
+    versions: dict[str, list[Path]] = {}
+    # NAME/VERSION, or NAME/CONFIG/VERSION.
+    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
+        for file in folder.glob(pattern):
+            key = str(file.parent.parent.relative_to(folder))
+            versions.setdefault(key, []).append(file.parent)
+    if name not in versions:
+        known = ", ".join(sorted({"digits", *versions}))
+        raise ValueError(
+            f"Unknown data set {name!r}: it is not prepared in {str(folder)!r}. Known here: "
+            f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR` "
+            "(with the package importlib_resources)."
+        )
+    import tensorflow_datasets as tfds
+
+    numbers = {
+        p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")] for p in versions[name]
+    }
+    newest = max(numbers, key=lambda p: numbers[p])
+    builder = tfds.builder_from_directory(str(newest))
+    keys = builder.info.supervised_keys
+    missing = {"train", "test"} - set(builder.info.splits)
+    kinds = () if keys is None else tuple(builder.info.features[key] for key in keys)
+    usable = len(kinds) == 2 and not missing
+    usable = usable and isinstance(kinds[0], tfds.features.Image) and None not in kinds[0].shape
+    if not (usable and isinstance(kinds[1], tfds.features.ClassLabel)):
+        raise ValueError(
+            f"The data set {name!r} is not one of images of one size and class labels with the "
+            f"splits 'train' and 'test'. Received splits {sorted(builder.info.splits)}, features "
+            f"{dict(zip(keys or (), kinds, strict=False))}."
+        )
+
+    def arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
+        data: Any = builder.as_dataset(split=split, as_supervised=True)
+        x, y = zip(*tfds.as_numpy(data), strict=True)
+        return np.stack(x), np.asarray(y, "int32")
+
+    classes = builder.info.features[keys[1]].num_classes
+    return Dataset(name, *arrays("train"), *arrays("test"), classes)

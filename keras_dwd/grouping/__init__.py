@@ -1,1 +1,0 @@
-"""Groups of parameters and the strength λ_k of each."""

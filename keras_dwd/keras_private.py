@@ -1,0 +1,266 @@
+"""Functions that wrap the private attributes and methods of Keras used by this package.
+
+All other modules use the public API of Keras only. This module uses a private name only if the
+public API offers no alternative, and imports no other module of the package.
+`tests/test_keras_private.py` tests the behavior of these functions: if a new version of Keras
+changes a private name, the failing test shows which function to fix.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+
+class KerasChangedError(AttributeError):
+    """Raised if the installed Keras lacks a private attribute that this package depends on."""
+
+
+def _of(owner: Any, name: str) -> Any:
+    """Returns a private attribute of an object.
+
+    Raises:
+        KerasChangedError: If the installed version of Keras does not have the attribute.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise KerasChangedError(
+            f"Keras {keras.__version__} has no `{type(owner).__name__}.{name}`, which keras_dwd "
+            "depends on. Install a version of Keras that keras_dwd has been tested with."
+        ) from None
+
+
+# Layers and their variables.
+
+
+def layers_within(layer: keras.Layer) -> list[keras.Layer]:
+    """All layers nested inside a layer or model, at any depth, without the layer itself.
+
+    Each layer is listed once. The public `Model.layers` lists only the outermost layers, and a
+    layer that is not a model has no such attribute.
+    """
+    return list(_of(layer, "_flatten_layers")(include_self=False))
+
+
+def own_trainable_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The trainable variables a layer created itself, without the variables of nested layers.
+
+    The list does not depend on `layer.trainable`: for a frozen layer it is the same as before
+    freezing, whereas `layer.trainable_variables` is empty.
+    """
+    return list(_of(layer, "_trainable_variables"))
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables a layer created itself, without the variables of nested layers.
+
+    Trainable variables come first. The state of random seed generators and of metrics is not
+    included.
+    """
+    return [*own_trainable_variables(layer), *_of(layer, "_non_trainable_variables")]
+
+
+def takes_training(layer: keras.Layer) -> bool:
+    """Whether the `call` method of a layer has a `training` argument.
+
+    The signature is read from the class because `call` of the instance may be temporarily replaced
+    by a function that records calls.
+    """
+    return "training" in inspect.signature(type(layer).call).parameters
+
+
+def recomputes(layer: keras.Layer) -> bool:
+    """Whether a layer was created in a `keras.RematScope`.
+
+    Such a layer may run a second time during the backward pass.
+    """
+    return _of(layer, "_remat_mode") is not None
+
+
+def inputs_of_calls(layer: keras.Layer) -> list[list[keras.KerasTensor]]:
+    """The symbolic input tensors of a layer, one list for each call on symbolic tensors.
+
+    The public `layer.input` raises an error if the layer was called several times.
+    """
+    return [list(node.input_tensors) for node in _of(layer, "_inbound_nodes")]
+
+
+# Tensors.
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that Keras attached to a tensor, or `None` if the tensor has no mask."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Attach a mask to a tensor so that losses apply it; `None` removes the mask."""
+    tensor._keras_mask = mask
+
+
+def is_output_of_layer(tensor: Any) -> bool:
+    """Whether a tensor is symbolic and was created by a layer, as in a functional model.
+
+    False for symbolic tensors that only describe a shape and a dtype, such as the results of
+    `keras.Layer.compute_output_spec`.
+    """
+    return keras.utils.is_keras_tensor(tensor) and hasattr(tensor, "_keras_history")
+
+
+# Models in training.
+
+
+def loss_metric(model: keras.Model) -> keras.metrics.Metric:
+    """The metric of a compiled model whose mean `fit` reports as `loss`.
+
+    Each call of `compile` creates a new metric, so a different metric shows that the model was
+    compiled again.
+    """
+    # Read the property of `keras.Model` because a subclass may override `metrics`.
+    metrics = keras.Model.metrics.fget(model)
+    if not metrics or metrics[0].name != "loss":
+        raise KerasChangedError(
+            f"In Keras {keras.__version__} the first of `Model.metrics` of a compiled model is not "
+            "that of the loss, which keras_dwd depends on. Install a version of Keras that "
+            "keras_dwd has been tested with."
+        )
+    return metrics[0]
+
+
+def build_before_tracing(model: keras.Model, batch: Any) -> None:
+    """Create the variables of the metrics, the loss and the optimizer before the first step.
+
+    Otherwise the first training step creates them, and TensorFlow traces that step twice.
+
+    Args:
+        model: A compiled model.
+        batch: Symbolic tensors as `(x, y)` or `(x, y, sample_weight)`.
+    """
+    _of(model, "_symbolic_build")(data_batch=batch)
+
+
+def evaluates_within_fit(arguments: Mapping[str, Any]) -> bool:
+    """Whether `evaluate` was called by `fit` on the validation data.
+
+    In that case Keras evaluates a dataset that `fit` created earlier and ignores the data in the
+    arguments.
+
+    Args:
+        arguments: The arguments of `evaluate` by name.
+    """
+    return bool(arguments.get("_use_cached_eval_dataset"))
+
+
+def class_axis(loss: keras.losses.SparseCategoricalCrossentropy) -> int:
+    """The axis of the model outputs that indexes the classes."""
+    return int(_of(loss, "_fn_kwargs").get("axis", -1))
+
+
+# Optimizers.
+
+
+def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether an optimizer uses a learning rate schedule, so that its rate cannot be assigned.
+
+    The public API is not enough: `optimizer.learning_rate` is the current value of the schedule,
+    and `optimizer.get_config` fails for a schedule that does not implement `get_config`.
+    """
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    return isinstance(_of(optimizer, "_learning_rate"), schedule)
+
+
+@contextmanager
+def after_each_update(
+    optimizer: keras.optimizers.Optimizer, callback: Callable[[list[Any], Any], None]
+) -> Iterator[None]:
+    """A context in which `callback` is called each time an optimizer has updated variables.
+
+    The call happens inside `optimizer.apply`, before the optimizer updates the moving averages of
+    the weights (`use_ema`). There is no call for steps that only accumulate gradients
+    (`gradient_accumulation_steps`).
+
+    Args:
+        optimizer: An optimizer that does not wrap another optimizer.
+        callback: Called with the list of variables that had a gradient, and the learning rate.
+    """
+    update = _of(optimizer, "_backend_update_step")
+
+    def update_and_call_back(gradients: Any, variables: Any, learning_rate: Any) -> None:
+        update(gradients, variables, learning_rate)
+        callback(list(variables), learning_rate)
+
+    # Assign without `setattr` because Keras tracks attributes that are set with it.
+    vars(optimizer)["_backend_update_step"] = update_and_call_back
+    try:
+        yield
+    finally:
+        del vars(optimizer)["_backend_update_step"]
+
+
+def second_moment(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> keras.Variable:
+    """The moving mean of squared gradients in Adam, AdamW, Nadam or RMSprop, not bias-corrected."""
+    return _slot(optimizer, "_velocities", variable)
+
+
+def largest_second_moment(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> keras.Variable:
+    """The maximum over all steps of `second_moment`, in Adam or AdamW with `amsgrad=True`."""
+    return _slot(optimizer, "_velocity_hats", variable)
+
+
+def largest_gradient(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> keras.Variable:
+    """The maximum of absolute gradients in Adamax, which decays by `beta_2` at each step."""
+    return _slot(optimizer, "_u", variable)
+
+
+def mean_gradient(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> keras.Variable:
+    """The moving mean of gradients in RMSprop with `centered=True`."""
+    return _slot(optimizer, "_average_gradients", variable)
+
+
+def sum_of_squares(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> keras.Variable:
+    """The sum of all squared gradients in Adagrad, plus its `initial_accumulator_value`."""
+    return _slot(optimizer, "_accumulators", variable)
+
+
+def _slot(optimizer: Any, name: str, variable: keras.Variable) -> keras.Variable:
+    """The optimizer state for one variable, from the list of states with the given name."""
+    return _of(optimizer, name)[_of(optimizer, "_get_variable_index")(variable)]
+
+
+# Clones.
+
+
+class CloneAware(keras.Model):
+    """A base class for models that pass information on to their clones.
+
+    `keras.models.clone_model` creates the clone from its input and output tensors only. A subclass
+    can override `_prepare_clone` to attach information to the output tensors, which the clone reads
+    when it is created. `CloneAware` must come before other model classes in the list of bases.
+    """
+
+    def _prepare_clone(self, outputs: list[keras.KerasTensor]) -> None:
+        """Called before a clone is created from `outputs`; does nothing by default.
+
+        Args:
+            outputs: The flat list of the output tensors of the clone.
+        """
+
+    def _run_through_graph(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._run_through_graph(*args, **kwargs)
+        symbolic = [tensor for tensor in keras.tree.flatten(outputs) if is_output_of_layer(tensor)]
+        if symbolic:
+            self._prepare_clone(symbolic)
+        return outputs

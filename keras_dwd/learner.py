@@ -1,0 +1,51 @@
+"""The interface through which the package accesses a model."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+
+
+class Learner(Protocol):
+    """A compiled functional Keras model: its forward pass, its loss and its variables.
+
+    `curvature/`, `training/`, `task_graph/` and `distributed/` access a model only through this
+    interface and `variables.by_path`; they do not import `DWDModel`.
+    """
+
+    input: Any
+    inputs: Sequence[Any]
+    output: Any
+    outputs: Sequence[Any]
+    output_names: Sequence[str]
+    loss: Any
+    losses: Sequence[Any]
+    metrics: Sequence[Any]
+    optimizer: Any
+    weights: Sequence[keras.Variable]
+    trainable_variables: Sequence[keras.Variable]
+    non_trainable_variables: Sequence[keras.Variable]
+    steps_per_execution: int
+    train_function: Any
+
+    def __call__(self, inputs: Any, training: bool = False) -> Any: ...
+    def compute_loss(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True
+    ) -> Any: ...
+    def make_train_function(self, force: bool = False) -> Any: ...
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any: ...
+
+
+def data_loss(model: Learner, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+    """The data loss, without penalty and regularization losses. Graph code."""
+    loss = model.compute_loss(x, y, y_pred, sample_weight, training=False)
+    # `compute_loss` includes the added losses; subtracting them leaves exactly zero gradient.
+    added = added_loss(model, loss)
+    return loss if added is None else loss - added
+
+
+def added_loss(model: Learner, loss: tf.Tensor) -> tf.Tensor | None:
+    """The sum of the losses added by layers, in the dtype of `loss`, or `None`. Graph code."""
+    terms = [tf.reduce_sum(tf.cast(term, loss.dtype)) for term in model.losses]
+    return tf.add_n(terms) if terms else None

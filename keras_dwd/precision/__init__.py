@@ -1,0 +1,1 @@
+"""Precision matrices Λ: linear algebra that does not depend on a Keras model."""

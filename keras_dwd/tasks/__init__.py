@@ -1,1 +1,0 @@
-"""Sequences of tasks and the data sets they are made from."""

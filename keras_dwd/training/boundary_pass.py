@@ -1,0 +1,115 @@
+"""Estimates the Fisher information of a task in one pass over its data at the boundary."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.communicator import Communicator
+from keras_dwd.curvature.fisher import Fisher, Statistics
+from keras_dwd.keras_private import loss_metric
+from keras_dwd.learner import Learner
+from keras_dwd.training.data import batches, check_batch, check_task_ids
+from keras_dwd.training.gradients import loss_scale
+from keras_dwd.variables import Arrays, Variables
+
+
+class BoundaryPass:
+    """Computes mean statistics over data, with a graph that is reused from task to task."""
+
+    def __init__(self) -> None:
+        self._traced: tuple[Any, Callable[[Any], Statistics]] | None = None
+
+    def __call__(
+        self,
+        model: Learner,
+        fisher: Fisher,
+        variables: Variables,
+        data: Any,
+        batch_size: int,
+        communicator: Communicator,
+    ) -> Arrays:
+        """The mean statistics over `data`, from one pass in inference mode.
+
+        Args:
+            model: A compiled model.
+            fisher: The estimate that computes the statistics of a batch.
+            variables: The variables to differentiate with respect to, by path.
+            data: See `DWDModel.consolidate`.
+            batch_size: The largest number of examples per batch.
+            communicator: The workers that share the batches; each of them has all of the data.
+
+        Returns:
+            The statistics by `NAME/PATH`.
+        """
+        examples_seen = int(np.asarray(fisher.examples_seen))
+        try:
+            return self._means(model, fisher, variables, data, batch_size, communicator)
+        finally:
+            fisher.set_examples_seen(examples_seen)  # also if the pass fails
+
+    def _means(
+        self,
+        model: Learner,
+        fisher: Fisher,
+        variables: Variables,
+        data: Any,
+        batch_size: int,
+        communicator: Communicator,
+    ) -> Arrays:
+        sums: dict[str, tf.Tensor] = {}
+        examples = 0
+        chunk = fisher.chunk(variables, batch_size)
+        with communicator.fail_together("pass"):
+            for index, (x, y, sample_weight) in enumerate(batches(data, chunk)):
+                count = len(tf.nest.flatten(y)[0])
+                if index % communicator.size == communicator.rank:
+                    check_batch(model, x, y, sample_weight)
+                    check_task_ids(model, x)
+                    fisher.set_examples_seen(examples)
+                    estimate = self._traced_batch(model, fisher, variables)((x, y, sample_weight))
+                    sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
+                examples += count
+            if not examples:
+                raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
+        if communicator.size > 1:  # there may be fewer batches than workers
+            shapes = fisher.shapes(model, variables)
+            names = communicator.gather_dicts({name: np.zeros(()) for name in sums}, "pass.names")
+            parts = [np.asarray(sums.get(n, np.zeros(shapes[n]))) for n in sorted(names)]
+            sums = dict(zip(sorted(names), communicator.total(parts, "pass.sums"), strict=True))
+        return {name: np.asarray(total, "float32") / examples for name, total in sums.items()}
+
+    def _traced_batch(
+        self, model: Learner, fisher: Fisher, variables: Variables
+    ) -> Callable[[Any], Statistics]:
+        # `compile` creates a new loss, for which the graph must be traced again.
+        key = (fisher, loss_metric(model), tuple(variables), len(model.metrics))
+        if self._traced is None or self._traced[0] != key:
+
+            @tf.function(reduce_retracing=True, autograph=False)  # as Keras does in `fit`
+            def traced(batch: Any) -> Statistics:
+                return batch_statistics(model, fisher, variables, batch, Communicator())
+
+            self._traced = (key, traced)
+        return self._traced[1]
+
+
+def batch_statistics(
+    model: Learner, fisher: Fisher, variables: Variables, batch: Any, communicator: Communicator
+) -> Statistics:
+    """The statistics of one batch, computed without changing the model's metrics; graph code.
+
+    Args:
+        model: A compiled model.
+        fisher: The estimate that computes the statistics.
+        variables: The variables to differentiate with respect to, by path.
+        batch: `(x, y, sample_weight)`.
+        communicator: The workers whose batches, all of the same size, form one global batch.
+    """
+    reported = [v for metric in model.metrics for v in metric.variables]
+    values = [tf.identity(v.value) for v in reported]
+    statistics = fisher.batch_statistics(model, variables, batch, loss_scale(model), communicator)
+    for variable, value in zip(reported, values, strict=True):
+        variable.assign(value)
+    return statistics

@@ -1,0 +1,177 @@
+"""The training step: that of Keras, plus the pull and the update of the Fisher information."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_dwd.curvature.fisher import Fisher, mean_gradient_statistics
+from keras_dwd.distributed.workers import Workers
+from keras_dwd.groupings.strength import Budget
+from keras_dwd.keras_private import loss_metric
+from keras_dwd.learner import Learner, added_loss
+from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.training.boundary_pass import batch_statistics
+from keras_dwd.training.gradients import all_finite, data_gradients
+from keras_dwd.training.head_gate import HeadGate
+from keras_dwd.training.optimizer import find
+from keras_dwd.variables import Variables, by_path, trainable_by_path
+
+
+@dataclass
+class Gradients:
+    """The gradients from the backward pass of a step.
+
+    Attributes:
+        variables: The trainable variables, by path.
+        total: The gradient of the whole loss with respect to each variable, or `None`.
+        added: The sum of the losses that layers add; `None` if they add none.
+        scale: The loss scale (mixed precision); `None` if the loss was not scaled.
+        tape: A persistent tape that has recorded the losses.
+    """
+
+    variables: Variables
+    total: list[Any]
+    added: tf.Tensor | None
+    scale: tf.Tensor | None
+    tape: tf.GradientTape
+
+    def of_data(self) -> list[Any]:
+        """The gradients of the data loss alone, unscaled."""
+        if self.added is None and self.scale is None:
+            return self.total
+        from_added = [None] * len(self.total)
+        if self.added is not None:
+            from_added = self.tape.gradient(self.added, list(self.variables.values()))
+        return data_gradients(self.total, from_added, self.scale)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The training step of a `DWDModel`.
+
+    Attributes:
+        regularizer: The regularizer, whose pull is added.
+        fisher: The online estimate to update; `None` if there is none.
+        pulled: The trainable variables with a strength above zero, by path.
+        budget: The rule that adjusts λ_k, if there is one.
+        head_gate: Leaves heads that are not in use unchanged.
+        workers: The workers that train together.
+    """
+
+    regularizer: DWDRegularizer
+    fisher: Fisher | None
+    pulled: Variables
+    budget: Budget | None
+    head_gate: HeadGate
+    workers: Workers
+
+    def __call__(self, model: Learner, data: Any) -> dict[str, Any]:
+        """`keras.Model.train_step`. Graph code."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred, loss, gradients = self._differentiate(model, x, y, sample_weight)
+        examples = tf.shape(next(t for t in tf.nest.flatten(x) if t is not None))[0]
+        loss_metric(model).update_state(loss, sample_weight=examples)
+        self._average(model, gradients, loss)
+        of_data = gradients.of_data()
+        if self.fisher is not None:
+            batch = (x, y, sample_weight)
+            total_examples = examples * self.workers.communicator.size
+            self._update_fisher(model, self.fisher, batch, gradients, of_data, total_examples)
+        if gradients.variables:
+            active = self.head_gate.mark_active(gradients.variables, of_data)
+            self._update_weights(model, gradients)
+            self.head_gate.restore_inactive(active)
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _differentiate(
+        self, model: Learner, x: Any, y: Any, sample_weight: Any
+    ) -> tuple[Any, tf.Tensor, Gradients]:
+        """The outputs, loss and gradients, exactly as Keras computes them."""
+        variables = trainable_by_path(model)
+        with tf.GradientTape(persistent=True) as tape:
+            y_pred = model(x, training=True)
+            loss = model.compute_loss(x, y, y_pred, sample_weight, training=True)
+            added = added_loss(model, loss)
+            scaled_loss = model.optimizer.scale_loss(loss)
+        total = tape.gradient(scaled_loss, list(variables.values()))
+        # `scaled_loss` is `loss` unless the optimizer scales it, which scales the gradients too.
+        scale = model.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
+        return y_pred, loss, Gradients(variables, total, added, scale, tape)
+
+    def _average(self, model: Learner, gradients: Gradients, loss: tf.Tensor) -> None:
+        """Average the gradients over the workers; with sharded state, add the pull first."""
+        workers, scale = self.workers, gradients.scale
+        if workers.sharded:
+            # Each pull is computed by one worker only and multiplied by the number of workers, so
+            # that averaging the gradients also distributes the pull.
+            pulls = self.head_gate.of_active(self.regularizer.gradients(by_path(model)))
+            named = dict(zip(gradients.variables, gradients.total, strict=True))
+            times = workers.communicator.size * (tf.ones(()) if scale is None else scale)
+            gradients.total = self.regularizer.added(pulls, gradients.variables, named, times)
+        step = model.optimizer.iterations
+        gradients.total = workers.averaged(gradients.total, loss, step, scaled=scale is not None)
+
+    def _update_fisher(
+        self,
+        model: Learner,
+        fisher: Fisher,
+        batch: tuple[Any, Any, Any],
+        gradients: Gradients,
+        of_data: list[Any],
+        examples: tf.Tensor,
+    ) -> None:
+        """Update the online estimate if it is due: at every n-th step, and the first of a task."""
+        if fisher.estimator == "adam":
+            fisher.record_batch_size(examples)
+            return
+
+        def update() -> tf.Tensor:
+            if fisher.estimator == "batch":  # free: the gradient is known already
+                statistics = mean_gradient_statistics(gradients.variables, of_data, examples)
+            else:
+                communicator = self.workers.communicator
+                local_statistics = batch_statistics(model, fisher, self.pulled, batch, communicator)
+                statistics = self.workers.reduced(local_statistics)
+            known = {name: value for name, value in statistics.items() if name in fisher.slots}
+            # With a scaled loss, gradients may overflow; such a step must not change the estimate.
+            valid = None if gradients.scale is None else all_finite(statistics.values())
+            fisher.update(known, valid)
+            return _nothing()
+
+        due = tf.convert_to_tensor(model.optimizer.iterations) % fisher.every == 0
+        due |= fisher.weight.value == 0  # the first step of a task
+        # All workers must communicate in the same order: first the gradients, then the statistics.
+        with tf.control_dependencies([g for g in gradients.total if g is not None]):
+            tf.cond(due, update, _nothing)
+
+    def _update_weights(self, model: Learner, gradients: Gradients) -> None:
+        """Let the optimizer update the variables, with the pull if there is one."""
+        variables, scale = gradients.variables, gradients.scale
+        optimizer, regularizer = model.optimizer, self.regularizer
+        named = dict(zip(variables, gradients.total, strict=True))
+        # With sharded state, `_average` has added the pull to the gradients already.
+        pulls = regularizer.pulls and not self.workers.sharded
+        decoupled = find(optimizer) if pulls else None
+        if not pulls:
+            optimizer.apply_gradients(zip(gradients.total, variables.values(), strict=True))
+            return
+        if decoupled is None:
+            pulled = regularizer.with_pull(by_path(model), named, scale, self.budget)
+            optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
+            return
+
+        def pull(stiffness: dict[int, tf.Tensor]) -> None:
+            known = {path: stiffness[id(v)] for path, v in variables.items() if id(v) in stiffness}
+            regularizer.proximal_step(by_path(model), known)
+
+        if self.budget is not None:
+            regularizer.balance(regularizer.gradients(by_path(model)), named, scale, self.budget)
+        with decoupled.pulling(pull):
+            optimizer.apply_gradients(zip(gradients.total, variables.values(), strict=True))
+
+
+def _nothing() -> tf.Tensor:
+    """The return value of `tf.cond` branches that are run for their side effects."""
+    return tf.zeros(())

@@ -1,0 +1,89 @@
+"""Models, data and helpers for a model's state that several test files share."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dwd import DWDModel
+from keras_dwd.curvature.fisher import Fisher
+from keras_dwd.groupings.grouping import GroupingResult
+from keras_dwd.precision.block import Block
+from keras_dwd.training.boundary_pass import BoundaryPass
+
+
+def blobs(count=64, features=6, classes=3, seed=0):
+    """Points around one centre for each class."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, count).astype("int32")
+    centres = rng.normal(size=(classes, features))
+    return (centres[y] + 0.3 * rng.normal(size=(count, features))).astype("float32"), y
+
+
+def mlp(features=6, classes=3, **dense):
+    """A small network on `blobs`."""
+    return keras.Sequential(
+        [
+            keras.Input((features,)),
+            keras.layers.Dense(8, activation="tanh", name="hidden", **dense),
+            keras.layers.Dense(classes, name="head"),
+        ]
+    )
+
+
+def compiled(model=None, optimizer="sgd", compile_settings=None, **settings):
+    """A compiled `DWDModel`, ready for `fit` on `blobs`."""
+    made = DWDModel.from_model(mlp() if model is None else model, **settings)
+    made.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **(compile_settings or {}),
+    )
+    return made
+
+
+def weights(model):
+    return [np.array(w) for w in model.weights]
+
+
+def pass_statistics(
+    model: DWDModel, data: Any, batch_size: int, fisher: Fisher | None = None
+) -> dict[str, np.ndarray]:
+    """The statistics that a pass over `data` at a boundary gives, by `NAME/PATH`.
+
+    Args:
+        model: A compiled model.
+        data: Of the task.
+        batch_size: Of the pass.
+        fisher: Another estimate than that of the model; its graph is traced anew.
+    """
+    if fisher is None:
+        return model._consolidation.pass_statistics(model, data, batch_size)
+    variables = model._consolidation.pulled_variables(model)
+    return BoundaryPass()(model, fisher, variables, data, batch_size, model.workers.communicator)
+
+
+def blocks_of(model: DWDModel, statistics: dict[str, np.ndarray]) -> dict[str, Block]:
+    """The Fisher information that these statistics give, block by block."""
+    return model.fisher.blocks(model, model._consolidation.pulled_variables(model), statistics)
+
+
+def grouped(model: DWDModel, blocks: dict[str, Block]) -> GroupingResult:
+    """What the grouping of a model makes of its Fisher information."""
+    return model.grouping.apply(model._consolidation.boundary_context(model, blocks))
+
+
+def state_of(model: DWDModel) -> dict[str, np.ndarray]:
+    """The whole consolidation state, by `NAME/PATH` or `NAME`."""
+    return model._consolidation.state(model)
+
+
+def saved(model: DWDModel) -> dict[str, np.ndarray]:
+    """The consolidation state in the form in which it is written to files."""
+    return model._consolidation.save(model)
+
+
+def load(model: DWDModel, arrays: dict[str, np.ndarray]) -> None:
+    """Load a state that `saved` returned."""
+    model._consolidation.load(model, arrays)
