@@ -10,7 +10,7 @@ from keras_dwd import experimental as experimental
 from keras_dwd import groupings as groupings
 from keras_dwd import layers as layers
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature.fisher import DiagonalFisher
+from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
 from keras_dwd.distributed.horovod import HorovodCommunicator

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_dwd import growing
 from keras_dwd.curvature.fisher import NAMES as STATISTICS
+from keras_dwd.curvature.fisher import SCALARS as FISHER_SCALARS
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.curvature.rules import places_of
@@ -19,6 +20,7 @@ from keras_dwd.keras_private import layers_within
 from keras_dwd.learner import Learner
 from keras_dwd.precision.block import Block, Place
 from keras_dwd.regularizer import NAMES as REGULARIZER_ARRAYS
+from keras_dwd.regularizer import SCALARS as REGULARIZER_SCALARS
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.state import (
     FORMAT,
@@ -49,7 +51,7 @@ from keras_dwd.variables import (
 
 _GROUPING = "grouping."
 _OWN = {"value", "group"}
-_SCALARS = {"format", "tasks_learned", "fisher_weight", "fisher_looked", "tie"}
+_SCALARS = {"format", "tasks_learned", *FISHER_SCALARS, *REGULARIZER_SCALARS}
 _BYTES = {"weights_digest", "groups"}
 
 
@@ -108,24 +110,22 @@ class Consolidation:
         trainable = trainable_by_path(model).items()
         return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
 
-    def learns_online(self, model: Learner) -> bool:
-        """Whether the training step updates an estimate of the Fisher information."""
-        return self.fisher.online and bool(self.pulled_variables(model))
-
     def build(self, model: Learner) -> None:
         """Create the slots that the training step updates, and drop those no longer needed."""
-        if self.learns_online(model):
+        pulled = self.pulled_variables(model)
+        if self.fisher.online and pulled:
             self.fisher.forget_all_but(self.fisher.shapes(model, by_path(model)))
-            shapes = self.fisher.shapes(model, self.pulled_variables(model))
-            self.fisher.build(self.local_shard(model, shapes), optimizer.find(model.optimizer))
+            shapes = self.local_shard(model, self.fisher.shapes(model, pulled))
+            self.fisher.build(shapes, optimizer.find(model.optimizer))
         self.head_gate.build(trainable_by_path(model))
 
     def training_step(self, model: Learner) -> TrainingStep:
         """The training step for `DWDModel.train_step`."""
+        pulled = self.pulled_variables(model)
         return TrainingStep(
             self.regularizer,
-            self.fisher if self.learns_online(model) else None,
-            self.pulled_variables(model),
+            self.fisher if self.fisher.online and pulled else None,
+            pulled,
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,
             self.workers,
@@ -272,14 +272,14 @@ class Consolidation:
         }
         commits: list[Commit] = [
             self.regularizer.prepare_state(
-                parts["regularizer"] | {"tie": scalars["tie"]},
+                parts["regularizer"],
                 places,
                 self.fisher.rank,
                 self.fisher.correction,
                 self.workers.keeps,
             ),
             self.fisher.prepare_state(
-                parts["fisher"] | {n: scalars[n] for n in ("fisher_weight", "fisher_looked")},
+                parts["fisher"],
                 shapes,
                 lambda statistics: self.local_shard(model, statistics),
             ),
@@ -442,21 +442,23 @@ def _check_names(state: Arrays, variables: Variables) -> Arrays:
 
 
 def _by_owner(state: Arrays) -> dict[str, Arrays]:
-    """The arrays of variables in a state, by the part of the state that they belong to."""
-    owners = {
+    """The arrays in a state by the part that they belong to."""
+    names = {
         "regularizer": REGULARIZER_ARRAYS,
         "fisher": STATISTICS,
         "head_gate": {"in_use"},
         "own": _OWN,
     }
-    parts: dict[str, Arrays] = {owner: {} for owner in owners}
+    scalars = {"regularizer": REGULARIZER_SCALARS, "fisher": FISHER_SCALARS}
+    parts: dict[str, Arrays] = {owner: {} for owner in names}
     for key, array in state.items():
         name, _, path = key.partition("/")
-        owner = next((owner for owner, names in owners.items() if name in names), None)
-        if path and owner is None:
+        owners = names if path else scalars
+        owner = next((owner for owner, known in owners.items() if name in known), None)
+        if owner is not None:
+            parts[owner][key] = array
+        elif path:
             refuse(name, path, array)
-        if path:
-            parts[str(owner)][key] = array
     return parts
 
 

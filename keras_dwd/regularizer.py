@@ -18,7 +18,9 @@ from keras_dwd.variables import Arrays, Variables, untracked
 
 Anchor = Literal["folded", "latest"]
 NAMES = {"anchor", "center", "level", *BLOCK_ARRAYS}
-"""The names of the regularizer's arrays in files."""
+"""The names of the regularizer's arrays in files, each of which is about a variable."""
+SCALARS = {"tie"}
+"""The names of its other arrays, scalars."""
 
 # λ_k that are adjusted while training stay between 1 / `_LEVELS` and `_LEVELS`.
 _LEVELS = 1000.0

@@ -2,7 +2,8 @@
 
 from typing import TypedDict
 
-from keras_dwd.curvature.fisher import DiagonalFisher, Fisher
+from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping
@@ -43,11 +44,7 @@ def ewc(strength: float = 100.0) -> Settings:
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796).
     """
-    return {
-        "regularizer": DWDRegularizer(strength, anchor="folded"),
-        "fisher": DiagonalFisher("empirical", gamma=None),
-        "grouping": None,
-    }
+    return _ewc(DWDRegularizer(strength, anchor="folded"))
 
 
 def online_ewc(strength: float = 100.0, decay: float = 0.9) -> Settings:
@@ -74,11 +71,7 @@ def online_ewc(strength: float = 100.0, decay: float = 0.9) -> Settings:
     Reference:
         [Schwarz et al., 2018](https://arxiv.org/abs/1805.06370), section 4.
     """
-    return {
-        "regularizer": DWDRegularizer(strength, decay=decay),
-        "fisher": DiagonalFisher("empirical", gamma=None),
-        "grouping": None,
-    }
+    return _ewc(DWDRegularizer(strength, decay=decay))
 
 
 def dwd(strength: float = 200.0, online: bool = True) -> Settings:
@@ -106,3 +99,9 @@ def dwd(strength: float = 200.0, online: bool = True) -> Settings:
         "fisher": KroneckerFisher() if online else KroneckerFisher(gamma=None),
         "grouping": GaussianMixtureGrouping(),
     }
+
+
+def _ewc(regularizer: DWDRegularizer) -> Settings:
+    """An empirical diagonal from data, with one strength for all parameters."""
+    fisher = DiagonalFisher("empirical", gamma=None)
+    return {"regularizer": regularizer, "fisher": fisher, "grouping": None}

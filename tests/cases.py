@@ -1,5 +1,7 @@
 """Models, data and helpers for a model's state that several test files share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -45,6 +47,16 @@ def compiled(model=None, optimizer="sgd", compile_settings=None, **settings):
 
 def weights(model):
     return [np.array(w) for w in model.weights]
+
+
+@contextmanager
+def dtype_policy(policy: str) -> Iterator[None]:
+    """Within this, Keras makes layers with another dtype policy."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def pass_statistics(

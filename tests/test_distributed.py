@@ -368,7 +368,7 @@ def test_workers_run_the_command_that_was_given(monkeypatch):
     given = ["run", "--class-order-seed", "0", "--workers", "2", "--sharded", "--tasks", "2"]
     assert CliRunner().invoke(cli.app, given).exit_code == 0
     words = seen[0]
-    assert words[1:4] == ["-m", "keras_dwd", "run"]
+    assert words[1:4] == ["-m", "keras_dwd_command", "run"]
     assert words[words.index("--class-order-seed") + 1] == "0"
     assert "--sharded" in words
     assert "--resume" not in words

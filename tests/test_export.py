@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, weights
+from cases import blobs, compiled, dtype_policy, mlp, weights
 from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -111,11 +111,8 @@ def preprocessing():
 
 
 def half():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         base = mlp()
-    finally:
-        keras.config.set_dtype_policy("float32")
     return DWDModel.from_model(base), {base.inputs[0].name: blobs(5)[0]}
 
 

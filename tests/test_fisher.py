@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, pass_statistics
+from cases import blobs, compiled, dtype_policy, mlp, pass_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -193,15 +193,12 @@ def test_mixed_precision_gives_the_float32_fisher():
     for policy in ("float32", "mixed_float16"):
         for estimator in ("batch", "empirical"):
             keras.utils.set_random_seed(3)
-            keras.config.set_dtype_policy(policy)
-            try:
+            with dtype_policy(policy):
                 model = compiled(
                     optimizer=keras.optimizers.SGD(0.0),
                     strength=1.0,
                     fisher=DiagonalFisher(estimator, gamma=0.9, every=1),
                 )
-            finally:
-                keras.config.set_dtype_policy("float32")
             model.fit(x, y, shuffle=False, verbose=0)
             measured[policy, estimator, "online"] = model.fisher.estimate()
             measured[policy, estimator, "pass"] = pass_statistics(model, (x, y), 64)
@@ -558,11 +555,8 @@ def test_earlier_names_of_estimators_are_accepted(kind, earlier, now):
 
 
 def test_a_step_that_overflows_leaves_the_online_estimate_as_it_was():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         model = compiled(fisher=DiagonalFisher("batch", every=1), strength=1.0)
-    finally:
-        keras.config.set_dtype_policy("float32")
     x, y = blobs(16)
     model.train_on_batch(x, y)
     before = model.fisher.state()
@@ -631,11 +625,8 @@ def test_the_margin_of_several_outputs_is_their_mean():
 
 
 def test_gradients_too_small_for_float16_are_in_the_fisher_information():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         base = mlp()
-    finally:
-        keras.config.set_dtype_policy("float32")
     model = compiled(base, strength=1.0, fisher=DiagonalFisher("empirical", None), grouping=None)
     head = model.get_layer("head")
     head.kernel.assign(tf.zeros((8, 3)))

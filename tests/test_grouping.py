@@ -5,7 +5,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, blocks_of, compiled, grouped, load, mlp, pass_statistics, saved
+from cases import (
+    blobs,
+    blocks_of,
+    compiled,
+    dtype_policy,
+    grouped,
+    load,
+    mlp,
+    pass_statistics,
+    saved,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
@@ -677,11 +687,8 @@ def test_a_budget_in_mixed_precision_is_that_of_float32_and_overflow_leaves_it_a
     levels = {}
     for policy in ("float32", "mixed_float16"):
         keras.utils.set_random_seed(0)
-        keras.config.set_dtype_policy(policy)
-        try:
+        with dtype_policy(policy):
             model = budgeted(strengths=Budget(share=0.9, rate=0.5))
-        finally:
-            keras.config.set_dtype_policy("float32")
         for variable in model.trainable_variables:
             variable.assign_add(0.1 * tf.ones(variable.shape))
         x, y = blobs(seed=3)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, weights
+from cases import blobs, compiled, dtype_policy, weights
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
 
@@ -163,11 +163,8 @@ def test_it_does_the_same_however_the_step_is_run(settings):
 
 
 def test_mixed_precision_wraps_it():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+    with dtype_policy("mixed_float16"):
         model = learner(DWDOptimizer(keras.optimizers.Adam(0.01)), 100.0, "kronecker")
-    finally:
-        keras.config.set_dtype_policy("float32")
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert all(np.isfinite(w).all() for w in learn(model))
     assert float(model.penalty()) > 0
@@ -176,11 +173,8 @@ def test_mixed_precision_wraps_it():
 def test_a_step_that_overflows_is_without_a_pull():
     found = {}
     for policy in ("float32", "mixed_float16"):
-        keras.config.set_dtype_policy(policy)
-        try:
+        with dtype_policy(policy):
             model = learner(DWDOptimizer(keras.optimizers.SGD(0.01)), 100.0, "kronecker")
-        finally:
-            keras.config.set_dtype_policy("float32")
         for variable in model.trainable_variables:
             variable.assign_add(0.1 * tf.ones(variable.shape))
         if policy == "mixed_float16":

@@ -10,7 +10,7 @@ from test_distributed import run_workers
 from typer.testing import CliRunner
 
 from keras_dwd import cli
-from keras_dwd.curvature.fisher import DiagonalFisher
+from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.evaluation import plan
 
@@ -28,8 +28,8 @@ def test_the_memory_of_workers_is_as_planned(tmp_path):
     for found in results:
         # Each worker stores three of the six blocks, half of the state.
         assert found["variables"] == pytest.approx(made.total - transient, rel=0.01)
-        # The allocator keeps a part of the memory that was needed during the step.
-        assert made.total - transient < found["resident"] < 1.4 * made.total
+        # Memory that a step needs may be gone again, or not yet.
+        assert made.total - transient < found["resident"] < 1.1 * made.total
 
 
 @pytest.mark.parametrize("curvature", plan.CURVATURES)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import pass_statistics
+from cases import dtype_policy, pass_statistics
 from keras import layers
 
 from keras_dwd import (
@@ -192,13 +192,10 @@ NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent", "queries")
 def network(case, policy="float32"):
     build, make = CASES[case]
     data = make(np.random.default_rng(0))
-    keras.config.set_dtype_policy(policy)
-    try:
+    with dtype_policy(policy):
         inputs = keras.Input(data.shape[1:], dtype="int32" if data.dtype == "int32" else None)
         x = layers.Flatten()(build()(inputs))
         return keras.Model(inputs, layers.Dense(3, name="head")(x)), data
-    finally:
-        keras.config.set_dtype_policy("float32")
 
 
 def made(case, fisher):

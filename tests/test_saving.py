@@ -401,6 +401,9 @@ def test_arrays_without_numbers_are_refused_and_nothing_changes(text):
         with pytest.raises(FileError):
             load(model, {**saved(model), name: bad})
         assert state_of(model).keys() == before.keys()
+    path = next(name for name in saved(model) if name.startswith("anchor|")).removeprefix("anchor")
+    with pytest.raises(FileError, match="saved tie of"):
+        load(model, {**saved(model), f"tie{path}": np.zeros(())})
     for name, array in state_of(model).items():
         np.testing.assert_array_equal(array, before[name])
 

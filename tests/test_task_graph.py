@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, weights
+from cases import blobs, compiled, dtype_policy, mlp, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -223,12 +223,9 @@ def test_callbacks_in_a_list_of_keras(tmp_path):
 
 
 def test_bfloat16_weights(tmp_path):
-    keras.config.set_dtype_policy("bfloat16")
-    try:
+    with dtype_policy("bfloat16"):
         model = learner(tmp_path / "graph")
         learn(model, 2)
-    finally:
-        keras.config.set_dtype_policy("float32")
     assert float(model.regularizer.task_weight) > 0
 
 

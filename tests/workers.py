@@ -3,6 +3,7 @@
 Each function returns arrays, which are written to `FOLDER/NAME.RANK.npz`.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -225,6 +226,9 @@ def memory():
 
     def resident():
         gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library
+        if trim is not None:
+            trim(0)  # what was freed is no longer resident, however much the allocator would keep
         status = Path("/proc/self/status").read_text()
         (line,) = (each for each in status.splitlines() if each.startswith("VmRSS:"))
         return int(line.split()[1]) * 1024

@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_dwd.curvature.fisher import EARLIER_NAMES, DiagonalFisher, Fisher
+from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.curvature.fisher import EARLIER_NAMES, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.groupings.fixed import LayerGrouping, SingleGroup
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from keras_dwd.checks import integer, number
-from keras_dwd.curvature.fisher import DiagonalFisher, Fisher
+from keras_dwd.curvature.diagonal import DiagonalFisher
+from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.distributed.launch import launch
 

@@ -43,36 +43,28 @@ class BoundaryPass:
         Returns:
             The statistics by `NAME/PATH`.
         """
-        examples_seen = int(np.asarray(fisher.examples_seen))
-        try:
-            return self._means(model, fisher, variables, data, batch_size, communicator)
-        finally:
-            fisher.set_examples_seen(examples_seen)  # also if the pass fails
-
-    def _means(
-        self,
-        model: Learner,
-        fisher: Fisher,
-        variables: Variables,
-        data: Any,
-        batch_size: int,
-        communicator: Communicator,
-    ) -> Arrays:
         sums: dict[str, tf.Tensor] = {}
         examples = 0
         chunk = fisher.chunk(variables, batch_size)
-        with communicator.fail_together("pass"):
-            for index, (x, y, sample_weight) in enumerate(batches(data, chunk)):
-                count = len(tf.nest.flatten(y)[0])
-                if index % communicator.size == communicator.rank:
-                    check_batch(model, x, y, sample_weight)
-                    check_task_ids(model, x)
-                    fisher.set_examples_seen(examples)
-                    estimate = self._traced_batch(model, fisher, variables)((x, y, sample_weight))
-                    sums = {name: count * e + sums.get(name, 0.0) for name, e in estimate.items()}
-                examples += count
-            if not examples:
-                raise ValueError("`data` is empty: there is nothing to estimate the Fisher from.")
+        examples_seen = int(np.asarray(fisher.examples_seen))
+        try:
+            with communicator.fail_together("pass"):
+                for index, (x, y, sample_weight) in enumerate(batches(data, chunk)):
+                    count = len(tf.nest.flatten(y)[0])
+                    if index % communicator.size == communicator.rank:
+                        check_batch(model, x, y, sample_weight)
+                        check_task_ids(model, x)
+                        fisher.set_examples_seen(examples)
+                        batch = (x, y, sample_weight)
+                        estimate = self._traced_batch(model, fisher, variables)(batch)
+                        sums = {n: count * e + sums.get(n, 0.0) for n, e in estimate.items()}
+                    examples += count
+                if not examples:
+                    raise ValueError(
+                        "`data` is empty: there is nothing to estimate the Fisher from."
+                    )
+        finally:
+            fisher.set_examples_seen(examples_seen)  # also if the pass fails
         if communicator.size > 1:  # there may be fewer batches than workers
             shapes = fisher.shapes(model, variables)
             names = communicator.gather_dicts({name: np.zeros(()) for name in sums}, "pass.names")
