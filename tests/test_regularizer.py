@@ -141,3 +141,12 @@ def test_in_a_plain_model_it_has_no_effect():
     model = mlp(kernel_regularizer=DWDRegularizer(5.0))
     model.compile("sgd", "mse")
     assert [float(term) for term in model.losses] == [0.0]
+
+
+def test_the_arrays_of_a_precision_answer_to_their_earlier_name():
+    model = compiled(strength=1.0, fisher=DiagonalFisher("batch"), grouping=None)
+    model.fit(*blobs(), verbose=0)
+    model.consolidate()
+    for block in model.regularizer.precisions.values():
+        with pytest.warns(DeprecationWarning, match="use `arrays`"):
+            assert block.leaves() == block.arrays()

@@ -1,5 +1,6 @@
 """The interface of all precision matrices."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -105,3 +106,17 @@ def padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     result = np.zeros(shape, array.dtype)
     result[corner(array.shape)] = array
     return result
+
+
+class EarlierNames:
+    """Names of earlier versions that blocks still answer to, until 0.3."""
+
+    def leaves(self: Block) -> dict[str, Any]:
+        """The earlier name of `arrays`."""
+        warnings.warn(
+            "`leaves` of a precision in keras_dwd is deprecated and will be removed in 0.3: use "
+            "`arrays`.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.arrays()

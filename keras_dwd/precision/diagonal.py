@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_dwd.precision.block import Place, padded
+from keras_dwd.precision.block import EarlierNames, Place, padded
 from keras_dwd.variables import Arrays
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(EarlierNames):
     """A diagonal matrix over the elements of one variable.
 
     Attributes:

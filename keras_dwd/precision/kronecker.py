@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.precision.block import Place, corner
+from keras_dwd.precision.block import EarlierNames, Place, corner
 from keras_dwd.precision.factor import Factor
 from keras_dwd.precision.matrix_form import MatrixForm
 from keras_dwd.variables import Arrays
@@ -16,7 +16,7 @@ SIDES = ("input", "output")
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(EarlierNames):
     """The precision A ⊗ G of a layer's weights: A for the inputs, G for the outputs.
 
     With the weights as a matrix W (fan_in × fan_out, the bias as its last row), Λ δ is A δ G.

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.precision.block import Place, padded
+from keras_dwd.precision.block import EarlierNames, Place, padded
 from keras_dwd.precision.factor import Factor
 from keras_dwd.variables import Arrays
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(EarlierNames):
     """The matrix diag(d) + W Wᵀ over the n elements of one variable, where W has few columns.
 
     The diagonal of the sum equals the diagonal of the Fisher information exactly. The columns of W
