@@ -172,11 +172,12 @@ def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
     return isinstance(_of(optimizer, "_learning_rate"), schedule)
 
 
+Around = Callable[[Callable[[], None], list[Any], list[Any], Any], None]
+
+
 @contextmanager
-def after_each_update(
-    optimizer: keras.optimizers.Optimizer, callback: Callable[[list[Any], Any], None]
-) -> Iterator[None]:
-    """A context in which `callback` is called each time an optimizer has updated variables.
+def around_each_update(optimizer: keras.optimizers.Optimizer, around: Around) -> Iterator[None]:
+    """A context in which `around` is called in place of each update of variables by an optimizer.
 
     The call happens inside `optimizer.apply`, before the optimizer updates the moving averages of
     the weights (`use_ema`). There is no call for steps that only accumulate gradients
@@ -184,20 +185,63 @@ def after_each_update(
 
     Args:
         optimizer: An optimizer that does not wrap another optimizer.
-        callback: Called with the list of variables that had a gradient, and the learning rate.
+        around: Called with a function that does the update, the gradients, the variables that had
+            one, and the learning rate.
     """
     update = _of(optimizer, "_backend_update_step")
 
-    def update_and_call_back(gradients: Any, variables: Any, learning_rate: Any) -> None:
-        update(gradients, variables, learning_rate)
-        callback(list(variables), learning_rate)
+    def call_around(gradients: Any, variables: Any, learning_rate: Any) -> None:
+        gradients, variables = list(gradients), list(variables)
+        around(
+            lambda: update(gradients, variables, learning_rate), gradients, variables, learning_rate
+        )
 
     # Assign without `setattr` because Keras tracks attributes that are set with it.
-    vars(optimizer)["_backend_update_step"] = update_and_call_back
+    vars(optimizer)["_backend_update_step"] = call_around
     try:
         yield
     finally:
         del vars(optimizer)["_backend_update_step"]
+
+
+def trained_by(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that a built optimizer was built for."""
+    return list(_of(optimizer, "_trainable_variables"))
+
+
+@contextmanager
+def shifted_iterates(
+    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable], learning_rate: Any
+) -> Iterator[None]:
+    """A context that moves the state from which an optimizer derives variables along with these.
+
+    Most optimizers add a step to a variable. Ftrl computes it from a sum of gradients, and
+    ScheduleFreeAdamW from two sequences: both would take back at the next step how a variable is
+    moved here.
+
+    Args:
+        optimizer: Any optimizer that does not wrap another.
+        variables: The variables that may be moved within the context.
+        learning_rate: Learning rate of the step.
+    """
+    ftrl = isinstance(optimizer, keras.optimizers.Ftrl)
+    schedule_free = getattr(keras.optimizers, "ScheduleFreeAdamW", ())  # not in older versions
+    if not (ftrl or isinstance(optimizer, schedule_free)):
+        yield
+        return
+    before = [keras.ops.copy(v) for v in variables]
+    yield
+    for variable, value in zip(variables, before, strict=True):
+        move = value - keras.ops.convert_to_tensor(variable)
+        if ftrl:
+            rate = keras.ops.cast(learning_rate, move.dtype)
+            sums = keras.ops.convert_to_tensor(_slot(optimizer, "_accumulators", variable))
+            # As in its `update_step`, θ = −linear / quadratic.
+            quadratic = keras.ops.power(sums, -optimizer.learning_rate_power) / rate
+            quadratic += 2 * optimizer.l2_regularization_strength + optimizer.beta / rate
+            _slot(optimizer, "_linears", variable).assign_add(move * quadratic)
+        else:
+            _slot(optimizer, "_momentums", variable).assign_sub(move)
 
 
 def second_moment(

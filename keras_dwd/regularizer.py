@@ -197,26 +197,6 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             self.task_anchors[path].assign(anchor)
         self.task_weight.assign(weight)
 
-    def with_pull(
-        self,
-        variables: Variables,
-        gradients: Mapping[str, Any],
-        scale: tf.Tensor | None,
-        budget: Budget | None = None,
-    ) -> list[Any]:
-        """Gradients of the loss with the pull added. Graph code.
-
-        Args:
-            variables: Variables of the model, by path.
-            gradients: Gradients of the loss by path, each a tensor or `None`.
-            scale: The loss scale, if the loss was scaled before differentiation.
-            budget: The rule that adjusts λ_k, if there is one.
-        """
-        pulls = self.gradients(variables) if self.pulls else {}
-        if budget is not None:
-            self.balance(pulls, gradients, scale, budget)
-        return self.added(pulls, variables, gradients, scale)
-
     def added(
         self,
         pulls: Mapping[str, tf.Tensor],

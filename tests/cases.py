@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_dwd import DWDModel
 from keras_dwd.curvature.fisher import Fisher
@@ -47,6 +48,19 @@ def compiled(model=None, optimizer="sgd", compile_settings=None, **settings):
 
 def weights(model):
     return [np.array(w) for w in model.weights]
+
+
+def stepped(optimizer, values, gradients):
+    """What one step of a new optimizer of Keras makes of some values."""
+    variables = [keras.Variable(value) for value in values]
+    optimizer.build(variables)
+    optimizer.apply([tf.constant(g, "float32") for g in gradients], variables)
+    return [np.array(variable, "float64") for variable in variables]
+
+
+def gentle():
+    """An optimizer that takes the pull in the gradient, with steps about linear in it."""
+    return keras.optimizers.Adam(1.0, epsilon=10.0)
 
 
 @contextmanager

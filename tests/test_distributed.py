@@ -339,7 +339,6 @@ def test_blocks_are_divided_by_their_bytes_and_stay_where_they_are():
         ({}, {"jit_compile": True}, "jit_compile"),
         ({}, {"loss": keras.losses.MeanSquaredError(reduction="sum")}, "reduction"),
         ({"grouping": LayerGrouping("budget")}, {"sharded": True}, "budget"),
-        ({}, {"sharded": True, "optimizer": DWDOptimizer("sgd")}, "DWDOptimizer"),
     ],
 )
 def test_what_workers_cannot_do_is_refused(settings, compile_settings, said):

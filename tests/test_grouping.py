@@ -10,11 +10,13 @@ from cases import (
     blocks_of,
     compiled,
     dtype_policy,
+    gentle,
     grouped,
     load,
     mlp,
     pass_statistics,
     saved,
+    stepped,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -652,10 +654,10 @@ def test_a_budget_needs_whole_variables():
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
-    """θ − η (g + m Λ (θ − c)), or decoupled (θ' / η + m Λ c) / (1 / η + m Λ), in float64."""
+    """g + m Λ (θ − c) as gradient, or decoupled (θ' / η + m Λ c) / (1 / η + m Λ), in float64."""
     rate = 0.1
-    sgd = keras.optimizers.SGD(rate)
-    model = budgeted(DWDOptimizer(sgd) if decoupled else sgd, Budget(share=0.3, rate=0.0))
+    model = budgeted("sgd", Budget(share=0.3, rate=0.0))
+    model.compile(keras.optimizers.SGD(rate) if decoupled else gentle(), model.loss)
     regularizer = model.regularizer
     for number, level in enumerate(regularizer.group_strengths.values()):
         level.assign(2.0 + 3 * number)
@@ -672,11 +674,12 @@ def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
         precision = level * np.array(regularizer.precisions[name].values, "float64")
         anchor = np.array(regularizer.anchors[name], "float64")
         penalty += 0.5 * (precision * (theta - anchor) ** 2).sum()
-        moved = theta - rate * np.array(gradient, "float64")
+        gradient = np.array(gradient, "float64")
         if decoupled:
+            moved = theta - rate * gradient
             expected.append((moved / rate + precision * anchor) / (1 / rate + precision))
         else:
-            expected.append(moved - rate * precision * (theta - anchor))
+            expected += stepped(gentle(), [theta], [gradient + precision * (theta - anchor)])
     assert float(model.penalty()) == pytest.approx(penalty, rel=1e-4)
     model.train_on_batch(x, y)
     for variable, value in zip(model.trainable_variables, expected, strict=True):

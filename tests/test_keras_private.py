@@ -23,6 +23,13 @@ OPTIMIZERS = {
     "nadam": lambda: keras.optimizers.Nadam(0.1, beta_2=0.75),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.1, rho=0.75),
 }
+KINDS_OF_OPTIMIZERS = [
+    name
+    for name, kind in vars(keras.optimizers).items()
+    if isinstance(kind, type)
+    and issubclass(kind, keras.optimizers.Optimizer)
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer", "TFOptimizer")
+]
 
 
 def network():
@@ -232,40 +239,48 @@ def test_has_schedule():
     assert not keras_private.has_schedule(keras.optimizers.SGD(0.1))
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Nadam", "Adamax", "RMSprop", "Adagrad"])
-def test_after_each_update(kind):
+@pytest.mark.parametrize("kind", KINDS_OF_OPTIMIZERS)
+def test_around_each_update(kind):
     optimizer = getattr(keras.optimizers, kind)(0.5)
     variable, without = keras.Variable([1.0]), keras.Variable([1.0])
     optimizer.build([variable, without])
     seen = []
 
-    def note(variables, learning_rate):
-        seen.append((variables, float(learning_rate), float(variable.value[0])))
+    def around(update, gradients, variables, learning_rate):
+        before = float(variable.value[0])
+        update()
+        seen.append((gradients, variables, float(learning_rate), before, float(variable.value[0])))
 
     gradients = [tf.constant([1.0]), None]
     with (
         pytest.warns(UserWarning, match="Gradients do not exist"),
-        keras_private.after_each_update(optimizer, note),
+        keras_private.around_each_update(optimizer, around),
     ):
         optimizer.apply(gradients, [variable, without])
     assert len(seen) == 1, "`_backend_update_step` is no longer called once per update"
-    ((changed, rate, value),) = seen
+    ((given, changed, rate, before, value),) = seen
+    assert [float(g[0]) for g in given] == [1.0]
     assert [id(v) for v in changed] == [id(variable)]
     assert rate == 0.5
-    assert value == float(variable.value[0]) < 1.0, "the call comes before the update now"
+    assert before == pytest.approx(1.0, abs=0.01), "the update is done before the call now"
+    assert value == float(variable.value[0]) != before, "the update is not done by the call now"
     optimizer.apply([tf.constant([1.0]), tf.constant([1.0])], [variable, without])
     assert len(seen) == 1
     assert "_backend_update_step" not in vars(optimizer)
 
 
-def test_after_each_update_that_is_real():
+def test_around_each_update_that_is_real():
     optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=2)
     variable, count = keras.Variable([1.0]), tf.Variable(0)
     optimizer.build([variable])
 
+    def around(update, *_):
+        update()
+        count.assign_add(1)
+
     @tf.function
     def step():
-        with keras_private.after_each_update(optimizer, lambda *_: count.assign_add(1)):
+        with keras_private.around_each_update(optimizer, around):
             optimizer.apply([tf.constant([1.0])], [variable])
 
     step()
@@ -274,13 +289,32 @@ def test_after_each_update_that_is_real():
     assert int(count) == 1
 
 
-def test_after_each_update_comes_before_averages():
+def test_around_each_update_comes_before_averages():
     optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.0, ema_overwrite_frequency=1)
     variable = keras.Variable([1.0])
     optimizer.build([variable])
-    with keras_private.after_each_update(optimizer, lambda *_: variable.assign([7.0])):
+    with keras_private.around_each_update(optimizer, lambda *_: variable.assign([7.0])):
         optimizer.apply([tf.constant([1.0])], [variable])
     assert float(variable.value[0]) == 7.0, "weights are averaged before the call now"
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_OPTIMIZERS)
+def test_shifted_iterates(kind):
+    """An optimizer must go on from where a variable was moved to, not from where it had put it."""
+    ends = []
+    for move in (0.0, 5.0):
+        optimizer = getattr(keras.optimizers, kind)(0.01)
+        variable = keras.Variable([[1.0, 2.0], [3.0, 4.0]])
+        optimizer.build([variable])
+        gradient = [tf.constant([[1.0, -1.0], [2.0, 0.5]])]
+        optimizer.apply(gradient, [variable])
+        with keras_private.shifted_iterates(optimizer, [variable], 0.01):
+            variable.assign_sub(tf.fill((2, 2), move))
+        optimizer.apply(gradient, [variable])
+        ends.append(np.asarray(variable))
+    # Some scale the step by the size of the variable.
+    tolerance = 0.5 if kind in ("Adafactor", "Lamb", "AdamW", "Muon") else 1e-4
+    np.testing.assert_allclose(ends[1] + 5.0, ends[0], atol=tolerance)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -16,7 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-tf.config.threading.set_intra_op_parallelism_threads(1)
+if __name__ == "__main__":  # before TensorFlow is used
+    tf.config.threading.set_intra_op_parallelism_threads(1)
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher  # noqa: E402
 from keras_dwd.callbacks import LearningRateWarmup  # noqa: E402
@@ -86,6 +87,10 @@ CASES = {
         "regularizer": lambda: DWDRegularizer(3.0, anchor="folded"),
     },
     "pass": {"sharded": True, "fisher": lambda: KroneckerFisher(gamma=None), "consolidate": True},
+    "proximal": {
+        "sharded": True,
+        "optimizer": lambda: keras.optimizers.SGD(0.02, momentum=0.9),
+    },
     "shuffled": {"shuffle": True},
     "dataset": {"dataset": True},
     "half": {"communicator": lambda: HorovodCommunicator("fp16")},

@@ -15,7 +15,6 @@ from keras_dwd.consolidation import Consolidation
 from keras_dwd.distributed import data
 from keras_dwd.distributed.workers import Workers
 from keras_dwd.learner import Learner
-from keras_dwd.training import optimizer
 from keras_dwd.variables import by_path
 
 # Callbacks that write files: only rank 0 keeps them.
@@ -51,7 +50,6 @@ def check_compile(learned: Consolidation, workers: Workers, given: dict[str, Any
     for feature, used in (
         ("the estimator 'batch'", learned.fisher.estimator == "batch"),
         ("strengths with a budget", budget),
-        ("a `DWDOptimizer`", optimizer.find(given.get("optimizer")) is not None),
     ):
         if used:
             raise ValueError(

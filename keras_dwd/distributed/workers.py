@@ -113,6 +113,11 @@ class Workers:
         self.received.assign(tf.reshape(means[0], (-1,))[0])
         return dict(zip(statistics, means, strict=True))
 
+    def summed(self, moves: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The sum of all workers' tensors, the same names on each. Called inside the graph."""
+        means = self.communicator.mean(list(moves.values()), "moves")
+        return {name: m * self.communicator.size for name, m in zip(moves, means, strict=True)}
+
     # Outside the training graph.
 
     def exchange(self, described: Described) -> Described:

@@ -20,11 +20,11 @@ def loss_scale(model: Learner) -> float:
 
 
 def data_gradients(
-    gradients: list[Any], added: list[Any], scale: tf.Tensor | None
+    gradients: list[Any], scale: tf.Tensor | None, added: list[Any] | None = None
 ) -> list[tf.Tensor | None]:
     """Gradients of the data loss: unscaled gradients of the total minus those of added losses."""
     result: list[tf.Tensor | None] = []
-    for gradient, extra in zip(gradients, added, strict=True):
+    for gradient, extra in zip(gradients, added or [None] * len(gradients), strict=True):
         if gradient is not None:
             gradient = tf.cast(tf.convert_to_tensor(gradient), "float32")
             gradient = gradient if scale is None else gradient / scale

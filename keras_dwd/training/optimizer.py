@@ -1,7 +1,7 @@
-"""The decoupled step: applies the pull after the optimizer's own update, stable at any strength."""
+"""How the pull enters a step: in the gradient, or as a proximal step after the update."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
@@ -24,16 +24,20 @@ class DWDOptimizer(keras.optimizers.Optimizer):
     which minimizes the penalty plus half the squared distance to θ' in the metric d/η of the
     optimizer. With the learning rate η, the metric is 1/η for SGD and (√v̂ + ε)/η for Adam and its
     variants with the second moment v̂; where Λ has Kronecker factors, it is the mean over the layer.
-    Adding the pull to the gradient diverges once η·λ·F exceeds 2 and oscillates under Adam; this
-    step is stable at any strength. For a weak pull the two agree.
+    This step is stable at any strength. SGD and all optimizers whose steps may be of any size take
+    the pull in this form even without the wrapper, since it would diverge as part of the gradient
+    once η·λ·F exceeds 2. Adam and others that limit the size of a step take it as part of the
+    gradient, where it retains more on most tasks; this wrapper is for those. For a weak pull the
+    two forms agree.
 
     Learning-rate schedules, clipping, weight decay, gradient accumulation, averaged weights and
     loss scaling are those of the wrapped optimizer. Without a pull it does exactly what the wrapped
     optimizer does.
 
     Args:
-        inner_optimizer: A Keras optimizer, its name or its configuration: SGD, Adam, AdamW, Nadam,
-            Adamax, RMSprop or Adagrad.
+        inner_optimizer: A Keras optimizer, its name or its configuration. The metric of optimizers
+            other than SGD, Adam, AdamW, Nadam, Adamax, RMSprop and Adagrad is measured: for each
+            variable, the norm of its gradient relative to that of its step.
         name: Name of this optimizer.
 
     Example:
@@ -50,34 +54,8 @@ class DWDOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer: Any = "adam", name: str = "dwd_optimizer"):
         inner: Any = keras.optimizers.get(inner_optimizer)
-        if not isinstance(inner, tuple(_METRICS)):
-            known = ", ".join(kind.__name__ for kind in _METRICS)
-            raise ValueError(
-                f"`inner_optimizer` must be one whose metric is known: {known}. Received: "
-                f"{inner_optimizer!r}"
-            )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer: Any = inner
-
-    @contextmanager
-    def pulling(self, pull: Pull) -> Iterator[None]:
-        """A context in which `pull` is called after each update; used by `DWDModel`.
-
-        Args:
-            pull: Called with d/η by the `id` of each variable, in the shape of the variable or as a
-                scalar.
-        """
-        inner = self.inner_optimizer
-
-        def then(variables: list[Any], learning_rate: Any) -> None:
-            rate = tf.cast(learning_rate, "float32")
-            metric = next(m for kind, m in _METRICS.items() if isinstance(inner, kind))
-            pull({id(v): tf.cast(metric(inner, v), "float32") / rate for v in variables})
-
-        # Called once per real update, within `apply`: not for each accumulated batch, and before
-        # the optimizer averages the weights.
-        with keras_private.after_each_update(inner, then):
-            yield
 
     def second_moment(self, variable: keras.Variable) -> tf.Tensor:
         """The optimizer's moving average of a variable's squared gradients, in its shape.
@@ -147,6 +125,115 @@ def find(optimizer: Any) -> DWDOptimizer | None:
     return optimizer
 
 
+def proximal_variables(optimizer: Any, variables: Sequence[keras.Variable]) -> set[int]:
+    """The `id` of each variable that is pulled by a proximal step, not through its gradient.
+
+    Added to the gradient, a strong pull diverges where an optimizer takes steps in proportion to
+    the gradient, as SGD does. The proximal step is stable at any strength and learning rate. Adam
+    and others that limit the size of a step, whatever the gradient is, take the pull in the
+    gradient, unless they are within a `DWDOptimizer`.
+
+    Args:
+        optimizer: The optimizer of a model.
+        variables: The variables that it trains.
+    """
+    leaves = _leaves(optimizer)
+    if all(proximal for _, proximal in leaves):
+        return {id(v) for v in variables}
+    if not any(proximal for _, proximal in leaves):
+        return set()
+    if not optimizer.built:
+        optimizer.build(variables)
+    return {id(v) for leaf, proximal in leaves if proximal for v in keras_private.trained_by(leaf)}
+
+
+@contextmanager
+def proximal_updates(
+    optimizer: Any, variables: Sequence[keras.Variable], gradients: Sequence[Any], pull: Pull
+) -> Iterator[None]:
+    """A context in which proximal steps follow the updates by `optimizer.apply`. Graph code.
+
+    Args:
+        optimizer: The optimizer of a model.
+        variables: The variables to pull, see `proximal_variables`.
+        gradients: The gradient of each of them, or `None`.
+        pull: Called with the metric of the optimizer, d/η, by the `id` of each variable, in the
+            shape of the variable or as a scalar.
+    """
+    pulled: set[int] = set()
+    wanted = {id(v) for v in variables}
+
+    def around(leaf: Any) -> keras_private.Around:
+        metric = _metric_of(leaf)
+
+        def update_and_pull(
+            update: Callable[[], None], gradients: list[Any], variables: list[Any], rate: Any
+        ) -> None:
+            before = [None if metric else tf.identity(v.value) for v in variables]
+            update()
+            stiffness = {
+                id(v): tf.cast(metric(leaf, v), "float32") / tf.cast(rate, "float32")
+                if metric
+                else _measured(gradient, v.value - value)
+                for v, gradient, value in zip(variables, gradients, before, strict=True)
+                if id(v) in wanted
+            }
+            with keras_private.shifted_iterates(leaf, variables, rate):
+                pull(stiffness)
+            pulled.update(stiffness)
+
+        return update_and_pull
+
+    before = [tf.identity(v.value) for v in variables]
+    # Once per real update, not for each accumulated batch, and before weights are averaged.
+    with ExitStack() as stack:
+        for leaf, proximal in _leaves(optimizer):
+            if proximal:
+                stack.enter_context(keras_private.around_each_update(leaf, around(leaf)))
+        yield
+    # An optimizer with an `apply` of its own may update variables by other means.
+    pull(
+        {
+            id(v): _measured(gradient, tf.identity(v.value) - value)
+            for v, gradient, value in zip(variables, gradients, before, strict=True)
+            if gradient is not None and id(v) not in pulled
+        }
+    )
+
+
+def _leaves(optimizer: Any, decoupled: bool = False) -> list[tuple[Any, bool]]:
+    """The optimizers that update variables, and whether the pull is a proximal step after it."""
+    decoupled = decoupled or isinstance(optimizer, DWDOptimizer)
+    inner = getattr(optimizer, "optimizers", None)  # of a `MultiOptimizer`
+    if inner is None and getattr(optimizer, "inner_optimizer", None) is not None:
+        inner = [optimizer.inner_optimizer]
+    if not inner:
+        return [(optimizer, decoupled or not isinstance(optimizer, _LIMITED))]
+    return [leaf for each in inner for leaf in _leaves(each, decoupled)]
+
+
+def _metric_of(leaf: Any) -> Callable[[Any, Any], Any] | None:
+    """The metric d of an optimizer, or `None` if it is unknown, as that of a changed subclass."""
+    for kind, metric in _METRICS.items():
+        if isinstance(leaf, kind) and type(leaf).update_step is kind.update_step:
+            return metric
+    return None
+
+
+def _measured(gradient: Any, step: Any) -> tf.Tensor:
+    """d/η of an unknown optimizer: the norm of a gradient relative to that of its step."""
+    gradient_norm = tf.norm(tf.cast(tf.convert_to_tensor(gradient), "float32"))
+    step_norm = tf.norm(tf.cast(step, "float32"))
+    ratio = gradient_norm / tf.maximum(step_norm, 1 / _LARGEST)
+    # After a gradient that overflowed there is no step, so that there must be no pull either.
+    ratio = tf.where(tf.math.is_finite(ratio), ratio, _LARGEST)
+    return tf.clip_by_value(ratio, _SMALLEST, _LARGEST)
+
+
+# Measured values of d/η are within these limits: (d/η + Λ)⁻¹ Λ is then a number.
+_SMALLEST, _LARGEST = 1e-12, 1e30
+
+
 def _sgd(optimizer: Any, variable: Any) -> Any:
     return 1.0 - optimizer.momentum  # with momentum, steps add up to η / (1 − momentum)
 
@@ -179,8 +266,8 @@ def _adagrad(optimizer: Any, variable: Any) -> Any:
     return tf.sqrt(sums.value + optimizer.epsilon)
 
 
-# The metric d of each type of optimizer; AdamW is a subclass of Adam.
-_METRICS: dict[type, Callable[[Any, Any], Any]] = {
+# The metric d of each type of optimizer; AdamW is a subclass of Adam. For others it is measured.
+_METRICS: dict[Any, Callable[[Any, Any], Any]] = {
     keras.optimizers.SGD: _sgd,
     keras.optimizers.Adam: _adam,
     keras.optimizers.Nadam: _adam,
@@ -188,3 +275,21 @@ _METRICS: dict[type, Callable[[Any, Any], Any]] = {
     keras.optimizers.RMSprop: _rmsprop,
     keras.optimizers.Adagrad: _adagrad,
 }
+
+# Optimizers whose steps are limited whatever the gradient, because they divide it by its own recent
+# size. Adagrad, Adafactor and Ftrl are none: they overshoot when a gradient grows suddenly.
+_LIMITED: tuple[type, ...] = tuple(
+    getattr(keras.optimizers, name)
+    for name in (
+        "Adam",
+        "Nadam",
+        "Adamax",
+        "RMSprop",
+        "Adadelta",
+        "Lamb",
+        "Lion",
+        "Muon",
+        "ScheduleFreeAdamW",
+    )
+    if hasattr(keras.optimizers, name)  # some are not in the oldest versions of Keras
+)

@@ -15,7 +15,7 @@ from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.training.boundary_pass import batch_statistics
 from keras_dwd.training.gradients import all_finite, data_gradients
 from keras_dwd.training.head_gate import HeadGate
-from keras_dwd.training.optimizer import find
+from keras_dwd.training.optimizer import proximal_updates, proximal_variables
 from keras_dwd.variables import Variables, by_path, trainable_by_path
 
 
@@ -44,7 +44,7 @@ class Gradients:
         from_added = [None] * len(self.total)
         if self.added is not None:
             from_added = self.tape.gradient(self.added, list(self.variables.values()))
-        return data_gradients(self.total, from_added, self.scale)
+        return data_gradients(self.total, self.scale, from_added)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class TrainingStep:
             # Each pull is computed by one worker only and multiplied by the number of workers, so
             # that averaging the gradients also distributes the pull.
             pulls = self.head_gate.of_active(self.regularizer.gradients(by_path(model)))
+            proximal = self._proximal_variables(model, gradients.variables)
+            pulls = {path: pull for path, pull in pulls.items() if path not in proximal}
             named = dict(zip(gradients.variables, gradients.total, strict=True))
             times = workers.communicator.size * (tf.ones(()) if scale is None else scale)
             gradients.total = self.regularizer.added(pulls, gradients.variables, named, times)
@@ -148,28 +150,50 @@ class TrainingStep:
 
     def _update_weights(self, model: Learner, gradients: Gradients) -> None:
         """Let the optimizer update the variables, with the pull if there is one."""
-        variables, scale = gradients.variables, gradients.scale
-        optimizer, regularizer = model.optimizer, self.regularizer
+        variables, optimizer = gradients.variables, model.optimizer
         named = dict(zip(variables, gradients.total, strict=True))
-        # With sharded state, `_average` has added the pull to the gradients already.
-        pulls = regularizer.pulls and not self.workers.sharded
-        decoupled = find(optimizer) if pulls else None
-        if not pulls:
-            optimizer.apply_gradients(zip(gradients.total, variables.values(), strict=True))
+        if not self.regularizer.pulls:
+            optimizer.apply_gradients(zip(named.values(), variables.values(), strict=True))
             return
-        if decoupled is None:
-            pulled = regularizer.with_pull(by_path(model), named, scale, self.budget)
-            optimizer.apply_gradients(zip(pulled, variables.values(), strict=True))
-            return
+        proximal = self._proximal_variables(model, variables)
+        total = self._with_pull(model, named, gradients.scale, proximal)
+        unscaled = data_gradients([named[path] for path in proximal], gradients.scale)
 
         def pull(stiffness: dict[int, tf.Tensor]) -> None:
-            known = {path: stiffness[id(v)] for path, v in variables.items() if id(v) in stiffness}
-            regularizer.proximal_step(by_path(model), known)
+            by_paths = {p: stiffness[id(v)] for p, v in proximal.items() if id(v) in stiffness}
+            if by_paths:
+                self._proximal_step(model, by_paths)
 
+        with proximal_updates(optimizer, list(proximal.values()), unscaled, pull):
+            optimizer.apply_gradients(zip(total, variables.values(), strict=True))
+
+    def _proximal_variables(self, model: Learner, variables: Variables) -> Variables:
+        """The variables that are pulled by a proximal step, not through their gradient."""
+        proximal = proximal_variables(model.optimizer, list(variables.values()))
+        return {path: v for path, v in variables.items() if id(v) in proximal}
+
+    def _with_pull(
+        self, model: Learner, named: dict[str, Any], scale: tf.Tensor | None, proximal: Variables
+    ) -> list[Any]:
+        """The gradients by path with the pull of all but the proximal variables added."""
+        # With sharded state, `_average` has added it already.
+        if self.workers.sharded or (len(proximal) == len(named) and self.budget is None):
+            return list(named.values())
+        pulls = self.regularizer.gradients(by_path(model))
         if self.budget is not None:
-            regularizer.balance(regularizer.gradients(by_path(model)), named, scale, self.budget)
-        with decoupled.pulling(pull):
-            optimizer.apply_gradients(zip(gradients.total, variables.values(), strict=True))
+            self.regularizer.balance(pulls, named, scale, self.budget)
+        in_gradient = {path: pull for path, pull in pulls.items() if path not in proximal}
+        return self.regularizer.added(in_gradient, by_path(model), named, scale)
+
+    def _proximal_step(self, model: Learner, stiffness: dict[str, tf.Tensor]) -> None:
+        """The proximal step; with sharded state, each worker computes it for its own blocks."""
+        variables = by_path(model)
+        before = {path: tf.identity(variables[path].value) for path in stiffness}
+        self.regularizer.proximal_step(variables, stiffness)
+        if self.workers.sharded:
+            moves = {path: variables[path].value - value for path, value in before.items()}
+            for path, move in self.workers.summed(moves).items():
+                variables[path].assign(before[path] + move)
 
 
 def _nothing() -> tf.Tensor:
