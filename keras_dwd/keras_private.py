@@ -80,6 +80,18 @@ def recomputes(layer: keras.Layer) -> bool:
     return _of(layer, "_remat_mode") is not None
 
 
+def in_stateless_scope() -> bool:
+    """Whether a `keras.StatelessScope` is active, in which variables may have other values."""
+    try:
+        from keras.src.backend.common import stateless_scope
+    except ImportError:
+        raise KerasChangedError(
+            f"Keras {keras.__version__} has no `keras.src.backend.common.stateless_scope`, which "
+            "keras_dwd depends on. Install a version of Keras that keras_dwd has been tested with."
+        ) from None
+    return bool(_of(stateless_scope, "in_stateless_scope")())
+
+
 def inputs_of_calls(layer: keras.Layer) -> list[list[keras.KerasTensor]]:
     """The symbolic input tensors of a layer, one list for each call on symbolic tensors.
 

@@ -211,6 +211,12 @@ def test_evaluates_within_fit():
     )
 
 
+def test_in_stateless_scope():
+    assert not keras_private.in_stateless_scope()
+    with keras.StatelessScope():
+        assert keras_private.in_stateless_scope()
+
+
 def test_class_axis():
     assert keras_private.class_axis(keras.losses.SparseCategoricalCrossentropy()) == -1
     other = keras.losses.SparseCategoricalCrossentropy(axis=1)

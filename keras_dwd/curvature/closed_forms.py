@@ -15,6 +15,8 @@ from keras_dwd.precision.matrix_form import MatrixForm
 class _MatrixRule(Rule):
     """Layers that multiply rows built from their input by a matrix, and may add a bias."""
 
+    variables = ("kernel", "bias")
+
     def matrix(self, layer: keras.Layer) -> MatrixForm | None:
         shape = tuple(layer.kernel.shape)
         bias = None if layer.bias is None else tuple(layer.bias.shape)
@@ -49,7 +51,7 @@ class _DenseRule(_MatrixRule):
 @register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
 class _ConvRule(_MatrixRule):
     def supports(self, layer: keras.Layer) -> bool:
-        return bool(layer.groups == 1)
+        return bool(layer.groups == 1) and _uses_its_bias(layer)
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         x, g = _channels_last(layer, flow)
@@ -60,6 +62,11 @@ class _ConvRule(_MatrixRule):
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 class _DepthwiseRule(Rule):
+    variables = ("kernel", "bias")
+
+    def supports(self, layer: keras.Layer) -> bool:
+        return _uses_its_bias(layer)
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         gradients = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
@@ -70,6 +77,11 @@ class _DepthwiseRule(Rule):
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D)
 class _SeparableRule(Rule):
+    variables = ("depthwise_kernel", "pointwise_kernel", "bias")
+
+    def supports(self, layer: keras.Layer) -> bool:
+        return _uses_its_bias(layer)
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         depthwise, pointwise = layer.depthwise_kernel, layer.pointwise_kernel
@@ -165,6 +177,8 @@ class _EinsumRule(_MatrixRule):
 
 @register_rule(layers.Embedding)
 class _EmbeddingRule(Rule):
+    variables = ("embeddings",)
+
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
@@ -182,6 +196,8 @@ class _EmbeddingRule(Rule):
 
 @register_rule(layers.BatchNormalization)
 class _BatchNormalizationRule(Rule):
+    variables = ("gamma", "beta", "moving_mean", "moving_variance")
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = flow.inputs[0], flow.gradient
         axis = layer.axis % len(x.shape)
@@ -198,6 +214,8 @@ class _BatchNormalizationRule(Rule):
 
 @register_rule(layers.LayerNormalization)
 class _LayerNormalizationRule(Rule):
+    variables = ("gamma", "beta")
+
     def supports(self, layer: keras.Layer) -> bool:
         return not getattr(layer, "rms_scaling", False)
 
@@ -220,6 +238,11 @@ def _scale_and_shift_gradients(
     if layer.center:
         gradients["beta"] = tf.reduce_sum(g, axes)
     return gradients
+
+
+def _uses_its_bias(layer: keras.Layer) -> bool:
+    """Whether `use_bias` has its value from before the layer was built."""
+    return layer.use_bias or getattr(layer, "bias", None) is None
 
 
 def flat(x: tf.Tensor) -> tf.Tensor:

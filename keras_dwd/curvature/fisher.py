@@ -343,6 +343,7 @@ class Fisher:
             weights *= tf.math.reciprocal_no_nan(residuals + median)
 
         statistics: Statistics = {}
+        covered: set[str] = set()
         for ruled, layer_calls in calls.items():
             flows = [
                 LayerIO(
@@ -353,10 +354,12 @@ class Fisher:
                 for call in layer_calls or ()
             ]
             if flows:
-                statistics |= self.layer_statistics(ruled, flows, weights)
-        # Includes layers that were not called: they have no gradient and no statistics.
-        covered_layers = [ruled for ruled, layer_calls in calls.items() if layer_calls is not None]
-        covered = {path for ruled in covered_layers for path in ruled.paths.values()}
+                found = self.layer_statistics(ruled, flows, weights)
+                statistics |= found
+                covered |= {name.partition("/")[2] for name in found}
+                covered |= set(ruled.matrix_paths if ruled.form else ())
+            elif layer_calls is not None:  # was not called: has no gradient and no statistics
+                covered |= set(ruled.paths.values())
         rest = {path: v for path, v in variables.items() if path not in covered}
         if rest:
             statistics |= self._one_by_one(model, rest, (x, labels, *inner_weights), weights, scale)
