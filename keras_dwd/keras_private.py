@@ -166,9 +166,17 @@ def evaluates_within_fit(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("_use_cached_eval_dataset"))
 
 
+def loss_arguments(loss: keras.losses.Loss) -> Mapping[str, Any]:
+    """The arguments of the function that one of Keras's own losses wraps, such as `from_logits`.
+
+    `get_config` of a subclass may leave them out.
+    """
+    return dict(_of(loss, "_fn_kwargs"))
+
+
 def class_axis(loss: keras.losses.SparseCategoricalCrossentropy) -> int:
     """The axis of the model outputs that indexes the classes."""
-    return int(_of(loss, "_fn_kwargs").get("axis", -1))
+    return int(loss_arguments(loss).get("axis", -1))
 
 
 # Optimizers.
