@@ -184,12 +184,17 @@ class _EmbeddingRule(Rule):
     ) -> dict[str, tf.Tensor]:
         ids = tf.concat([flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
         g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
-        # The per-example gradient of a token is the sum over its n occurrences in the example.
-        # Each occurrence adds 1/n of the square of that sum.
-        same = tf.cast(ids[:, :, None] == ids[:, None, :], "float32")
-        summed = tf.matmul(same, g)
-        share = weights[:, None] / tf.reduce_sum(same, 2)
-        rows = tf.reshape(share[..., None] * summed**2, (-1, layer.output_dim))
+        # The per-example gradient of a token is the sum over its occurrences in the example. In
+        # the order of the tokens these are neighbours. The sum counts where they start.
+        order = tf.argsort(ids, axis=1)
+        ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
+        differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
+        starts = tf.concat([tf.ones_like(ids[:, :1]), differs], 1)
+        run = tf.cumsum(tf.reshape(starts, (-1,))) - 1
+        rows = tf.reshape(g, (-1, layer.output_dim))
+        summed = tf.gather(tf.math.unsorted_segment_sum(rows, run, tf.size(ids)), run)
+        share = tf.reshape(weights[:, None] * tf.cast(starts, "float32"), (-1, 1))
+        rows = share * summed**2
         squared = tf.math.unsorted_segment_sum(rows, tf.reshape(ids, (-1,)), layer.input_dim)
         return {"embeddings": squared}
 
