@@ -305,6 +305,56 @@ def test_a_rule_that_leaves_out_a_variable_is_completed(monkeypatch):
     np.testing.assert_allclose(found["fisher/affine/w"], ((x * g) ** 2).mean(0), rtol=1e-4)
 
 
+class Training(layers.Wrapper):
+    """Calls a layer to train even in inference."""
+
+    def call(self, x):
+        return self.layer(x, training=True)
+
+
+def test_a_normalization_by_the_batch_has_no_gradients_of_single_examples():
+    inputs = keras.Input((3,))
+    normalized = Training(layers.BatchNormalization(name="by_batch"))(inputs)
+    base = keras.Model(inputs, layers.Dense(3)(normalized))
+    x, y = np.random.default_rng(0).normal(size=(4, 3)).astype("float32"), np.arange(4) % 3
+    for fisher, refused in (
+        (DiagonalFisher("empirical", None), True),
+        (DiagonalFisher("batch", None), False),
+    ):
+        model = DWDModel.from_model(base, strength=1.0, fisher=fisher, grouping=None)
+        model.compile("sgd", LOSS)
+        if refused:
+            with pytest.raises(ValueError, match="calls by_batch with `training=True`"):
+                model.consolidate((x, y))
+        else:
+            model.consolidate((x, y))
+        assert bool(model.regularizer.precisions) != refused
+
+
+class Switched(layers.Layer):
+    """Computes otherwise in training."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1],), initializer="ones", name="w")
+
+    def call(self, x, training=False):
+        return x * self.w**3 if training else x * self.w
+
+
+def test_a_layer_that_is_called_to_train_is_differentiated_so():
+    inputs = keras.Input((3,))
+    base = keras.Model(inputs, Training(Switched(name="switched"), name="t")(inputs))
+    model = DWDModel.from_model(
+        base, strength=1.0, fisher=DiagonalFisher("empirical", None), grouping=None
+    )
+    model.compile("sgd", LOSS)
+    x, y = np.random.default_rng(0).normal(size=(4, 3)).astype("float32"), np.arange(4) % 3
+    p = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    expected = ((3 * x * (p - np.eye(3)[y])) ** 2).mean(0)  # the weights are ones
+    (found,) = pass_statistics(model, (x, y), 4).values()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_places_of_layers_that_compute_otherwise_are_kept():
     """Files of earlier versions have blocks of their matrices."""
     model = keras.Sequential([keras.Input((3,)), Masked(2, name="masked")])

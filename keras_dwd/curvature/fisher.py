@@ -289,7 +289,8 @@ class Fisher:
             variables: The variables to differentiate with respect to, by path.
             batch: `(x, y, sample_weight)`; `sample_weight` may be `None`. One weight per example
                 multiplies its squared gradient: an example of weight two counts twice. Weights of
-                time steps or outputs are part of the example's loss.
+                time steps or outputs are part of the example's loss. See `example_weights` for
+                losses that are weighted means.
             scale: The loss is multiplied by this factor before differentiation and the gradients
                 are divided by it afterwards, because small gradients underflow in float16.
             communicator: The workers whose batches, all of the same size, form one global batch.

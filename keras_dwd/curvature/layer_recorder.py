@@ -22,12 +22,15 @@ class Call:
     Attributes:
         inputs: The tensors the layer was called on, after autocasting.
         output: The tensor before the layer's activation, or its output if it has no activation.
-        plain: Whether the layer was called with these tensors only and returned a single tensor.
+        plain: Whether the layer was called with these tensors only, not to train, and returned a
+            single tensor.
+        trains: Whether it was called with `training=True`.
     """
 
     inputs: tuple[Any, ...]
     output: tf.Tensor
     plain: bool
+    trains: bool
 
 
 class LayerRecorder:
@@ -118,12 +121,14 @@ class LayerRecorder:
                 self._hidden.add(id(layer))
             inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
             others = [value for name, value in kwargs.items() if name != "training"]
+            trains = kwargs.get("training") not in (None, False)
             plain = (
-                tf.is_tensor(result)
+                not trains
+                and tf.is_tensor(result)
                 and all(map(tf.is_tensor, args))
                 and not any(value is not None for value in others)
             )
-            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
+            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain, trains))
             if self._cut and graph is self._graph:
                 self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
             if self._cut and not pre_activations:
@@ -176,6 +181,10 @@ def traceable_layers(
         model: The model.
         layers: Layers of the model.
         activated: Those of `layers` that are recorded after their activation.
+
+    Raises:
+        ValueError: If a batch normalization is called to train, always: examples then have no
+            gradients of their own.
     """
     layers, activated = list(layers), list(activated)
     recorded_after = {id(layer) for layer in activated}
@@ -190,6 +199,7 @@ def traceable_layers(
         }
         values = [v.value for layer in layers for v in own_trainable_variables(layer)]
         traceable = set(modes)
+        mixing: set[str] = set()
         batch_sizes = {i.shape[0] for i in model.inputs} - {None}
         for size in batch_sizes or (2, 3):
 
@@ -200,6 +210,10 @@ def traceable_layers(
                     outputs = model(x, training=False)
                 for layer in layers:
                     calls = recorder.calls(layer)
+                    if isinstance(layer, keras.layers.BatchNormalization) and any(
+                        call.trains for call in calls or ()
+                    ):
+                        mixing.add(layer.name)
                     if calls is None or not all(_is_batch(c, size) for c in calls):
                         traceable.discard(id(layer))
                 tensors = map(tf.convert_to_tensor, [*tf.nest.flatten(outputs), *recorder.entered])
@@ -222,6 +236,13 @@ def traceable_layers(
                     stacklevel=2,
                 )
                 break
+        if mixing:
+            raise ValueError(
+                f"The model calls {', '.join(sorted(mixing))} with `training=True` even in "
+                "inference: a BatchNormalization that normalizes by the batch lets examples "
+                "influence each other, so that the Fisher information of single examples is not "
+                "defined. Leave `training` out, or use `DiagonalFisher('batch')`."
+            )
         _traceable[model] = (modes, traceable)
     return _traceable[model][1]
 
