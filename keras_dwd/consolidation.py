@@ -11,6 +11,7 @@ from keras_dwd.curvature.fisher import NAMES as STATISTICS
 from keras_dwd.curvature.fisher import SCALARS as FISHER_SCALARS
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.curvature.likelihood import sums_examples
 from keras_dwd.curvature.rules import places_of
 from keras_dwd.distributed.workers import Workers, block_sizes
 from keras_dwd.files import FileError
@@ -199,7 +200,9 @@ class Consolidation:
         """The Fisher information of the current task."""
         if data is None:
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
-            statistics = self.fisher.estimate(optimizer.find(model.optimizer), local_variables)
+            summed = self.fisher.estimator == "adam" and sums_examples(model)
+            found = optimizer.find(model.optimizer)
+            statistics = self.fisher.estimate(found, local_variables, summed)
         else:
             statistics = self.pass_statistics(model, data, batch_size)
         self.fisher.check(statistics)

@@ -80,6 +80,18 @@ def recomputes(layer: keras.Layer) -> bool:
     return _of(layer, "_remat_mode") is not None
 
 
+def in_stateless_scope() -> bool:
+    """Whether a `keras.StatelessScope` is active, in which variables may have other values."""
+    try:
+        from keras.src.backend.common import stateless_scope
+    except ImportError:
+        raise KerasChangedError(
+            f"Keras {keras.__version__} has no `keras.src.backend.common.stateless_scope`, which "
+            "keras_dwd depends on. Install a version of Keras that keras_dwd has been tested with."
+        ) from None
+    return bool(_of(stateless_scope, "in_stateless_scope")())
+
+
 def inputs_of_calls(layer: keras.Layer) -> list[list[keras.KerasTensor]]:
     """The symbolic input tensors of a layer, one list for each call on symbolic tensors.
 
@@ -154,9 +166,17 @@ def evaluates_within_fit(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("_use_cached_eval_dataset"))
 
 
+def loss_arguments(loss: keras.losses.Loss) -> Mapping[str, Any]:
+    """The arguments of the function that one of Keras's own losses wraps, such as `from_logits`.
+
+    `get_config` of a subclass may leave them out.
+    """
+    return dict(_of(loss, "_fn_kwargs"))
+
+
 def class_axis(loss: keras.losses.SparseCategoricalCrossentropy) -> int:
     """The axis of the model outputs that indexes the classes."""
-    return int(_of(loss, "_fn_kwargs").get("axis", -1))
+    return int(loss_arguments(loss).get("axis", -1))
 
 
 # Optimizers.

@@ -218,6 +218,21 @@ def test_evaluates_within_fit():
     )
 
 
+def test_in_stateless_scope():
+    assert not keras_private.in_stateless_scope()
+    with keras.StatelessScope():
+        assert keras_private.in_stateless_scope()
+
+
+def test_loss_arguments():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3)
+    found = keras_private.loss_arguments(loss)
+    assert found["from_logits"] is True
+    assert found["ignore_class"] == 3
+    smooth = keras.losses.CategoricalCrossentropy(label_smoothing=0.1)
+    assert keras_private.loss_arguments(smooth)["label_smoothing"] == 0.1
+
+
 def test_class_axis():
     assert keras_private.class_axis(keras.losses.SparseCategoricalCrossentropy()) == -1
     other = keras.losses.SparseCategoricalCrossentropy(axis=1)

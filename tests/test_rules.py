@@ -538,3 +538,31 @@ def test_rules_that_lack_a_part_are_refused_when_registered(names, said):
     with pytest.raises(ValueError, match=f"Odd defines {said}"):
         register_rule(Unknown)(_gives(*names))
     assert rules.rule_for(Unknown()) is rules.GENERIC
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_memory_of_an_embedding_grows_with_the_tokens(jit):
+    """No tensor has the square of the number of tokens; and the gradients are those of a loop."""
+    layer = layers.Embedding(50, 3)
+    layer.build()
+    rng = np.random.default_rng(0)
+    tokens, weights = 400, rng.uniform(size=4).astype("float32")
+    ids = [rng.integers(0, 50, (4, n)).astype("int32") for n in (tokens - 7, 7)]
+    gs = [rng.normal(size=(*each.shape, 3)).astype("float32") for each in ids]
+
+    @tf.function(jit_compile=jit)
+    def squares(ids, gs, weights):
+        flows = [rules.LayerIO((i,), g) for i, g in zip(ids, gs, strict=True)]
+        return rules.rule_for(layer).squares(layer, flows, weights)["embeddings"]
+
+    expected = np.zeros((50, 3))
+    for b, weight in enumerate(weights):
+        total = np.zeros((50, 3))
+        for i, g in zip(ids, gs, strict=True):
+            np.add.at(total, i[b], g[b].astype("float64"))
+        expected += weight * total**2
+    found = squares(ids, gs, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    graph = squares.get_concrete_function(ids, gs, weights).graph
+    sizes = [t.shape.num_elements() or 0 for op in graph.get_operations() for t in op.outputs]
+    assert max(sizes) <= 4 * tokens * 3

@@ -15,6 +15,8 @@ from keras_dwd.precision.matrix_form import MatrixForm
 class _MatrixRule(Rule):
     """Layers that multiply rows built from their input by a matrix, and may add a bias."""
 
+    variables = ("kernel", "bias")
+
     def matrix(self, layer: keras.Layer) -> MatrixForm | None:
         shape = tuple(layer.kernel.shape)
         bias = None if layer.bias is None else tuple(layer.bias.shape)
@@ -49,7 +51,7 @@ class _DenseRule(_MatrixRule):
 @register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
 class _ConvRule(_MatrixRule):
     def supports(self, layer: keras.Layer) -> bool:
-        return bool(layer.groups == 1)
+        return bool(layer.groups == 1) and _uses_its_bias(layer)
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         x, g = _channels_last(layer, flow)
@@ -60,6 +62,11 @@ class _ConvRule(_MatrixRule):
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 class _DepthwiseRule(Rule):
+    variables = ("kernel", "bias")
+
+    def supports(self, layer: keras.Layer) -> bool:
+        return _uses_its_bias(layer)
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         gradients = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
@@ -70,6 +77,11 @@ class _DepthwiseRule(Rule):
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D)
 class _SeparableRule(Rule):
+    variables = ("depthwise_kernel", "pointwise_kernel", "bias")
+
+    def supports(self, layer: keras.Layer) -> bool:
+        return _uses_its_bias(layer)
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = _channels_last(layer, flow)
         depthwise, pointwise = layer.depthwise_kernel, layer.pointwise_kernel
@@ -165,23 +177,32 @@ class _EinsumRule(_MatrixRule):
 
 @register_rule(layers.Embedding)
 class _EmbeddingRule(Rule):
+    variables = ("embeddings",)
+
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         ids = tf.concat([flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
         g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
-        # The per-example gradient of a token is the sum over its n occurrences in the example.
-        # Each occurrence adds 1/n of the square of that sum.
-        same = tf.cast(ids[:, :, None] == ids[:, None, :], "float32")
-        summed = tf.matmul(same, g)
-        share = weights[:, None] / tf.reduce_sum(same, 2)
-        rows = tf.reshape(share[..., None] * summed**2, (-1, layer.output_dim))
+        # The per-example gradient of a token is the sum over its occurrences in the example. In
+        # the order of the tokens these are neighbours. The sum counts where they start.
+        order = tf.argsort(ids, axis=1)
+        ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
+        differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
+        starts = tf.concat([tf.ones_like(ids[:, :1]), differs], 1)
+        run = tf.cumsum(tf.reshape(starts, (-1,))) - 1
+        rows = tf.reshape(g, (-1, layer.output_dim))
+        summed = tf.gather(tf.math.unsorted_segment_sum(rows, run, tf.size(ids)), run)
+        share = tf.reshape(weights[:, None] * tf.cast(starts, "float32"), (-1, 1))
+        rows = share * summed**2
         squared = tf.math.unsorted_segment_sum(rows, tf.reshape(ids, (-1,)), layer.input_dim)
         return {"embeddings": squared}
 
 
 @register_rule(layers.BatchNormalization)
 class _BatchNormalizationRule(Rule):
+    variables = ("gamma", "beta", "moving_mean", "moving_variance")
+
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, g = flow.inputs[0], flow.gradient
         axis = layer.axis % len(x.shape)
@@ -198,6 +219,8 @@ class _BatchNormalizationRule(Rule):
 
 @register_rule(layers.LayerNormalization)
 class _LayerNormalizationRule(Rule):
+    variables = ("gamma", "beta")
+
     def supports(self, layer: keras.Layer) -> bool:
         return not getattr(layer, "rms_scaling", False)
 
@@ -220,6 +243,11 @@ def _scale_and_shift_gradients(
     if layer.center:
         gradients["beta"] = tf.reduce_sum(g, axes)
     return gradients
+
+
+def _uses_its_bias(layer: keras.Layer) -> bool:
+    """Whether `use_bias` has its value from before the layer was built."""
+    return layer.use_bias or getattr(layer, "bias", None) is None
 
 
 def flat(x: tf.Tensor) -> tf.Tensor:

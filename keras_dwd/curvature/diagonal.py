@@ -15,10 +15,15 @@ class DiagonalFisher(Fisher):
     or regularization losses. All estimators except `"batch"` and `"adam"` use per-example gradients
     in inference mode, in closed form for layers with a rule (see `register_rule`).
 
+    An example of weight two counts twice. With the reduction `"mean_with_sample_weight"` of a loss
+    the weights are divided by their mean over the batch, as the loss divides by their sum. Weights
+    of time steps are part of the loss of an example. Positions that are masked, or of the loss's
+    `ignore_class`, do not count.
+
     Args:
         estimator: How F̂ is computed from a batch of B examples.
             `"batch"` is B times the squared mean gradient: free in the training step, but biased.
-            It assumes that the loss is a mean over examples, as Keras losses are by default.
+            The loss may be a mean over examples, as by default, or a sum.
             `"empirical"` is the mean of the squared per-example gradients with the true labels: the
             empirical Fisher information.
             `"influence"` is the same with each squared gradient divided by (r + median(r)) · m.
@@ -28,7 +33,7 @@ class DiagonalFisher(Fisher):
             between the two highest logits: it measures changes of the logits relative to those
             that would change the prediction.
             `"mc"` draws the labels from the model's predictive distribution: a Monte Carlo estimate
-            of the true Fisher information.
+            of the true Fisher information, for the loss without label smoothing.
             `"negated"` takes the gradient at the negated logits. It needs a cross-entropy on a
             single output; `"mc"` needs a cross-entropy or a mean squared error on a single output.
             `"adam"` is B times Adam's second moment: it costs no time and no memory, but is biased

@@ -12,7 +12,17 @@ from keras_dwd.communicator import Communicator
 from keras_dwd.curvature.closed_forms import flat  # the import registers the rules
 from keras_dwd.curvature.examples import alone, loss_gradients, masks_of, one_each
 from keras_dwd.curvature.layer_recorder import LayerRecorder
-from keras_dwd.curvature.likelihood import by_logits, negated, sample_labels, squared_margins
+from keras_dwd.curvature.likelihood import (
+    by_logits,
+    counted_positions,
+    example_weights,
+    negated,
+    present,
+    reductions,
+    sample_labels,
+    squared_margins,
+    sums_examples,
+)
 from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, ruled_layers
 from keras_dwd.keras_private import mask_of, set_mask
 from keras_dwd.learner import Learner, data_loss
@@ -173,12 +183,15 @@ class Fisher:
         """Record the largest batch size so far, for the estimator `adam`; graph code."""
         self.weight.assign(tf.maximum(self.weight.value, tf.cast(examples, "float32")))
 
-    def estimate(self, optimizer: Any = None, variables: Variables | None = None) -> Arrays:
+    def estimate(
+        self, optimizer: Any = None, variables: Variables | None = None, summed: bool = False
+    ) -> Arrays:
         """The bias-corrected moving averages, by `NAME/PATH`.
 
         Args:
             optimizer: The `DWDOptimizer` whose second moments the estimator `adam` reads.
             variables: The variables, by path, whose second moments `adam` reads.
+            summed: Whether the loss is a sum over the examples of a batch, for `adam`.
 
         Raises:
             ValueError: If there was no training step since the last boundary.
@@ -198,7 +211,8 @@ class Fisher:
         if self.estimator == "adam":
             assert variables is not None
             moments = {path: optimizer.second_moment(v) for path, v in variables.items()}
-            examples = weight * (optimizer.inner_optimizer.gradient_accumulation_steps or 1)
+            steps = optimizer.inner_optimizer.gradient_accumulation_steps or 1
+            examples = steps * (1 / weight if summed else weight)
             return {f"fisher/{p}": examples * np.asarray(m, "float32") for p, m in moments.items()}
         return {name: np.asarray(v, "float32") / weight for name, v in self.slots.items()}
 
@@ -275,7 +289,8 @@ class Fisher:
             variables: The variables to differentiate with respect to, by path.
             batch: `(x, y, sample_weight)`; `sample_weight` may be `None`. One weight per example
                 multiplies its squared gradient: an example of weight two counts twice. Weights of
-                time steps or outputs are part of the example's loss.
+                time steps or outputs are part of the example's loss. See `example_weights` for
+                losses that are weighted means.
             scale: The loss is multiplied by this factor before differentiation and the gradients
                 are divided by it afterwards, because small gradients underflow in float16.
             communicator: The workers whose batches, all of the same size, form one global batch.
@@ -297,9 +312,7 @@ class Fisher:
         if sample_weight is not None:
             weight_arrays = tf.nest.flatten(sample_weight)
             sample_weight = weight_arrays[0] if len(weight_arrays) == 1 else sample_weight
-            if one_each(sample_weight):
-                weights *= tf.cast(tf.reshape(sample_weight, (-1,)), "float32")
-            else:
+            if not one_each(sample_weight):
                 inner_weights = (sample_weight,)
         layers = [ruled for ruled in ruled_layers(model) if ruled.trains(variables)]
         with tf.GradientTape() as tape:
@@ -307,9 +320,18 @@ class Fisher:
             with LayerRecorder((ruled.layer for ruled in layers), activated=generic) as recorder:
                 outputs = model(x, training=False)
             loss_outputs = self._loss_outputs(model, outputs)
-        labels = sample_labels(model, y, outputs, first) if self.estimator == "mc" else y
+        masks = masks_of(outputs)
+        counted = counted_positions(model, y, outputs, masks)
+        if sample_weight is not None:
+            given = example_weights(model, sample_weight, counted, not inner_weights)
+            weights *= 1.0 if given is None else given
+        labels = y
+        if self.estimator == "mc":
+            if reductions(model) == {"weighted mean"}:  # weights of zero act as a mask
+                counted = counted_positions(model, y, outputs, masks, *inner_weights)
+            labels = sample_labels(model, y, outputs, first, counted[0])
         by_loss_outputs = loss_gradients(
-            model, (x, labels, loss_outputs, *inner_weights), masks_of(outputs), scale
+            model, (x, labels, loss_outputs, *inner_weights), masks, scale
         )
         calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
         for ruled, layer_calls in calls.items():
@@ -331,18 +353,22 @@ class Fisher:
                     for g in by_logits(model, outputs, by_outputs)
                 ]
             )
-            # Ignore examples of weight zero, such as those that pad the batches of workers.
-            counted = tf.where(weights > 0, residuals, np.inf)
-            margins = squared_margins(model, outputs)
-            examples_of_all = communicator.gather(tf.stack([counted, margins], 1), "residuals")
-            present = tf.cast(examples_of_all[:, 0] < np.inf, "float32")
-            count = tf.reduce_sum(present)
+            # Ignore examples without a loss, such as those that pad the batches of workers.
+            counted = counted_positions(model, y, outputs, masks, *inner_weights)
+            counts = (weights > 0) & present(counted, outputs)
+            margins = squared_margins(model, outputs, counted)
+            examples_of_all = communicator.gather(
+                tf.stack([tf.where(counts, residuals, np.inf), margins], 1), "residuals"
+            )
+            there = tf.cast(examples_of_all[:, 0] < np.inf, "float32")
+            count = tf.reduce_sum(there)
             # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
             median = tf.gather(tf.sort(examples_of_all[:, 0]), tf.cast(count, "int32") // 2)
-            margin = tf.math.divide_no_nan(tf.reduce_sum(present * examples_of_all[:, 1]), count)
+            margin = tf.math.divide_no_nan(tf.reduce_sum(there * examples_of_all[:, 1]), count)
             weights *= tf.math.reciprocal_no_nan(residuals + median)
 
         statistics: Statistics = {}
+        covered: set[str] = set()
         for ruled, layer_calls in calls.items():
             flows = [
                 LayerIO(
@@ -353,10 +379,12 @@ class Fisher:
                 for call in layer_calls or ()
             ]
             if flows:
-                statistics |= self.layer_statistics(ruled, flows, weights)
-        # Includes layers that were not called: they have no gradient and no statistics.
-        covered_layers = [ruled for ruled, layer_calls in calls.items() if layer_calls is not None]
-        covered = {path for ruled in covered_layers for path in ruled.paths.values()}
+                found = self.layer_statistics(ruled, flows, weights)
+                statistics |= found
+                covered |= {name.partition("/")[2] for name in found}
+                covered |= set(ruled.matrix_paths if ruled.form else ())
+            elif layer_calls is not None:  # was not called: has no gradient and no statistics
+                covered |= set(ruled.paths.values())
         rest = {path: v for path, v in variables.items() if path not in covered}
         if rest:
             statistics |= self._one_by_one(model, rest, (x, labels, *inner_weights), weights, scale)
@@ -376,7 +404,7 @@ class Fisher:
             loss, [v.value for v in variables.values()], unconnected_gradients="zero"
         )
         return mean_gradient_statistics(
-            variables, [_unscaled(g, scale) for g in gradients], examples
+            model, variables, [_unscaled(g, scale) for g in gradients], examples
         )
 
     def _one_by_one(
@@ -440,16 +468,18 @@ class Fisher:
 
 
 def mean_gradient_statistics(
-    paths: Iterable[str], gradients: Sequence[Any], examples: tf.Tensor
+    model: Learner, paths: Iterable[str], gradients: Sequence[Any], examples: tf.Tensor
 ) -> Statistics:
     """The statistics of the estimator `batch`: B times the squared mean gradient. Graph code.
 
     Args:
+        model: A compiled model.
         paths: Of the variables.
-        gradients: The mean gradient by each variable, or `None`.
+        gradients: The gradient of the loss by each variable, or `None`.
         examples: B, the number of examples.
     """
     count = tf.cast(examples, "float32")
+    count = 1 / count if sums_examples(model) else count  # B times the mean, squared
     return {
         f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
         for path, g in zip(paths, gradients, strict=True)

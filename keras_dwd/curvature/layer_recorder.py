@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_dwd.keras_private import own_trainable_variables
+from keras_dwd.keras_private import in_stateless_scope, own_trainable_variables
 from keras_dwd.learner import Learner
 
 
@@ -22,12 +22,15 @@ class Call:
     Attributes:
         inputs: The tensors the layer was called on, after autocasting.
         output: The tensor before the layer's activation, or its output if it has no activation.
-        plain: Whether the layer was called with these tensors only and returned a single tensor.
+        plain: Whether the layer was called with these tensors only, not to train, and returned a
+            single tensor.
+        trains: Whether it was called with `training=True`.
     """
 
     inputs: tuple[Any, ...]
     output: tf.Tensor
     plain: bool
+    trains: bool
 
 
 class LayerRecorder:
@@ -40,7 +43,7 @@ class LayerRecorder:
     Args:
         layers: The layers to record.
         activated: Those of `layers` to record after their activation instead.
-        cut: Whether to stop gradients at the outputs of the layers.
+        cut: Whether to stop gradients at what is recorded as the outputs of the layers.
 
     Example:
 
@@ -59,7 +62,7 @@ class LayerRecorder:
     ):
         self._layers = list(layers)
         self._cut = cut
-        self._own: dict[int, Any] = {}
+        self._found: dict[int, dict[str, Any]] = {}  # attributes by layer
         self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
         self._activated = {id(layer) for layer in activated}
         self._calls: dict[int, list[Call]] = {}
@@ -70,22 +73,21 @@ class LayerRecorder:
     def __enter__(self) -> "LayerRecorder":
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for layer in self._layers:
-            if "call" in layer.__dict__:  # replaced on this instance already
-                self._own[id(layer)] = layer.__dict__["call"]
+            self._found[id(layer)] = dict(layer.__dict__)
             layer.__dict__["call"] = self._recording(layer, layer.call)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.__dict__.pop("call", None)
-            if id(layer) in self._own:
-                layer.__dict__["call"] = self._own[id(layer)]
+            if "call" in self._found[id(layer)]:  # was replaced on this instance already
+                layer.__dict__["call"] = self._found[id(layer)]["call"]
 
     def calls(self, layer: keras.Layer) -> list[Call] | None:
         """The recorded calls of a layer, or `None` if no gradient can be taken at their outputs.
 
         That is the case if the layer ran inside a loop or mapped function, whose tensors belong to
-        another graph, or if it has several outputs.
+        another graph, if it has several outputs, or if its variables had been replaced.
         """
         return None if id(layer) in self._hidden else self._calls.get(id(layer), [])
 
@@ -95,12 +97,15 @@ class LayerRecorder:
                 return call(*args, **kwargs)
             activation = layer.__dict__.get("activation")
             activation = None if id(layer) in self._activated else activation
+            if self._has_other_values(layer):
+                self._hidden.add(id(layer))
             pre_activations: list[tf.Tensor] = []
             if activation is not None:
 
                 def record_pre_activation(z: Any) -> Any:
                     if threading.get_ident() == self._thread:
                         pre_activations.append(z)
+                        z = tf.stop_gradient(z) if self._cut else z
                     return activation(z)
 
                 # `setattr` would track an activation that is a layer a second time.
@@ -116,21 +121,39 @@ class LayerRecorder:
                 self._hidden.add(id(layer))
             inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
             others = [value for name, value in kwargs.items() if name != "training"]
+            trains = kwargs.get("training") not in (None, False)
             plain = (
-                tf.is_tensor(result)
+                not trains
+                and tf.is_tensor(result)
                 and all(map(tf.is_tensor, args))
                 and not any(value is not None for value in others)
             )
-            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain))
-            if self._cut:
-                if graph is self._graph:
-                    self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
+            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain, trains))
+            if self._cut and graph is self._graph:
+                self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
+            if self._cut and not pre_activations:
                 result = tf.nest.map_structure(
                     lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t, result
                 )
             return result
 
         return recorded
+
+    def _has_other_values(self, layer: keras.Layer) -> bool:
+        """Whether a layer that contains this one has replaced the values of its variables.
+
+        So a layer can be called with normalized or generated weights, which no gradient taken of
+        the layer alone would know of.
+        """
+        found = self._found[id(layer)]
+        return in_stateless_scope() or any(
+            value is not found.get(name) and any(map(_is_value, (value, found.get(name))))
+            for name, value in layer.__dict__.items()
+        )
+
+
+def _is_value(attribute: Any) -> bool:
+    return isinstance(attribute, (keras.Variable, keras.KerasTensor)) or tf.is_tensor(attribute)
 
 
 def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
@@ -139,37 +162,58 @@ def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
     return tuple(tf.convert_to_tensor(value) for value in named if tf.is_tensor(value))
 
 
-# For each model: the quantization mode of each layer by id, and the ids of the traceable layers.
+# For each model: how each layer is called and recorded, by id, and the ids of the traceable layers.
 _traceable: weakref.WeakKeyDictionary[keras.Model, tuple[dict[int, Any], set[int]]]
 _traceable = weakref.WeakKeyDictionary()
 
 
-def traceable_layers(model: Learner, layers: Iterable[keras.Layer]) -> set[int]:
-    """The ids of the layers whose calls yield per-example gradients.
+def traceable_layers(
+    model: Learner, layers: Iterable[keras.Layer], activated: Iterable[keras.Layer]
+) -> set[int]:
+    """The ids of those of `layers` whose calls yield per-example gradients.
 
     Left out are layers that run inside a loop or mapped function, layers whose inputs or output
     have another first axis than the batch (such as positions shared by all examples, or windows),
     and layers with a variable that is also used outside their calls. To tell the batch axis from
     others, a model without a fixed batch size is traced with batches of two sizes.
+
+    Args:
+        model: The model.
+        layers: Layers of the model.
+        activated: Those of `layers` that are recorded after their activation.
+
+    Raises:
+        ValueError: If a batch normalization is called to train, always: examples then have no
+            gradients of their own.
     """
-    layers = list(layers)
+    layers, activated = list(layers), list(activated)
+    recorded_after = {id(layer) for layer in activated}
     # Quantization changes how a layer is called.
-    modes = {id(layer): getattr(layer, "quantization_mode", None) for layer in layers}
+    modes = {
+        id(layer): (getattr(layer, "quantization_mode", None), id(layer) in recorded_after)
+        for layer in layers
+    }
     if model not in _traceable or _traceable[model][0] != modes:
         owners = {
             id(v.value): id(layer) for layer in layers for v in own_trainable_variables(layer)
         }
         values = [v.value for layer in layers for v in own_trainable_variables(layer)]
         traceable = set(modes)
+        mixing: set[str] = set()
         batch_sizes = {i.shape[0] for i in model.inputs} - {None}
         for size in batch_sizes or (2, 3):
 
             @tf.function(autograph=False)  # as Keras does in `fit`
             def run(x: Any, size: int = size) -> None:
-                with tf.GradientTape() as tape, LayerRecorder(layers, cut=True) as recorder:
+                recorder = LayerRecorder(layers, activated, cut=True)
+                with tf.GradientTape() as tape, recorder:
                     outputs = model(x, training=False)
                 for layer in layers:
                     calls = recorder.calls(layer)
+                    if isinstance(layer, keras.layers.BatchNormalization) and any(
+                        call.trains for call in calls or ()
+                    ):
+                        mixing.add(layer.name)
                     if calls is None or not all(_is_batch(c, size) for c in calls):
                         traceable.discard(id(layer))
                 tensors = map(tf.convert_to_tensor, [*tf.nest.flatten(outputs), *recorder.entered])
@@ -192,6 +236,13 @@ def traceable_layers(model: Learner, layers: Iterable[keras.Layer]) -> set[int]:
                     stacklevel=2,
                 )
                 break
+        if mixing:
+            raise ValueError(
+                f"The model calls {', '.join(sorted(mixing))} with `training=True` even in "
+                "inference: a BatchNormalization that normalizes by the batch lets examples "
+                "influence each other, so that the Fisher information of single examples is not "
+                "defined. Leave `training` out, or use `DiagonalFisher('batch')`."
+            )
         _traceable[model] = (modes, traceable)
     return _traceable[model][1]
 

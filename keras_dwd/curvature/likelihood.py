@@ -1,10 +1,14 @@
 """The distribution of labels given a model's output, for losses that are log-likelihoods."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_dwd.keras_private import loss_arguments
 from keras_dwd.learner import Learner
 
 _LOSSES = {
@@ -18,23 +22,52 @@ _LOSSES = {
 }
 
 
-def _known(loss: Any) -> tuple[str, bool] | None:
-    """The kind of a known loss, and whether it takes logits; `None` for any other loss."""
+@dataclass(frozen=True)
+class _Known:
+    """A loss of Keras that is a log-likelihood: its kind in `_LOSSES`, and its arguments."""
+
+    kind: str = ""
+    from_logits: bool = True
+    axis: int = -1
+    ignored: int | None = None
+    smoothing: float = 0.0
+
+
+_OTHER = _Known()
+
+
+def _known(loss: Any) -> _Known:
+    """What is known of a loss; `_OTHER` for one that is none of Keras's own log-likelihoods."""
     for kind, (as_class, as_function) in _LOSSES.items():
-        if isinstance(loss, as_class):
-            return kind, bool(loss.get_config().get("from_logits", False))
         if loss is as_function:
-            return kind, False
-    return None
+            return _Known(kind, from_logits=False)
+        if isinstance(loss, as_class) and _computes_as(loss, as_class):
+            given = loss_arguments(loss)
+            return _Known(
+                kind,
+                bool(given.get("from_logits", False)),
+                int(given.get("axis", -1)),
+                given.get("ignore_class"),
+                float(given.get("label_smoothing", 0.0)),
+            )
+    return _OTHER
 
 
-def _kind(model: Learner, estimator: str, kinds: tuple[str, ...]) -> tuple[str, bool]:
-    known = None if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
-    if known is None or known[0] not in kinds:
+def _computes_as(loss: keras.losses.Loss, parent: type[keras.losses.Loss]) -> bool:
+    """Whether a loss runs the code of `parent`: a subclass with a `call` of its own does not."""
+    names = ("call", "__call__")
+    same = all(getattr(type(loss), name) is getattr(parent, name) for name in names)
+    return same and "call" not in vars(loss)
+
+
+def _needed(model: Learner, estimator: str, kinds: tuple[str, ...]) -> _Known:
+    known = _OTHER if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
+    if known.kind not in kinds:
         names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
         raise ValueError(
-            f"The estimator {estimator!r} needs one of the losses {names} on a single output. The "
-            f"model's loss is {model.loss!r}. 'empirical' and 'influence' take any loss."
+            f"The estimator {estimator!r} needs one of the losses {names} on a single output, with "
+            f"no `call` of its own. The model's loss is {model.loss!r}. 'empirical' and "
+            "'influence' take any loss."
         )
     return known
 
@@ -46,77 +79,285 @@ def by_logits(model: Learner, outputs: Any, gradients: list[tf.Tensor]) -> list[
     """
     converted = []
     for loss, output, g in zip(losses_of(model), tf.nest.flatten(outputs), gradients, strict=True):
-        kind, from_logits = _known(loss) or ("", True)
+        known = _known(loss)
         p = tf.cast(output, g.dtype)
-        if kind == "binary" and not from_logits:
+        if known.kind == "binary" and not known.from_logits:
             g = p * (1 - p) * g
-        elif kind in ("sparse", "categorical") and not from_logits:
-            g = p * (g - tf.reduce_sum(p * g, -1, keepdims=True))
+        elif known.kind in ("sparse", "categorical") and not known.from_logits:
+            g = p * (g - tf.reduce_sum(p * g, known.axis, keepdims=True))
         converted.append(g)
     return converted
 
 
-def squared_margins(model: Learner, outputs: Any) -> tf.Tensor:
+Counted = list[tf.Tensor | None]
+"""By output: 1.0 at positions that the loss counts, 0.0 at others; `None` if it counts all."""
+
+
+def counted_positions(
+    model: Learner, y: Any, outputs: Any, masks: Mapping[int, tf.Tensor], weights: Any = None
+) -> Counted:
+    """Which positions of each output the loss counts: none that is masked or of an ignored class.
+
+    Args:
+        model: A compiled model.
+        y: The labels.
+        outputs: The outputs of the model.
+        masks: Keras masks of the outputs, by index in the flat list of outputs.
+        weights: Sample weights of positions; those of weight zero do not count either.
+
+    Returns:
+        The positions of each output, in its shape without the axis of the classes.
+    """
+    found: Counted = []
+    flat, losses = [_with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
+    labels, each_weight = (_by_output(values, losses) for values in (y, weights))
+    for index, (loss, output) in enumerate(zip(losses, flat, strict=True)):
+        known, counted = _known(loss), []
+        shape = tf.shape(_classes_last(output, known.axis))[:-1]
+        if index in masks:
+            counted.append(_at_positions(tf.cast(masks[index], "bool"), shape, output))
+        if known.ignored is not None:
+            kept = tf.cast(labels[index], "float32") != float(known.ignored)
+            counted.append(tf.reshape(kept, shape))
+        if each_weight[index] is not None:
+            positive = tf.convert_to_tensor(each_weight[index]) > 0
+            counted.append(_at_positions(positive, shape, output))
+        together = tf.reduce_all(tf.stack(counted), 0) if counted else None
+        found.append(None if together is None else tf.cast(together, "float32"))
+    return found
+
+
+def _by_output(values: Any, losses: list[Any]) -> list[Any]:
+    """Labels or weights for each output, given for all, for those with a loss, or once."""
+    flat = tf.nest.flatten(values)
+    if len(flat) == 1:
+        return flat * len(losses)
+    left = iter(flat)
+    every = len(flat) == len(losses)
+    return [next(left, None) if every or loss is not None else None for loss in losses]
+
+
+def _at_positions(x: tf.Tensor, shape: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+    """A mask or weights, with axes added or dropped at the end, in the shape of the positions."""
+    rank = len(output.shape) - 1
+    if len(x.shape) == rank + 1 and x.shape[-1] == 1:
+        x = tf.squeeze(x, -1)
+    while len(x.shape) < rank:
+        x = x[..., None]
+    return tf.broadcast_to(x, shape)
+
+
+def present(counted: Counted, outputs: Any) -> tf.Tensor:
+    """Whether the loss counts any position of an example, `(batch,)`."""
+    examples = tf.shape(tf.nest.flatten(outputs)[0])[0]
+    any_of_each = [
+        tf.ones((examples,), "bool") if each is None else tf.reduce_any(_flat(each) > 0, 1)
+        for each in counted
+    ]
+    return tf.reduce_any(tf.stack(any_of_each), 0)
+
+
+def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None) -> tf.Tensor:
     """The squared margin of each example, `(batch,)`, averaged over positions and outputs.
 
     The margin is how far the logits may move before the prediction changes. For a cross-entropy it
     is the distance between the two highest logits, for a binary cross-entropy the distance of the
     logit from zero. Outputs with other losses have no margin; if there are no others, it is one.
+
+    Args:
+        model: A compiled model.
+        outputs: The outputs of the model.
+        counted: See `counted_positions`; all positions if left out.
     """
-    margins = []
-    for loss, output in zip(losses_of(model), tf.nest.flatten(outputs), strict=True):
-        kind, from_logits = _known(loss) or ("", True)
-        output = tf.cast(tf.stop_gradient(output), "float32")
-        if kind == "binary":
-            logits = output if from_logits else _log(output) - _log(1 - output)
-            squares = logits**2
-        elif kind in ("sparse", "categorical") and output.shape[-1] > 1:
-            highest = tf.math.top_k(output if from_logits else _log(output), 2).values
+    flat = tf.nest.flatten(outputs)
+    sums, counts = [], []
+    for loss, output, where in zip(
+        losses_of(model), flat, counted or [None] * len(flat), strict=True
+    ):
+        known = _known(loss)
+        output = tf.cast(tf.stop_gradient(_with_an_axis(output)), "float32")
+        output = _classes_last(output, known.axis)
+        if known.kind == "binary":
+            logits = output if known.from_logits else _log(output) - _log(1 - output)
+            squares = tf.reduce_mean(logits**2, -1)
+        elif known.kind in ("sparse", "categorical") and output.shape[-1] > 1:
+            highest = tf.math.top_k(output if known.from_logits else _log(output), 2).values
             squares = (highest[..., 0] - highest[..., 1]) ** 2
         else:
             continue
-        margins.append(tf.reduce_mean(tf.reshape(squares, (tf.shape(squares)[0], -1)), 1))
-    if not margins:
-        return tf.ones(tf.shape(tf.nest.flatten(outputs)[0])[:1])
-    return tf.add_n(margins) / len(margins)
+        where = _flat(tf.ones_like(squares) if where is None else where)
+        total = tf.reduce_sum(_flat(squares) * where, 1)
+        number = tf.reduce_sum(where, 1)
+        sums.append(tf.math.divide_no_nan(total, number))
+        counts.append(tf.cast(number > 0, "float32"))
+    if not sums:
+        return tf.ones(tf.shape(flat[0])[:1])
+    return tf.math.divide_no_nan(tf.add_n(sums), tf.add_n(counts))
 
 
-def sample_labels(model: Learner, y: Any, outputs: Any, first: tf.Tensor) -> tf.Tensor:
+def sample_labels(
+    model: Learner, y: Any, outputs: Any, first: tf.Tensor, counted: tf.Tensor | None = None
+) -> tf.Tensor:
     """Labels in the shape of `y`, drawn from the model's predictive distribution.
 
     The random seed depends only on `first`, the number of examples processed before: an
     interrupted run that is resumed draws the same labels.
+
+    Args:
+        model: A compiled model.
+        y: The labels. Those of a class to be ignored are kept.
+        outputs: The outputs of the model.
+        first: The number of examples processed before.
+        counted: The positions that the loss counts, as `counted_positions` gives them.
     """
-    kind, from_logits = _kind(model, "mc", tuple(_LOSSES))
+    known = _needed(model, "mc", tuple(_LOSSES))
     outputs = tf.cast(tf.stop_gradient(outputs), "float32")
     seed = tf.stack([first, 0])
-    if kind == "squares":
+    if known.kind == "squares":
         # The mean of n squares is −log of a normal density of variance n / 2, up to a constant.
         n = tf.cast(tf.size(outputs[0]), "float32")
+        last = tf.cast(tf.shape(_with_an_axis(outputs))[-1], "float32")
+        if reductions(model) == {"sum"}:  # of means over the last axis
+            n = last
+        elif counted is not None:
+            n = last * tf.reduce_sum(_flat(counted), 1)
+            n = tf.reshape(n, [-1] + [1] * (len(outputs.shape) - 1))
         sample = outputs + tf.sqrt(n / 2) * tf.random.stateless_normal(tf.shape(outputs), seed)
         return tf.reshape(sample, tf.shape(y))
-    if kind == "binary":
-        chance = tf.sigmoid(outputs) if from_logits else outputs
-        sample = tf.cast(tf.random.stateless_uniform(tf.shape(chance), seed) < chance, y.dtype)
-        return tf.reshape(sample, tf.shape(y))
-    logits = outputs if from_logits else _log(outputs)
-    classes = outputs.shape[-1]
+    if known.kind == "binary":
+        chance = tf.sigmoid(outputs) if known.from_logits else outputs
+        drawn = tf.random.stateless_uniform(tf.shape(chance), seed) < chance
+        sample = tf.reshape(tf.cast(drawn, "float32"), tf.shape(y))
+        return _before_smoothing(sample, known.smoothing, 2, y.dtype)
+    logits = _classes_last(outputs if known.from_logits else _log(outputs), known.axis)
+    classes = logits.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
     rows = tf.where(tf.math.is_finite(rows), rows, 0.0)  # else labels may be invalid
     sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
-    if kind == "categorical":
-        sample = tf.one_hot(sample, classes)
-    return tf.reshape(tf.cast(sample, y.dtype), tf.shape(y))
+    if known.kind == "categorical":
+        one_hot = tf.reshape(tf.one_hot(sample, classes), tf.shape(logits))
+        sample = tf.reshape(_classes_back(one_hot, known.axis), tf.shape(y))
+        return _before_smoothing(sample, known.smoothing, y.shape[-1], y.dtype)
+    sample = tf.reshape(tf.cast(sample, y.dtype), tf.shape(y))
+    if known.ignored is not None:
+        sample = tf.where(tf.cast(y, "float32") == float(known.ignored), y, sample)
+    return sample
+
+
+def _before_smoothing(labels: tf.Tensor, smoothing: float, classes: int, dtype: Any) -> tf.Tensor:
+    """The labels from which `label_smoothing` makes `labels`: the loss is then −log p of these."""
+    if not 0 < smoothing < 1:
+        return tf.cast(labels, dtype)
+    return (labels - smoothing / classes) / (1 - smoothing)
 
 
 def negated(model: Learner, outputs: Any) -> tf.Tensor:
     """The outputs, as logits or probabilities, that belong to the negated logits."""
-    kind, from_logits = _kind(model, "negated", ("sparse", "categorical", "binary"))
-    if from_logits:
+    known = _needed(model, "negated", ("sparse", "categorical", "binary"))
+    if known.from_logits:
         return -outputs
-    if kind == "binary":
+    if known.kind == "binary":
         return 1 - outputs
-    return tf.cast(tf.nn.softmax(-_log(outputs)), outputs.dtype)
+    return tf.cast(tf.nn.softmax(-_log(outputs), known.axis), outputs.dtype)
+
+
+_REDUCTIONS = {
+    "sum_over_batch_size": "mean",
+    "mean": "mean",
+    "mean_with_sample_weight": "weighted mean",
+    "sum": "sum",
+    "none": "sum",  # the gradient of several losses is that of their sum
+    None: "sum",
+}
+
+
+def reductions(model: Learner) -> set[str]:
+    """How the losses combine examples: `"mean"`, `"weighted mean"` or `"sum"`.
+
+    A weighted mean divides by the sum of the sample weights of the batch.
+    """
+    given = (getattr(loss, "reduction", "mean") for loss in losses_of(model) if loss is not None)
+    return {_REDUCTIONS.get(reduction, "mean") for reduction in given}
+
+
+def sums_examples(model: Learner) -> bool:
+    """Whether the loss is a sum over the examples of a batch instead of a mean.
+
+    Raises:
+        ValueError: If it is a sum at some outputs and a mean at others.
+    """
+    found = reductions(model)
+    if "sum" in found and len(found) > 1:
+        raise ValueError(
+            "The estimators 'batch' and 'adam' need losses that are all sums over the batch or all "
+            "means. Of this model some have the reduction 'sum' or None, others do not: give all "
+            "the same `reduction`, or use the estimator 'empirical' or 'influence'."
+        )
+    return found == {"sum"}
+
+
+def example_weights(
+    model: Learner, sample_weight: Any, counted: Counted, per_example: bool
+) -> tf.Tensor | None:
+    """What the squared gradient of each example is multiplied by, `(batch,)`; `None` for ones.
+
+    A loss that is a weighted mean gives an example its part of the sum of all weights. Then
+    weights of a hundred do what weights of one do, as they do in the loss.
+
+    Args:
+        model: A compiled model.
+        sample_weight: A tensor, or a structure of them for several outputs.
+        counted: Which positions the loss counts, by output.
+        per_example: Whether `sample_weight` has one weight per example. Weights of positions are
+            part of the loss of each example already.
+
+    Raises:
+        ValueError: If the losses would need different weights.
+    """
+    found = reductions(model)
+    if "weighted mean" not in found:
+        return tf.cast(tf.reshape(sample_weight, (-1,)), "float32") if per_example else None
+    if len(found) > 1 or (len(counted) > 1 and not per_example):
+        raise ValueError(
+            "With the reduction 'mean_with_sample_weight' and several outputs, `sample_weight` "
+            "must be one array with a weight per example, and all losses must have this reduction: "
+            "otherwise no single weight says how much an example counts. Use the estimator "
+            "'batch', or the reduction 'sum_over_batch_size'."
+        )
+    weights = tf.cast(sample_weight, "float32")
+    if per_example:
+        weights = tf.reshape(weights, (-1,))
+    elif counted[0] is None:
+        weights = tf.reduce_mean(_flat(weights), 1)
+    else:
+        while len(weights.shape) < len(counted[0].shape):
+            weights = weights[..., None]
+        weights = tf.reshape(tf.broadcast_to(weights, tf.shape(counted[0])), tf.shape(counted[0]))
+        total = tf.reduce_sum(_flat(weights * counted[0]), 1)
+        weights = tf.math.divide_no_nan(total, tf.reduce_sum(_flat(counted[0]), 1))
+    return tf.math.divide_no_nan(weights, tf.reduce_mean(weights))
+
+
+def _with_an_axis(x: tf.Tensor) -> tf.Tensor:
+    """Outputs of shape `(batch,)` with an axis more."""
+    return x[:, None] if len(x.shape) == 1 else x
+
+
+def _classes_last(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """Move the axis of the classes to the end."""
+    order = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
+    return x if axis in (-1, len(x.shape) - 1) else tf.transpose(x, [*order, axis % len(x.shape)])
+
+
+def _classes_back(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """The inverse of `_classes_last`."""
+    order = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
+    order.append(axis % len(x.shape))
+    return tf.transpose(x, np.argsort(order))
+
+
+def _flat(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, (tf.shape(x)[0], -1))
 
 
 def _log(probabilities: tf.Tensor) -> tf.Tensor:

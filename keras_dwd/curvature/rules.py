@@ -56,7 +56,14 @@ class Rule:
         def gradients(self, layer, flow):
             return {layer.w.name: flow.inputs[0] * flow.gradient}
     ```
+
+    Attributes:
+        variables: The attributes of the layer that hold its variables, each of the same name as its
+            variable. Layers with other variables get the generic rule. `None` for any variables:
+            those that the rule gives no gradients of are then differentiated example by example.
     """
+
+    variables: tuple[str, ...] | None = None
 
     def supports(self, layer: keras.Layer) -> bool:
         """Whether the closed form holds for this layer as it is configured."""
@@ -143,7 +150,9 @@ _FORMS = ("gradients", "squares", "matrix", "rows")
 def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule]]:
     """Class decorator that registers a `Rule` for layers of these types.
 
-    The rule also applies to subclasses, unless they override `call`.
+    The rule also applies to subclasses that compute the same: those that override nothing that the
+    layer could use in its forward pass. They may have another `__init__`, `build` or `get_config`,
+    and methods of new names.
 
     Args:
         *types: Types of Keras layers.
@@ -169,23 +178,65 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
     return register
 
 
+# What a subclass may define, or an instance replace, without computing anything else.
+_HARMLESS = {
+    *("__init__", "build", "quantize", "get_config", "from_config", "get_build_config"),
+    *("build_from_config", "save_own_variables", "load_own_variables", "count_params"),
+    *("compute_output_shape", "compute_output_spec", "compute_mask", "__repr__", "__str__"),
+    *("__doc__", "__module__", "__qualname__", "__dict__", "__weakref__", "__slots__"),
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
+    *("__parameters__", "__orig_bases__", "__type_params__"),
+    *("__static_attributes__", "__firstlineno__", "__abstractmethods__", "_abc_impl"),
+}
+
+
 def rule_for(layer: keras.Layer) -> Rule:
-    """The rule of a layer: the one with closed forms, or else the slower generic one."""
+    """The rule of a layer: the one with closed forms, or else the slower generic one.
+
+    A closed form was derived from the code of one class. It holds for layers that run that code
+    and no other, on the variables that the rule knows.
+    """
     # With LoRA or quantization a layer does not compute with its variables directly.
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return GENERIC
-    return _rule_of_type(layer)
+    parent = _registered(type(layer))
+    if parent is None or not _computes_as(layer, parent):
+        return GENERIC
+    rule = _RULES[parent]
+    return rule if _has_variables(layer, rule) and rule.supports(layer) else GENERIC
 
 
-def _rule_of_type(layer: keras.Layer) -> Rule:
-    for parent in type(layer).__mro__:
-        if parent in _RULES:
-            same = all(
-                getattr(type(layer), name, None) is getattr(parent, name, None)
-                for name in ("call", "convolution_op")
-            )
-            return _RULES[parent] if same and _RULES[parent].supports(layer) else GENERIC
-    return GENERIC
+def _registered(layer_type: type) -> type | None:
+    """The closest type with a rule that a type is or inherits from."""
+    return next((parent for parent in layer_type.__mro__ if parent in _RULES), None)
+
+
+def _computes_as(layer: keras.Layer, parent: type) -> bool:
+    """Whether the forward pass of a layer runs the code of `parent`, its type or a base of it."""
+    for added in type(layer).__mro__:
+        if added in parent.__mro__:
+            continue
+        for name, value in vars(added).items():
+            # A descriptor such as a property may take the place of an attribute of the instance.
+            new = not hasattr(parent, name) and not hasattr(type(value), "__set__")
+            if name not in _HARMLESS and not (new and not name.startswith("__")):
+                return False
+    replaced = (name for name in vars(layer) if name not in _HARMLESS)
+    return not any(callable(getattr(parent, name, None)) for name in replaced)
+
+
+def _has_variables(layer: keras.Layer, rule: Rule) -> bool:
+    """Whether the layer has the variables that the rule knows, in their attributes, and no others.
+
+    Others that are not trained do not matter: they are part of what a layer computes, which
+    `_computes_as` is about.
+    """
+    if rule.variables is None:
+        return True
+    held = {name: getattr(layer, name, None) for name in rule.variables}
+    known = all(held.get(v.name) is v for v in own_trainable_variables(layer))
+    own = {id(v) for v in own_variables(layer)}
+    return known and all(v is None or id(v) in own for v in held.values())
 
 
 @dataclass(frozen=True)
@@ -226,8 +277,18 @@ class RuledLayer:
 
     @property
     def earlier_form(self) -> MatrixForm | None:
-        """How the layer's variables form a matrix, regardless of LoRA and quantization."""
-        return _rule_of_type(self.layer).matrix(self.layer)
+        """The form of the matrix of a layer of this type, however this layer computes with it.
+
+        It is that of blocks from before LoRA or quantization, and in files of earlier versions.
+        """
+        layer, parent = self.layer, _registered(type(self.layer))
+        if parent is None or getattr(type(layer), "call", None) is not getattr(
+            parent, "call", None
+        ):
+            return None
+        form = _RULES[parent].matrix(layer) if _RULES[parent].supports(layer) else None
+        held = {"kernel"} if form is None or form.bias_shape is None else {"kernel", "bias"}
+        return form if held <= self.paths.keys() else None
 
     @property
     def beside(self) -> bool:
@@ -249,11 +310,17 @@ def ruled_layers(model: Learner) -> list[RuledLayer]:
     """The layers of a model, at any depth, that have variables of their own, with their rules.
 
     Left out are layers that share a variable with another layer, whose gradient depends on both,
-    layers whose calls yield no per-example gradients (see `traceable_layers`), and layers that
-    recompute their activations in the backward pass.
+    layers whose calls yield no per-example gradients (see `traceable_layers`), layers that change
+    what goes into `call` or comes out of it, and layers that recompute their activations in the
+    backward pass.
     """
-    candidates = _layers_with_variables(model)
-    traceable = traceable_layers(model, [ruled.layer for ruled in candidates])
+    candidates = [
+        ruled
+        for ruled in _layers_with_variables(model)
+        if type(ruled.layer).__call__ is keras.Layer.__call__
+    ]
+    generic = [ruled.layer for ruled in candidates if ruled.rule is GENERIC]
+    traceable = traceable_layers(model, [ruled.layer for ruled in candidates], activated=generic)
     return [ruled for ruled in candidates if id(ruled.layer) in traceable]
 
 
@@ -284,5 +351,6 @@ def places_of(model: Learner) -> dict[str, Place]:
         if form is not None:
             paths = ruled._paths_in(form)
             shapes = tuple(tuple(variables[path].shape) for path in paths)
-            places[ruled.kernel] = Place(paths, shapes, form)
+            if form.kernel_shape == shapes[0]:
+                places[ruled.kernel] = Place(paths, shapes, form)
     return places

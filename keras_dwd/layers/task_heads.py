@@ -112,6 +112,8 @@ class TaskHeads(keras.layers.Layer):
 
 @register_rule(TaskHeads)
 class _TaskHeadsRule(Rule):
+    variables = ("kernel", "bias")
+
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:

@@ -131,7 +131,7 @@ class TrainingStep:
 
         def update() -> tf.Tensor:
             if fisher.estimator == "batch":  # free: the gradient is known already
-                statistics = mean_gradient_statistics(gradients.variables, of_data, examples)
+                statistics = mean_gradient_statistics(model, gradients.variables, of_data, examples)
             else:
                 communicator = self.workers.communicator
                 local_statistics = batch_statistics(model, fisher, self.pulled, batch, communicator)
