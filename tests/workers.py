@@ -19,13 +19,13 @@ import tensorflow as tf
 if __name__ == "__main__":  # before TensorFlow is used
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher  # noqa: E402
-from keras_dwd.callbacks import LearningRateWarmup  # noqa: E402
-from keras_dwd.distributed import data as data_module  # noqa: E402
-from keras_dwd.distributed.horovod import HorovodCommunicator, detect_communicator  # noqa: E402
-from keras_dwd.evaluation import Scenario, run_sequence  # noqa: E402
-from keras_dwd.groupings import GaussianMixtureGrouping, LayerGrouping  # noqa: E402
-from keras_dwd.layers import TaskHeads  # noqa: E402
+from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher
+from keras_dwd.callbacks import LearningRateWarmup
+from keras_dwd.distributed import data as data_module
+from keras_dwd.distributed.horovod import HorovodCommunicator, detect_communicator
+from keras_dwd.evaluation import Scenario, run_sequence
+from keras_dwd.groupings import GaussianMixtureGrouping, LayerGrouping
+from keras_dwd.layers import TaskHeads
 
 LAYERS = keras.layers
 # A prime number, so that the last batch cannot be divided evenly among workers.
