@@ -187,6 +187,23 @@ class DWDModel(CloneAware):
     # Settings and consolidation state.
 
     @property
+    def strength(self) -> float:
+        """λ, how strongly earlier tasks hold.
+
+        A value assigned here is that of all tasks learned so far, and takes effect at the next
+        training step. Variables of layers with a `DWDRegularizer` of their own have its strength.
+
+        Raises:
+            ValueError: If the value is no number ≥ 0, or if it is raised from 0 after tasks were
+                consolidated, for which nothing was estimated then.
+        """
+        return self.regularizer.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.regularizer.strength = strength
+
+    @property
     def regularizer(self) -> DWDRegularizer:
         """The penalty: its settings, precision and anchor."""
         return self._consolidation.regularizer
@@ -364,10 +381,11 @@ class DWDModel(CloneAware):
 
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots that the training step updates, then the train function of Keras."""
-        if self.train_function is not None and not force:
+        current = self._consolidation.is_built(self)
+        if self.train_function is not None and not force and current:
             return self.train_function
         self._consolidation.build(self)
-        return super().make_train_function(force)
+        return super().make_train_function(force or not current)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """`keras.Model.train_step`, plus the pull and the update of the Fisher information.
