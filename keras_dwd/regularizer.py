@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.checks import number
+from keras_dwd.checks import FixedSettings, number
 from keras_dwd.files import FileError
 from keras_dwd.groupings.strength import Budget
 from keras_dwd.precision.block import Block, Place
@@ -29,7 +29,7 @@ _LARGEST, _SMALLEST = float(np.finfo("float32").max), float(np.finfo("float32").
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDRegularizer(keras.regularizers.Regularizer):
+class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
     """Pulls the trainable variables towards an anchor, weighted by a precision.
 
     The penalty on the parameters θ is `½ (θ − c)ᵀ Λ (θ − c)`. All tasks learned so far are folded
