@@ -1,8 +1,31 @@
 """Checks of arguments."""
 
+import inspect
 from typing import Any
 
 import numpy as np
+
+
+class FixedSettings:
+    """Settings that are given when an object is made, and cannot be assigned afterwards.
+
+    The training step is traced with them, and slots and files have their shapes. A setting that can
+    change is a property.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self) and name in _settings(type(self)):
+            raise AttributeError(
+                f"`{name}` of a {type(self).__name__} is given when it is made and cannot be "
+                f"assigned. Make a new one, and a new DWDModel with it, which can `inherit`."
+            )
+        super().__setattr__(name, value)
+
+
+def _settings(kind: type) -> set[str]:
+    """The arguments of the constructors of the package's own classes that a class derives from."""
+    own = [c for c in kind.__mro__ if c.__module__.startswith("keras_dwd.")]
+    return {name for c in own for name in inspect.signature(c).parameters} - {"self"}
 
 
 def number(name: str, given: Any, low: float, high: float = np.inf, closed: bool = True) -> float:

@@ -103,16 +103,26 @@ class Consolidation:
         self.assignments: Arrays = {}
         self.weights_digest = b""
         self._pass = BoundaryPass()
+        self._built_for: set[str] | None = None
 
     # During training.
 
     def pulled_variables(self, model: Learner) -> Variables:
-        """The trainable variables that have a strength above zero, by path."""
+        """The trainable variables that have a strength above zero, or had one, by path."""
         trainable = trainable_by_path(model).items()
-        return {path: v for path, v in trainable if self.regularizer.strength_of(v) > 0}
+        return {path: v for path, v in trainable if self.regularizer.holds(path, v)}
+
+    def is_built(self, model: Learner) -> bool:
+        """Whether `build` was called since the last change of which variables have a strength."""
+        return self._held_paths(model) == self._built_for
+
+    def _held_paths(self, model: Learner) -> set[str]:
+        """Paths of all variables that have a strength, trainable or not."""
+        return {path for path, v in by_path(model).items() if self.regularizer.holds(path, v)}
 
     def build(self, model: Learner) -> None:
         """Create the slots that the training step updates, and drop those no longer needed."""
+        self._built_for = self._held_paths(model)
         pulled = self.pulled_variables(model)
         if self.fisher.online and pulled:
             self.fisher.forget_all_but(self.fisher.shapes(model, by_path(model)))
@@ -182,6 +192,7 @@ class Consolidation:
         self.tasks_learned += 1
         self.groups, self.assignments = result.groups, result.assignments
         self.weights_digest = digest
+        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned)
         try:
             self.update_task_graph(model)
         finally:
@@ -190,15 +201,27 @@ class Consolidation:
 
     def update_task_graph(self, model: Learner) -> None:
         """Compute the edge weights to the current task, and the anchor that follows from them."""
-        if self.task_graph is not None and self.regularizer.strength > 0:
+        regularizer, variables = self.regularizer, by_path(model)
+        in_use = regularizer.strength > 0 or any(
+            regularizer.regularizer_of(variables[path]) is regularizer
+            for path in regularizer.folded
+        )
+        if self.task_graph is not None and in_use:
             weights = self.task_graph.weights_to(model)
-            self.regularizer.pull_to_tasks(*self.task_graph.anchor(weights, by_path(model)))
+            regularizer.pull_to_tasks(*self.task_graph.anchor(weights, variables))
 
     def _estimated(
         self, model: Learner, variables: Variables, data: Any, batch_size: int
     ) -> dict[str, Block]:
         """The Fisher information of the current task."""
         if data is None:
+            built_for = self._held_paths(model) if self._built_for is None else self._built_for
+            if self.fisher.online and self._held_paths(model) - built_for:
+                raise ValueError(
+                    "There is no online Fisher estimate of variables whose `strength` was raised "
+                    "from 0 since the last call of `fit`. Call `fit` first, or pass `data` to "
+                    "`consolidate`."
+                )
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
             summed = self.fisher.estimator == "adam" and sums_examples(model)
             found = optimizer.find(model.optimizer)
@@ -276,6 +299,7 @@ class Consolidation:
         commits: list[Commit] = [
             self.regularizer.prepare_state(
                 parts["regularizer"],
+                variables,
                 places,
                 self.fisher.rank,
                 self.fisher.correction,
@@ -296,6 +320,7 @@ class Consolidation:
             commit()
         self.tasks_learned = int(scalars["tasks_learned"])
         self.weights_digest = scalars["weights_digest"].tobytes()
+        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned)
         _retrace(model)
 
     def _prepare_own(

@@ -1,8 +1,10 @@
 """`DWDModel`, a Keras model that learns one task after another."""
 
 import copy
+import difflib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any, Literal, Self
 import keras
 import tensorflow as tf
 
+from keras_dwd.checks import integer
 from keras_dwd.communicator import Communicator
 from keras_dwd.consolidation import Consolidation
 from keras_dwd.curvature.fisher import Fisher
@@ -31,6 +34,7 @@ from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.saving import as_plain, cloned_settings, deep_copy, keep_in_files, mark_clone
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
+from keras_dwd.training.given import batch_size_of, data_of
 from keras_dwd.variables import Arrays, by_path
 from keras_dwd.wrapping import copied, wrapped
 
@@ -56,6 +60,15 @@ class DWDModel(CloneAware):
     | EWC | `**keras_dwd.ewc(λ)` |
     | online EWC | `**keras_dwd.online_ewc(λ)` |
     | DWD | the defaults |
+
+    The pull is part of the training step, not of the loss: neither `model.losses` nor `evaluate`
+    has it. Where you write the training loop yourself, either call `train_on_batch` or
+    `train_step`, which do as `fit` does, or differentiate `loss + model.penalty()`: that is the
+    same pull, but makes no online estimate, so pass data to `consolidate`. The package cannot
+    notice a loop that leaves the penalty out.
+
+    A `.keras` file is loaded by `keras.models.load_model` after `import keras_dwd`. Without the
+    import Keras says that it "Could not locate class 'DWDModel'".
 
     Args:
         *args: `inputs, outputs` of a functional model. For other models use `from_model`.
@@ -100,11 +113,14 @@ class DWDModel(CloneAware):
                 f"DWDModel is built from `inputs` and `outputs`. Received the model "
                 f"{args[0].name!r}: use `DWDModel.from_model(model)`."
             )
-        unknown = set(kwargs) - _OF_FUNCTIONAL  # which a functional model would ignore
+        unknown = sorted(set(kwargs) - _OF_FUNCTIONAL)  # which a functional model would ignore
         if unknown:
             raise TypeError(
-                f"DWDModel has no argument {', '.join(map(repr, sorted(unknown)))}. Its settings "
-                "are strength, regularizer, fisher, grouping and task_graph."
+                f"{type(self).__name__} has no argument {', '.join(map(repr, unknown))}. "
+                f"{' '.join(filter(None, (_hint(type(self), name) for name in unknown)))} Its "
+                "settings are strength, regularizer, fisher, grouping and task_graph.".replace(
+                    "  ", " "
+                )
             )
         clone = cloned_settings(args[1:])
         if clone:
@@ -174,6 +190,11 @@ class DWDModel(CloneAware):
             raise ValueError(
                 f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
             )
+        if isinstance(inputs, (int, float)):
+            raise TypeError(
+                f"`inputs` must be `keras.Input`s. Received: {inputs!r}. The strength λ of the "
+                "penalty is `strength`, given by its name."
+            )
         settings = {
             "strength": strength,
             "regularizer": regularizer,
@@ -185,6 +206,23 @@ class DWDModel(CloneAware):
         return wrapped(cls, model, inputs, settings | kwargs)
 
     # Settings and consolidation state.
+
+    @property
+    def strength(self) -> float:
+        """λ, how strongly earlier tasks hold.
+
+        A value assigned here is that of all tasks learned so far, and takes effect at the next
+        training step. Variables of layers with a `DWDRegularizer` of their own have its strength.
+
+        Raises:
+            ValueError: If the value is no number ≥ 0, or if it is raised from 0 after tasks were
+                consolidated, for which nothing was estimated then.
+        """
+        return self.regularizer.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self.regularizer.strength = strength
 
     @property
     def regularizer(self) -> DWDRegularizer:
@@ -208,6 +246,10 @@ class DWDModel(CloneAware):
 
     @task_graph.setter
     def task_graph(self, task_graph: TaskGraph | None) -> None:
+        if task_graph is None:  # the next step pulls no more
+            self.regularizer.pull_to_tasks(0.0, {})
+        elif not isinstance(task_graph, TaskGraph):
+            raise ValueError(f"`task_graph` must be a TaskGraph or None. Received: {task_graph!r}")
         self._consolidation.task_graph = task_graph
 
     @property
@@ -230,31 +272,59 @@ class DWDModel(CloneAware):
         """The workers that train this model together."""
         return self._consolidation.workers
 
-    def consolidate(self, data: Any = None, batch_size: int = 32) -> None:
+    def consolidate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        sample_weight: Any = None,
+        batch_size: int = 32,
+        *,
+        data: Any = None,
+    ) -> None:
         """End the current task, so that training on later tasks preserves what it learned.
 
+        Called without data it uses the online estimate from training, which only `fit` and
+        `train_step` make. With data it estimates the Fisher information in one pass over it.
+
         Args:
-            data: The task's training data, to estimate its Fisher information in one pass:
-                `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, or any
-                iterable of such batches. The class weights of `fit` are not known here: pass sample
-                weights instead. `None` uses the online estimate from training.
+            x: The task's training data, as in `fit`: arrays, with `y`; or, with the labels in it,
+                a batched `tf.data.Dataset`, a `PyDataset`, a generator or another iterable of
+                batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one argument.
+            y: The labels, if they are not in `x`.
+            sample_weight: A weight for each example, with `y`. The class weights of `fit` are not
+                known here: pass sample weights instead.
             batch_size: The largest number of examples per batch in this pass; it is reduced where
-                memory requires it.
+                memory requires it. An integer in place of `y` or `sample_weight` is taken for it.
+            data: An earlier name of `x`.
 
         Raises:
-            ValueError: If the weights have not changed since the last boundary; if `data` is empty,
-                not finite, does not fit the model's inputs, or has labels outside its outputs; or
-                if there is no online estimate. The model is not changed then.
+            ValueError: If the weights have not changed since the last boundary; if the data is
+                empty, not finite, does not fit the model's inputs, has no labels or labels outside
+                the model's outputs; or if there is no online estimate. The model is not changed
+                then.
         """
+        if data is not None:
+            if x is not None:
+                raise ValueError("Give `x` or `data`, which mean the same, not both.")
+            x = data
+        if batch_size_of(y, sample_weight) is not None:
+            batch_size = batch_size_of(y, sample_weight)
+            y, sample_weight = (
+                None if batch_size_of(g) is not None else g for g in (y, sample_weight)
+            )
+        batch_size = integer("batch_size", batch_size, 1)
         if not self.compiled:
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
-        self._consolidation.add_task(self, data, batch_size)
+        given = (x, y, sample_weight)
+        whole = None if all(part is None for part in given) else data_of(self, *given)
+        self._consolidation.add_task(self, whole, batch_size)
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar.
 
-        It is not part of the reported loss, because computing it at each step would cost a pass
-        over all weights. `PenaltyLogger` reports it once per epoch.
+        Its gradient is the pull, so a training loop of your own may add it to the loss; but with
+        sharded state it is a constant. It is not part of the reported loss, because computing it at
+        each step would cost a pass over all weights. `PenaltyLogger` reports it once per epoch.
         """
         return self._consolidation.penalty(self)
 
@@ -364,10 +434,11 @@ class DWDModel(CloneAware):
 
     def make_train_function(self, force: bool = False) -> Any:
         """Create the slots that the training step updates, then the train function of Keras."""
-        if self.train_function is not None and not force:
+        current = self._consolidation.is_built(self)
+        if self.train_function is not None and not force and current:
             return self.train_function
         self._consolidation.build(self)
-        return super().make_train_function(force)
+        return super().make_train_function(force or not current)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """`keras.Model.train_step`, plus the pull and the update of the Fisher information.
@@ -379,6 +450,9 @@ class DWDModel(CloneAware):
             raise RuntimeError(
                 "DWDModel does not train under a tf.distribute strategy with several replicas."
             )
+        if not self._consolidation.is_built(self):  # called in a loop of the user's own
+            with tf.init_scope():
+                self._consolidation.build(self)
         return self._consolidation.training_step(self)(self, data)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
@@ -510,6 +584,24 @@ class DWDModel(CloneAware):
     def _prepare_clone(self, outputs: list[keras.KerasTensor]) -> None:
         """Attach the settings to the outputs of a clone: `clone_model` does not pass them on."""
         mark_clone(outputs, self._settings())
+
+
+def _hint(kind: type, name: str) -> str:
+    """Where a setting that a model does not have may belong, or what it may be a typo of."""
+    if re.match(r"lam|.*lambda|.*lmb|importance$", name.lower()):
+        return "The strength λ of the penalty is `strength`."
+    for part, owner in (("regularizer", DWDRegularizer), ("fisher", KroneckerFisher)):
+        if name in inspect.signature(owner).parameters:
+            return f"Pass `{part}={owner.__name__}({name}=…)`."
+    parameters = [p for c in kind.__mro__ if issubclass(c, DWDModel) for p in _parameters(c)]
+    near = difflib.get_close_matches(name, [*parameters, *_OF_FUNCTIONAL], 1)
+    return f"Did you mean `{near[0]}`?" if near else ""
+
+
+def _parameters(kind: type) -> list[str]:
+    """The keyword arguments of a class."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _by_name(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

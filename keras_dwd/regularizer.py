@@ -1,13 +1,13 @@
 """The quadratic penalty ½ (θ − c)ᵀ Λ (θ − c), with anchor c and precision Λ."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.checks import number
+from keras_dwd.checks import FixedSettings, number
 from keras_dwd.files import FileError
 from keras_dwd.groupings.strength import Budget
 from keras_dwd.precision.block import Block, Place
@@ -17,22 +17,24 @@ from keras_dwd.state import UNCHANGED, Commit, refuse
 from keras_dwd.variables import Arrays, Variables, untracked
 
 Anchor = Literal["folded", "latest"]
-NAMES = {"anchor", "center", "level", *BLOCK_ARRAYS}
+NAMES = {"anchor", "center", "folded", "level", *BLOCK_ARRAYS}
 """The names of the regularizer's arrays in files, each of which is about a variable."""
 SCALARS = {"tie"}
 """The names of its other arrays, scalars."""
 
 # λ_k that are adjusted while training stay between 1 / `_LEVELS` and `_LEVELS`.
 _LEVELS = 1000.0
+# The largest and the smallest positive number that float32 holds to full precision.
+_LARGEST, _SMALLEST = float(np.finfo("float32").max), float(np.finfo("float32").tiny)
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDRegularizer(keras.regularizers.Regularizer):
+class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
     """Pulls the trainable variables towards an anchor, weighted by a precision.
 
     The penalty on the parameters θ is `½ (θ − c)ᵀ Λ (θ − c)`. All tasks learned so far are folded
     into the anchor c and the precision Λ, so neither the memory nor the cost of a training step
-    grows with the number of tasks. Task t adds `a_t = strength · λ_k · F_t` to the precision. Like
+    grows with the number of tasks. Task t adds `a_t = λ · λ_k · F_t` to the precision. Like
     the Fisher information F_t, the precision is diagonal, diagonal with a low-rank correction, or
     Kronecker-factored. With `anchor="folded"` and a diagonal, the penalty is exactly the sum of one
     penalty per task:
@@ -46,9 +48,15 @@ class DWDRegularizer(keras.regularizers.Regularizer):
     strength of that variable in place of the model's strength; 0 excludes the variable. Outside a
     `DWDModel` it has no effect.
 
+    `strength` and `decay` can be assigned at any time. A new strength is that of all tasks learned
+    so far, and takes effect at the next training step, without tracing the step again. So does the
+    strength of a model that loads a file or inherits: λ is not part of what a task leaves. A new
+    decay takes effect at the next boundary.
+
     Args:
         strength: λ ≥ 0, the weight of the penalty relative to the loss of the new task. 0 switches
-            the penalty off: the model then trains as any Keras model does.
+            the penalty off: the model then trains as any Keras model does, and its tasks leave
+            nothing. Where 0 is assigned after a boundary, later tasks are still estimated.
         decay: In [0, 1], the factor by which the precision of earlier tasks is multiplied at each
             boundary. 1 keeps the sum over all tasks (EWC); a smaller value is the γ of online EWC.
         anchor: `"latest"` moves the anchor to the newest parameters. The penalties of earlier tasks
@@ -71,9 +79,16 @@ class DWDRegularizer(keras.regularizers.Regularizer):
     def __init__(self, strength: float = 200.0, decay: float = 1.0, anchor: Anchor = "latest"):
         if anchor not in ("folded", "latest"):
             raise ValueError(f"`anchor` must be 'folded' or 'latest'. Received: {anchor!r}")
-        self.strength = number("strength", strength, 0)
-        self.decay = number("decay", decay, 0, 1)
+        # λ as a variable, which the traced training step reads.
+        self._strength_variable = untracked(np.zeros(()), "strength")
+        # Whether tasks were consolidated without an estimate for some variable, as λ was zero.
+        self._left_out = False
+        self.strength = strength
+        self.decay = decay
         self.anchor = anchor
+        # The precision Λ of each block, with the λ of `folded` in it; the pull multiplies it by
+        # the current λ over that one.
+        self.folded: dict[str, float] = {}
         self.precisions: dict[str, Block] = {}
         self.anchors: dict[str, keras.Variable] = {}
         # For λ_k that are adjusted while training: λ_k by group, and the group of each block.
@@ -82,6 +97,32 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         # For the task graph: one weight for all variables, and the anchor of each variable.
         self.task_weight = untracked(np.zeros(()), "tie")
         self.task_anchors: dict[str, keras.Variable] = {}
+
+    @property
+    def strength(self) -> float:
+        """λ, for all tasks. Assigning it takes effect at once."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        checked = number("strength", strength, 0, _LARGEST)
+        if checked and self._left_out:
+            raise ValueError(
+                "`strength` cannot be raised from 0: tasks were consolidated with it, for which "
+                "nothing was estimated that could hold them. Train these tasks with a strength "
+                f"above 0, or go on with a new DWDModel. Received: {strength!r}"
+            )
+        self._strength = checked
+        self._strength_variable.assign(checked)
+
+    @property
+    def decay(self) -> float:
+        """The factor for the precision of earlier tasks at the next boundary."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, decay: float) -> None:
+        self._decay = number("decay", decay, 0, 1)
 
     @property
     def pulls(self) -> bool:
@@ -94,8 +135,30 @@ class DWDRegularizer(keras.regularizers.Regularizer):
 
     def strength_of(self, variable: keras.Variable) -> float:
         """The strength for `variable`: from its own `DWDRegularizer`, else that of the model."""
+        return self.regularizer_of(variable).strength
+
+    def holds(self, path: str, variable: keras.Variable) -> bool:
+        """Whether tasks are estimated for a variable: it has a strength, or had one before."""
+        return self.strength_of(variable) > 0 or path in self.folded
+
+    def note_left_out(self, variables: Variables, tasks: int) -> None:
+        """Note where tasks were learned without an estimate: a strength would not hold these.
+
+        Args:
+            variables: The trainable variables, by path.
+            tasks: The number of tasks learned.
+        """
+        regularizers = {path: self.regularizer_of(v) for path, v in variables.items()}
+        for regularizer in [self, *regularizers.values()]:
+            regularizer._left_out = False
+        for path, regularizer in regularizers.items():
+            if tasks and not self.holds(path, variables[path]):
+                regularizer._left_out = True
+
+    def regularizer_of(self, variable: keras.Variable) -> "DWDRegularizer":
+        """The regularizer with the strength for `variable`: its own, else that of the model."""
         own = getattr(variable, "regularizer", None)
-        return own.strength if isinstance(own, DWDRegularizer) else self.strength
+        return own if isinstance(own, DWDRegularizer) else self
 
     def prepare_task(
         self,
@@ -116,9 +179,12 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         Raises:
             ValueError: If the Fisher information has another type than that of earlier tasks.
         """
-        folded: list[tuple[str, Block, Arrays]] = []
+        results: list[tuple[str, Block, Arrays]] = []
         for key, block in blocks.items():
-            strengths = {path: self.strength_of(variables[path]) for path in block.paths}
+            strengths = {
+                path: self.folded.get(path, self.strength_of(variables[path]))
+                for path in block.paths
+            }
             if not any(strengths.values()):
                 continue
             new = block.scale_variables(strengths)
@@ -140,11 +206,14 @@ class DWDRegularizer(keras.regularizers.Regularizer):
                     new.importances(), diagonal, out=np.ones_like(diagonal), where=diagonal > 0
                 )
                 anchors[path] = center + share * (anchors[path] - center)
-            folded.append((key, total, anchors))
+            results.append((key, total, anchors))
 
         def commit() -> None:
-            for key, block, anchors in folded:
+            for key, block, anchors in results:
                 self.assign_slots(key, block, anchors)
+            for path, variable in variables.items():  # blocks of other workers too
+                if variable.trainable and self.strength_of(variable):
+                    self.folded.setdefault(path, self.strength_of(variable))
             self.add_budget_groups(adjusted or {})
 
         return commit
@@ -164,25 +233,62 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             self.anchors[path].assign(anchor)
 
     def layout(self) -> Any:
-        """The shapes of all slots; if they change, the training step must be traced again."""
-        return {n: tuple(array.shape) for n, array in self._slots().items()}, dict(self.group_of)
+        """What the traced training step is made of: if it changes, it must be traced again."""
+        shapes = {n: tuple(array.shape) for n, array in self._slots().items()}
+        return shapes, dict(self.group_of), dict(self.folded)
 
     def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
         """The pull Λ (θ − c) by path, in the shape of each variable that is pulled. Graph code."""
         total: dict[str, tf.Tensor] = {}
-        for key, block in self.precisions.items():
-            differences = self._differences(block, variables)
-            pulls = zip(block.paths, block.matvec(differences), strict=True)
-            strength = self._group_strength(key)
-            for path, pull in pulls:
-                if self.strength_of(variables[path]):
-                    pull = pull if strength is None else strength * pull
-                    # Two blocks may cover a bias: first in a layer's matrix, later on its own.
-                    total[path] = total[path] + pull if path in total else pull
-        for path, distance in self._from_task_anchors(variables).items():
-            pull = self.task_weight.value * distance
+        for path, _, pull in self._pulls(variables):
+            # Two blocks may cover a bias: first in a layer's matrix, later on its own.
+            total[path] = total[path] + pull if path in total else pull
+        for path, (weight, distance) in self._from_task_anchors(variables).items():
+            pull = weight * distance
             total[path] = total[path] + pull if path in total else pull
         return total
+
+    def _pulls(self, variables: Variables) -> Iterator[tuple[str, tf.Tensor, tf.Tensor]]:
+        """Path, θ − c and Λ (θ − c) of each variable in each block. Graph code."""
+        factors = self._factors(variables)
+        for key, block in self.precisions.items():
+            of_block = {path: factors[path] for path in block.paths if path in factors}
+            if not of_block:
+                continue
+            differences = self._differences(block, variables)
+            if _same(of_block):
+                pulls = block.matvec(differences)
+            else:  # √s Λ √s, where s has the factor of each variable
+                of_block = {path: tf.sqrt(factor) for path, factor in of_block.items()}
+                pulls = block.matvec(
+                    [
+                        of_block.get(p, 1.0) * d
+                        for p, d in zip(block.paths, differences, strict=True)
+                    ]
+                )
+            level = self._group_strength(key)
+            for path, difference, pull in zip(block.paths, differences, pulls, strict=True):
+                if path in of_block:
+                    factor = of_block[path] if level is None else of_block[path] * level
+                    yield path, difference, factor * pull
+
+    def _factors(self, variables: Variables) -> dict[str, tf.Tensor]:
+        """The current λ over that in the precision, by path; where equal, one tensor. Graph code.
+
+        It is exactly 1 as long as no other strength is assigned.
+        """
+        factors: dict[str, tf.Tensor] = {}
+        known: dict[tuple[int, float], tf.Tensor] = {}
+        for path, folded in self.folded.items():
+            regularizer = self.regularizer_of(variables[path])
+            key = id(regularizer), folded
+            if key not in known:
+                # A compiler may turn the division into a product with 1 / folded, which is not
+                # exactly 1 for the same strength.
+                strength, before = regularizer._strength_variable.value, tf.constant(folded)
+                known[key] = tf.where(strength == before, 1.0, strength / before)
+            factors[path] = known[key]
+        return factors
 
     def pull_to_tasks(self, weight: float, anchors: Arrays) -> None:
         """Set the penalty of the task graph, ½ weight ‖θ − anchor‖², regardless of precision.
@@ -260,47 +366,55 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             variables: Variables of the model, by path.
             stiffness: d/η of the variables to move, by path, in the shape of each or as a scalar.
         """
+        factors = self._factors(variables)
         for key, block in self.precisions.items():
-            strength = self._group_strength(key)
-            free = [p for p in block.paths if not self.strength_of(variables[p])]
-            moving = {p: stiffness[p] for p in block.paths if p in stiffness and p not in free}
-            if moving:
-                if strength is not None:  # (d + mΛ)⁻¹ mΛ = (d/m + Λ)⁻¹ Λ
-                    moving = {path: d / strength for path, d in moving.items()}
-                moves = block.proximal_correction(
-                    self._differences(block, variables), list(moving.values())
-                )
+            moving = [path for path in block.paths if path in stiffness and path in factors]
+            of_block = {path: factors[path] for path in moving}
+            level = self._group_strength(key)
+            differences = self._differences(block, variables)
+            # All variables of a block at once, but for those whose strengths have changed apart.
+            for paths in [moving] if _same(of_block) else [[path] for path in moving]:
+                if not paths:
+                    continue
+                # (d + mΛ)⁻¹ mΛ = (d/m + Λ)⁻¹ Λ
+                factor = tf.maximum(of_block[paths[0]], _SMALLEST)
+                relative = [
+                    d if p in paths or p not in of_block else tf.sqrt(of_block[p] / factor) * d
+                    for p, d in zip(block.paths, differences, strict=True)
+                ]
+                factor = factor if level is None else factor * level
+                moves = block.proximal_correction(relative, [stiffness[p] / factor for p in moving])
                 for path, move in zip(block.paths, moves, strict=True):
-                    if path in moving:
+                    if path in paths:
                         variables[path].assign_sub(tf.cast(move, variables[path].dtype))
-        for path, distance in self._from_task_anchors(variables).items():
+        for path, (weight, distance) in self._from_task_anchors(variables).items():
             if path in stiffness:
-                move = (
-                    self.task_weight.value / (stiffness[path] + self.task_weight.value) * distance
-                )
+                move = weight / (stiffness[path] + weight) * distance
                 variables[path].assign_sub(tf.cast(move, variables[path].dtype))
 
     def value(self, variables: Variables) -> tf.Tensor:
         """The penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar, for reporting."""
         total = tf.zeros(())
-        for key, block in self.precisions.items():
-            strength = self._group_strength(key)
-            differences = self._differences(block, variables)
-            pulls = zip(block.paths, differences, block.matvec(differences), strict=True)
-            for path, difference, pull in pulls:
-                if self.strength_of(variables[path]):
-                    part = 0.5 * tf.reduce_sum(difference * pull)
-                    total += part if strength is None else strength * part
-        for distance in self._from_task_anchors(variables).values():
-            total += 0.5 * self.task_weight.value * tf.reduce_sum(distance**2)
+        for _, difference, pull in self._pulls(variables):
+            total += 0.5 * tf.reduce_sum(difference * pull)
+        for weight, distance in self._from_task_anchors(variables).values():
+            total += 0.5 * weight * tf.reduce_sum(distance**2)
         return total
 
-    def _from_task_anchors(self, variables: Variables) -> dict[str, tf.Tensor]:
-        """θ − anchor by path, for the variables that the task graph pulls."""
+    def _from_task_anchors(self, variables: Variables) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+        """Weight and θ − anchor, by path, for the variables that the task graph pulls."""
         return {
-            path: tf.cast(variables[path].value, "float32") - anchor.value
+            path: (
+                # λ does not weigh this term, but at zero it is switched off as well.
+                tf.where(
+                    self.regularizer_of(variables[path])._strength_variable.value > 0,
+                    self.task_weight.value,
+                    0.0,
+                ),
+                tf.cast(variables[path].value, "float32") - anchor.value,
+            )
             for path, anchor in self.task_anchors.items()
-            if variables[path].trainable and self.strength_of(variables[path])
+            if variables[path].trainable and self.holds(path, variables[path])
         }
 
     def _group_strength(self, key: str) -> tf.Tensor | None:
@@ -323,11 +437,13 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             for key, group in self.group_of.items()
         }
         slots = {name: np.asarray(v) for name, v in self._slots().items()}
-        return slots | levels | {"tie": np.asarray(self.task_weight)}
+        folded = {f"folded/{path}": np.asarray(strength) for path, strength in self.folded.items()}
+        return slots | levels | folded | {"tie": np.asarray(self.task_weight)}
 
     def prepare_state(
         self,
         state: Arrays,
+        variables: Variables,
         places: Mapping[str, Place],
         rank: int,
         correction: int,
@@ -337,6 +453,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
 
         Args:
             state: The arrays by `NAME/PATH`, with names from `NAMES`, and `tie`.
+            variables: Variables of the model, by path.
             places: Places in the model, by path; see `places_of`.
             rank: See `block_from`.
             correction: See `block_from`.
@@ -353,6 +470,7 @@ class DWDRegularizer(keras.regularizers.Regularizer):
         anchors: Arrays = {}
         task_anchors: Arrays = {}
         levels: Arrays = {}
+        folded: Arrays = {}
         block_arrays: Arrays = {}
         for key, array in arrays.items():
             name, _, path = key.partition("/")
@@ -360,11 +478,14 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             if name in BLOCK_ARRAYS:
                 block_arrays[key] = array
                 continue
-            if array.shape != ((2,) if name == "level" else shape):
+            if array.shape != {"level": (2,), "folded": ()}.get(name, shape):
                 refuse(name, path, array)
-            if name == "level" and array[0] != np.floor(array[0]):
+            whole_group = name != "level" or array[0] == np.floor(array[0])
+            if not whole_group or (name == "folded" and not 0 < array <= _LARGEST):
                 raise FileError(f"The saved {key!r} has numbers that cannot be. {UNCHANGED}")
-            {"anchor": anchors, "center": task_anchors, "level": levels}[name][path] = array
+            {"anchor": anchors, "center": task_anchors, "level": levels, "folded": folded}[name][
+                path
+            ] = array
         blocks: dict[str, Block] = {}
         for path, arrays_of_block in arrays_by_path(block_arrays).items():
             try:
@@ -375,10 +496,19 @@ class DWDRegularizer(keras.regularizers.Regularizer):
             if missing:
                 raise FileError(f"The saved precision of {missing[0]!r} has no anchor. {UNCHANGED}")
 
+        strengths = {path: float(array) for path, array in folded.items()}
+        if not strengths:  # an earlier format: its penalty was that of the strengths in force
+            held = {path: variables[path] for block in blocks.values() for path in block.paths}
+            strengths = {
+                path: self.strength_of(v) for path, v in held.items() if self.strength_of(v)
+            }
+
         def commit() -> None:
             for slots in (self.precisions, self.anchors, self.group_strengths, self.group_of):
                 slots.clear()
             self.task_anchors.clear()
+            self.folded.clear()
+            self.folded.update(strengths)
             for path, block in blocks.items():
                 if keeps(path):
                     self.assign_slots(path, block, {p: anchors[p] for p in block.paths})
@@ -413,3 +543,8 @@ def _insert(entries: dict[Any, Any], key: Any, value: Any) -> None:
     ordered = sorted(entries.items())
     entries.clear()
     entries.update(ordered)
+
+
+def _same(tensors: Mapping[str, tf.Tensor]) -> bool:
+    """Whether all of these are one tensor."""
+    return len({id(tensor) for tensor in tensors.values()}) == 1

@@ -10,7 +10,7 @@ import numpy as np
 from keras_dwd.files import FileError
 from keras_dwd.variables import Arrays
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format, increased when earlier versions of the package cannot read it."""
 
 Commit = Callable[[], None]

@@ -263,7 +263,7 @@ def test_formats_are_told_apart():
     model = in_the_middle(compiled(fisher=DiagonalFisher()))
     store = {}
     store = saved(model)
-    assert store["format"] == FORMAT == 1
+    assert store["format"] == FORMAT == 2
     before = state_of(model)
     for bad in ({**store, "format": np.array(FORMAT + 1)}, {**store, "format": np.zeros(2)}):
         with pytest.raises(ValueError, match="newer version of keras_dwd"):

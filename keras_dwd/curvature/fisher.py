@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.checks import integer, number
+from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.communicator import Communicator
 from keras_dwd.curvature.closed_forms import flat  # the import registers the rules
 from keras_dwd.curvature.examples import alone, loss_gradients, masks_of, one_each
@@ -53,7 +53,7 @@ _TURN = 2**20
 _MAX_FLOATS = 2**28
 
 
-class Fisher:
+class Fisher(FixedSettings):
     """The base of `DiagonalFisher` and `KroneckerFisher`, which document the arguments.
 
     A batch yields statistics, which are means over its examples. Their moving average over training

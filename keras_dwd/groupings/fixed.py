@@ -95,6 +95,11 @@ class FixedGrouping(Grouping):
             for pattern, strength in strengths.items()
         }
 
+    @property
+    def strengths(self) -> dict[str, float]:
+        """λ_k by pattern."""
+        return dict(self.patterns)
+
     def check(self, variables: Variables) -> None:
         """Raise `ValueError` if a pattern matches none of the variables."""
         for pattern in self.patterns:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
+from keras_dwd.checks import FixedSettings
 from keras_dwd.files import FileError
 from keras_dwd.groupings.assignment import Assignment, HardAssignment, Responsibilities
 from keras_dwd.groupings.strength import Budget, GroupStatistics, Strength, strength_from
@@ -119,14 +120,14 @@ class Parameters:
         return self.context.kinds.get(self.block.paths[0], "")
 
 
-class Grouping(ABC):
+class Grouping(FixedSettings, ABC):
     """Divides the Fisher information of a task into groups and multiplies each by its λ_k.
 
     The groups are determined anew at each task boundary, where the result is folded into the
     precision. A training step costs the same as without groups.
     """
 
-    def check(self, variables: Variables) -> None:  # noqa: B027 (most have nothing to check)
+    def check(self, variables: Variables) -> None:
         """Raise `ValueError` if these settings do not fit a model's variables, given by path."""
 
     @property
@@ -134,7 +135,7 @@ class Grouping(ABC):
         """The `Budget` by which the training step adjusts the λ_k; `None` if λ_k are fixed."""
         return None
 
-    def commit(self) -> None:  # noqa: B027
+    def commit(self) -> None:
         """Called when the last result of `apply` has become part of the model."""
 
     def state(self) -> Arrays:

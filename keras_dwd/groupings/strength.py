@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dwd.checks import number
+from keras_dwd.checks import FixedSettings, number
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GroupStatistics:
     moved: np.ndarray | None
 
 
-class Strength(ABC):
+class Strength(FixedSettings, ABC):
     """A rule for the strength λ_k of each group.
 
     Attributes:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.checks import integer, number
+from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.files import ArrayFile, FileError, read_arrays, read_json, write_arrays, write_json
 from keras_dwd.keras_private import layers_within, own_variables
@@ -23,7 +23,7 @@ _PROBE = "probe.safetensors"
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class TaskGraph:
+class TaskGraph(FixedSettings):
     """Pulls a model towards its weights after those earlier tasks that resemble the current one.
 
     Tasks are the nodes of a graph. The edge weight w_ij is the similarity of tasks i and j: the
@@ -96,6 +96,11 @@ class TaskGraph:
                 f"`probe` is needed: {str(self.folder)!r} holds no probe inputs, and no `weights` "
                 "are given."
             )
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """The fixed edge weights that were given, or `None`."""
+        return self.given
 
     @property
     def matrix(self) -> np.ndarray:

@@ -121,6 +121,11 @@ def check_labels(model: Learner, y: Any) -> None:
         if classes is None:
             continue
         for labels in _arrays(target):
+            if labels.dtype.kind in "SUO" and any(isinstance(v, (str, bytes)) for v in labels.flat):
+                raise ValueError(
+                    "Labels must be numbers, not text: turn each class into its number, from 0 "
+                    f"to {classes - 1}. Received: {labels.flat[0]!r}"
+                )
             if labels.size and (labels.min() < 0 or labels.max() >= classes):
                 raise ValueError(
                     f"Labels must be in [0, {classes}), the number of outputs of the model"
@@ -182,6 +187,11 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
                 "`data` must give (x, y) or (x, y, sample_weight). Received inputs without labels."
             )
         parts = (x, y) if sample_weight is None else (x, y, sample_weight)
+        if any(not np.ndim(a) for a in tf.nest.flatten(parts)):
+            raise ValueError(
+                "`data` must give arrays of examples. Received single numbers: batch a dataset "
+                "with `.batch(32)`, and pass labels as an array."
+            )
         lengths = {int(np.shape(a)[0]) for a in tf.nest.flatten(parts)}
         if len(lengths) != 1:
             raise ValueError(

@@ -1,0 +1,103 @@
+"""What `consolidate` was given, as data for the pass at a boundary."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.learner import Learner
+
+_HOW = "Pass `consolidate(x, y)`, or a dataset of batches."
+
+
+def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+    """The arguments of `fit` as one argument for `batches`.
+
+    Args:
+        model: The model, whose inputs tell a list of inputs from `[x, y]`.
+        x: Inputs, or anything that has the labels in it.
+        y: Labels, if `x` has none.
+        sample_weight: A weight for each example, with `y`.
+
+    Returns:
+        `(x, y)` or `(x, y, sample_weight)`, or an iterable of such batches.
+
+    Raises:
+        ValueError: If labels are missing, given twice, or ambiguous.
+    """
+    if y is not None:
+        if x is None:
+            raise ValueError("`y` was given without `x`.")
+        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) or _is_iterator(x):
+            raise ValueError(
+                f"`y` must not be given with `x` of type {type(x).__name__}, which has to give "
+                "the labels with the inputs."
+            )
+        return _numpy((x, y) if sample_weight is None else (x, y, sample_weight))
+    if sample_weight is not None:
+        raise ValueError(
+            "`sample_weight` was given without `y`. Pass `consolidate(x, y, sample_weight)`."
+        )
+    if isinstance(x, list):
+        return _of_list(model, x)
+    if isinstance(x, tuple):
+        return _numpy(x)
+    if isinstance(x, tf.data.Dataset):
+        _check_batched(model, x.element_spec)
+    elif isinstance(x, dict) or hasattr(x, "shape"):
+        raise ValueError(f"The labels are missing: `x` was given without `y`. {_HOW}")
+    elif isinstance(x, (str, bytes)) or not isinstance(x, (Iterable, keras.utils.PyDataset)):
+        raise ValueError(f"`x` must be arrays or a dataset of batches. {_HOW} Received: {x!r}")
+    return x
+
+
+def _of_list(model: Learner, given: list[Any]) -> Any:
+    """A list of batches, or `[x, y]` where the model has one input."""
+    arrays = [hasattr(part, "shape") for part in given]
+    single = len(model.inputs) == 1
+    if not any(arrays) and all(isinstance(part, tuple) for part in given):
+        return given  # batches
+    if single and given and all(arrays) and len(given) in (2, 3):
+        return _numpy(tuple(given))
+    if single and given and all(isinstance(p, (tuple, list)) and _pair(p) for p in given):
+        return given
+    raise ValueError(
+        "A list may be several inputs, inputs and labels, or batches: it does not tell which. "
+        f"{_HOW}"
+    )
+
+
+def _pair(batch: Any) -> bool:
+    """Whether this is `(x, y)` or `(x, y, sample_weight)` of arrays."""
+    return len(batch) in (2, 3) and all(hasattr(part, "shape") for part in batch)
+
+
+def _is_iterator(x: Any) -> bool:
+    return hasattr(x, "__next__") and not hasattr(x, "shape")
+
+
+def _numpy(data: Any) -> Any:
+    """Data frames and series as arrays."""
+    return tf.nest.map_structure(lambda a: a.to_numpy() if hasattr(a, "to_numpy") else a, data)
+
+
+def _check_batched(model: Learner, spec: Any) -> None:
+    """Raise `ValueError` if a dataset with these elements gives examples one by one."""
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(spec)
+    shapes = [getattr(part, "shape", tf.TensorShape(None)) for part in tf.nest.flatten((x, y))]
+    inputs = [getattr(part, "shape", tf.TensorShape(None)) for part in tf.nest.flatten(x)]
+    expected = [tuple(tensor.shape[1:]) for tensor in model.inputs]
+    alike = sorted(map(str, expected)) == sorted(
+        str(tuple(shape)) if shape.rank is not None else "" for shape in inputs
+    )
+    known = all(None not in shape for shape in expected)
+    if any(shape.rank == 0 for shape in shapes) or (alike and known and any(expected)):
+        raise ValueError("The dataset gives examples one by one: batch it with `.batch(32)` first.")
+
+
+def batch_size_of(*given: Any) -> Any:
+    """The integer among arguments by position, which is a batch size, or `None`."""
+    numbers = [g for g in given if isinstance(g, (int, np.integer)) and not isinstance(g, bool)]
+    return numbers[0] if numbers else None
