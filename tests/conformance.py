@@ -128,7 +128,7 @@ def several() -> keras.Model:
 def listed() -> keras.Model:
     a, b = keras.Input((6,)), keras.Input((6,))
     joined = layers.Concatenate()([a, b])
-    return keras.Model([a, b], [layers.Dense(3)(joined), layers.Dense(1)(joined)])
+    return keras.Model([a, b], [layers.Dense(n, name=f"of_{n}")(joined) for n in (3, 1)])
 
 
 def two_losses() -> dict[str, Any]:
@@ -308,7 +308,8 @@ def exported(model: Any) -> dict[str, Any]:
     logs = fit(model)
     with tempfile.TemporaryDirectory() as folder:
         model.export(folder, verbose=False)
-        served = tf.saved_model.load(folder).serve(X)
+        loaded = tf.saved_model.load(folder)
+        served = loaded.serve(X)
     np.testing.assert_allclose(served, model.predict(X, verbose=0), rtol=1e-4, atol=1e-5)
     return logs
 

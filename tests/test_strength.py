@@ -66,8 +66,10 @@ def test_an_assigned_strength_weighs_the_pull_of_the_step_that_is_traced_already
         expected = 0.5 * strength * (fisher * (before - anchor) ** 2).sum()
         assert float(model.penalty()) == pytest.approx(expected, rel=1e-5)
         model.train_on_batch(X2, Y2)
-        gradient = examples(before, X2, Y2).mean(0) + strength * fisher * (before - anchor)
-        np.testing.assert_allclose(theta(model), before - RATE * gradient, rtol=1e-5, atol=1e-6)
+        moved = before - RATE * examples(before, X2, Y2).mean(0)
+        precision = strength * fisher  # SGD takes the pull as a proximal step
+        expected = (moved / RATE + precision * anchor) / (1 / RATE + precision)
+        np.testing.assert_allclose(theta(model), expected, rtol=1e-5, atol=1e-6)
     assert len(traces) == 1
 
 
