@@ -197,17 +197,18 @@ class Consolidation:
         self, model: Learner, variables: Variables, data: Any, batch_size: int
     ) -> dict[str, Block]:
         """The Fisher information of the current task."""
-        communicator = self.workers.communicator
         if data is None:
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
-            with communicator.fail_together("estimate"):
-                statistics = self.fisher.estimate(optimizer.find(model.optimizer), local_variables)
+            statistics = self.fisher.estimate(optimizer.find(model.optimizer), local_variables)
         else:
             statistics = self.pass_statistics(model, data, batch_size)
         blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]
         local_sum = np.asarray(sum(np.abs(a).sum(dtype="float64") for a in blocks))
-        (information,) = communicator.total([local_sum], "information")
-        self.fisher.check(statistics, float(information), model)
+        coupled = np.asarray(data is None and self.fisher.compares_examples)
+        total = self.workers.communicator.total([local_sum, coupled], "information.total")
+        if total[1]:  # on any worker
+            self.fisher.refuse_coupling()
+        self.fisher.check(statistics, float(total[0]), model)
         return self.fisher.blocks(model, variables, statistics)
 
     def pass_statistics(self, model: Learner, data: Any, batch_size: int) -> Arrays:

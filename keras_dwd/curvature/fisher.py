@@ -205,7 +205,6 @@ class Fisher:
         """
         if self.failure:
             raise ValueError(self.failure)
-        self.check_coupling()
         weight = float(np.asarray(self.weight))
         if weight == 0 and not self.online:
             raise ValueError(
@@ -518,14 +517,18 @@ class Fisher:
             "`data` out, to use the estimate made while they were learned."
         )
 
-    def check_coupling(self) -> None:
-        """Raise `ValueError` if the loss is known to compare the examples of a batch."""
-        if float(np.asarray(self.coupling)) > TOLERANCE:
-            raise ValueError(
-                "The loss compares the examples of a batch: its gradient is not a mean of those "
-                f"of single examples, which the estimator {self.estimator!r} needs. For the "
-                f"Fisher information of such a loss, {_USE_BATCH}. Nothing was changed."
-            )
+    @property
+    def compares_examples(self) -> bool:
+        """Whether the loss is known to compare the examples of a batch."""
+        return float(np.asarray(self.coupling)) > TOLERANCE
+
+    def refuse_coupling(self) -> None:
+        """Raise `ValueError` because the loss compares the examples of a batch."""
+        raise ValueError(
+            "The loss compares the examples of a batch: its gradient is not a mean of those of "
+            f"single examples, which the estimator {self.estimator!r} needs. For the Fisher "
+            f"information of such a loss, {_USE_BATCH}. Nothing was changed."
+        )
 
     def _note_coupling(self, share: tf.Tensor) -> None:
         self.coupling.assign(tf.maximum(self.coupling.value, share))

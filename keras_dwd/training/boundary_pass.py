@@ -73,7 +73,8 @@ class BoundaryPass:
                     raise ValueError(
                         "`data` is empty: there is nothing to estimate the Fisher from."
                     )
-                fisher.check_coupling()
+                if fisher.compares_examples:
+                    fisher.refuse_coupling()
         finally:  # also if the pass fails
             for variable, value in zip(
                 (fisher.examples_seen, fisher.coupling, *states), before, strict=True
