@@ -228,7 +228,13 @@ class Consolidation:
             statistics = self.fisher.estimate(found, local_variables, summed)
         else:
             statistics = self.pass_statistics(model, data, batch_size)
-        self.fisher.check(statistics)
+        blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]
+        local_sum = np.asarray(sum(np.abs(a).sum(dtype="float64") for a in blocks))
+        coupled = np.asarray(data is None and self.fisher.compares_examples)
+        total = self.workers.communicator.total([local_sum, coupled], "information.total")
+        if total[1]:  # on any worker
+            self.fisher.refuse_coupling()
+        self.fisher.check(statistics, float(total[0]), model)
         return self.fisher.blocks(model, variables, statistics)
 
     def pass_statistics(self, model: Learner, data: Any, batch_size: int) -> Arrays:

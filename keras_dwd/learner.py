@@ -1,5 +1,6 @@
 """The interface through which the package accesses a model."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,9 +38,23 @@ class Learner(Protocol):
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any: ...
 
 
+def has_own_loss(model: Learner) -> bool:
+    """Whether the model's class overrides `compute_loss`, which may then need no `loss`."""
+    return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def total_loss(
+    model: Learner, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool
+) -> tf.Tensor:
+    """`model.compute_loss`, whose `training` an override may leave out. Graph code."""
+    takes_training = "training" in inspect.signature(model.compute_loss).parameters
+    phase = {"training": training} if takes_training else {}
+    return model.compute_loss(x, y, y_pred, sample_weight, **phase)
+
+
 def data_loss(model: Learner, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
     """The data loss, without penalty and regularization losses. Graph code."""
-    loss = model.compute_loss(x, y, y_pred, sample_weight, training=False)
+    loss = total_loss(model, x, y, y_pred, sample_weight, training=False)
     # `compute_loss` includes the added losses; subtracting them leaves exactly zero gradient.
     added = added_loss(model, loss)
     return loss if added is None else loss - added

@@ -1,5 +1,6 @@
 """Estimates of the Fisher information, online in the training step or in one pass over data."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,20 @@ import tensorflow as tf
 from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.communicator import Communicator
 from keras_dwd.curvature.closed_forms import flat  # the import registers the rules
-from keras_dwd.curvature.examples import alone, loss_gradients, masks_of, one_each
+from keras_dwd.curvature.examples import (
+    TOLERANCE,
+    carried_states,
+    carries_state,
+    count_of,
+    coupling,
+    has_gradient,
+    kept,
+    leaves,
+    loss_gradients,
+    masks_of,
+    one_each,
+    part_of,
+)
 from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.curvature.likelihood import (
     by_logits,
@@ -24,8 +38,8 @@ from keras_dwd.curvature.likelihood import (
     sums_examples,
 )
 from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, ruled_layers
-from keras_dwd.keras_private import mask_of, set_mask
-from keras_dwd.learner import Learner, data_loss
+from keras_dwd.keras_private import layers_within, mask_of, set_mask
+from keras_dwd.learner import Learner, data_loss, has_own_loss
 from keras_dwd.precision.block import Block
 from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.precision.kronecker import SIDES
@@ -44,6 +58,8 @@ NAMES = {"fisher", "sketch", "margin", *SIDES, *(f"{side}_trace" for side in SID
 SCALARS = {"fisher_weight", "fisher_looked"}
 """The names of the other arrays of an online estimate in files, scalars."""
 
+
+_USE_BATCH = 'use `fisher=DiagonalFisher("batch")`, which takes the gradients of whole batches'
 
 # Added to the mean squared margin: a typical value before training, which bounds the divisor.
 _LEAST_MARGIN = 0.1
@@ -74,11 +90,14 @@ class Fisher(FixedSettings):
         self.gamma = None if gamma is None else number("gamma", gamma, 0, 1, closed=False)
         self.every = integer("every", every, 1)
         self.slots: dict[str, keras.Variable] = {}
+        self.failure = ""  # why the training step cannot update the online estimate
         # 1 − γⁿ as the moving average of ones: exact, and there is no step counter to overflow.
         self.weight = keras.Variable(0.0, trainable=False, dtype="float32", name="fisher_weight")
         # The number of examples processed, modulo `_TURN`. Not int32, which TensorFlow keeps in
         # host memory, where a step that XLA compiles for a GPU cannot access it.
         self.examples_seen = keras.Variable(0, trainable=False, dtype="int64", name="fisher_looked")
+        # The largest `coupling` of examples in the loss since the last boundary.
+        self.coupling = keras.Variable(0.0, trainable=False, dtype="float32", name="coupling")
 
     @property
     def supports_jit(self) -> bool:
@@ -194,8 +213,11 @@ class Fisher(FixedSettings):
             summed: Whether the loss is a sum over the examples of a batch, for `adam`.
 
         Raises:
-            ValueError: If there was no training step since the last boundary.
+            ValueError: If there was no training step since the last boundary, or if the training
+                step could not update the estimate.
         """
+        if self.failure:
+            raise ValueError(self.failure)
         weight = float(np.asarray(self.weight))
         if weight == 0 and not self.online:
             raise ValueError(
@@ -218,7 +240,7 @@ class Fisher(FixedSettings):
 
     def reset(self) -> None:
         """Reset the online estimate at the start of a new task."""
-        for variable in [self.weight, self.examples_seen, *self.slots.values()]:
+        for variable in [self.weight, self.examples_seen, self.coupling, *self.slots.values()]:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def set_examples_seen(self, examples: int) -> None:
@@ -296,7 +318,7 @@ class Fisher(FixedSettings):
             communicator: The workers whose batches, all of the same size, form one global batch.
         """
         x, y, sample_weight = batch
-        count = tf.shape(tf.nest.flatten(x)[0])[0]
+        count = count_of(batch)
         examples = tf.cast(count, "float32")
         if self.estimator == "adam":
             raise ValueError(
@@ -314,7 +336,12 @@ class Fisher(FixedSettings):
             sample_weight = weight_arrays[0] if len(weight_arrays) == 1 else sample_weight
             if not one_each(sample_weight):
                 inner_weights = (sample_weight,)
-        layers = [ruled for ruled in ruled_layers(model) if ruled.trains(variables)]
+        before = [tf.identity(v.value) for v in carried_states(model)]
+        layers = [
+            ruled
+            for ruled in ruled_layers(model)
+            if ruled.trains(variables) and not carries_state(ruled.layer)
+        ]
         with tf.GradientTape() as tape:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
             with LayerRecorder((ruled.layer for ruled in layers), activated=generic) as recorder:
@@ -330,18 +357,21 @@ class Fisher(FixedSettings):
             if reductions(model) == {"weighted mean"}:  # weights of zero act as a mask
                 counted = counted_positions(model, y, outputs, masks, *inner_weights)
             labels = sample_labels(model, y, outputs, first, counted[0])
-        by_loss_outputs = loss_gradients(
-            model, (x, labels, loss_outputs, *inner_weights), masks, scale
-        )
+        of_loss = (x, labels, loss_outputs, *inner_weights)
+        by_loss_outputs = loss_gradients(model, of_loss, masks, scale)
+        self._note_coupling(coupling(model, of_loss, by_loss_outputs, scale))
         calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
         for ruled, layer_calls in calls.items():
             if ruled.rule is GENERIC and not all(call.plain for call in layer_calls or ()):
                 calls[ruled] = None
         recorded = [call for layer_calls in calls.values() for call in layer_calls or ()]
+        targets = tf.nest.flatten(loss_outputs)
         by_calls, by_outputs = tape.gradient(
-            tf.nest.flatten(loss_outputs),
+            [target for target in targets if has_gradient(target)],
             ([call.output for call in recorded], tf.nest.flatten(outputs)),
-            output_gradients=by_loss_outputs,
+            output_gradients=[
+                g for g, t in zip(by_loss_outputs, targets, strict=True) if has_gradient(t)
+            ],
             unconnected_gradients="zero",
         )
         gradients = iter(by_calls)
@@ -387,7 +417,8 @@ class Fisher(FixedSettings):
                 covered |= set(ruled.paths.values())
         rest = {path: v for path, v in variables.items() if path not in covered}
         if rest:
-            statistics |= self._one_by_one(model, rest, (x, labels, *inner_weights), weights, scale)
+            batch = (x, labels, *inner_weights)
+            statistics |= self._one_by_one(model, rest, batch, weights, scale, before)
         shapes = self._shapes(model, variables)
         known = {name: value for name, value in statistics.items() if name in shapes}
         return known | dict.fromkeys(self._margins(known), margin)
@@ -397,7 +428,7 @@ class Fisher(FixedSettings):
     ) -> Statistics:
         """The statistics of the estimator `batch`: B times the squared mean gradient."""
         x, y, sample_weight = batch
-        examples = tf.cast(tf.shape(tf.nest.flatten(x)[0])[0], "float32")
+        examples = tf.cast(count_of(batch), "float32")
         with tf.GradientTape() as tape:
             loss = scale * data_loss(model, x, y, model(x, training=False), sample_weight)
         gradients = tape.gradient(
@@ -408,28 +439,53 @@ class Fisher(FixedSettings):
         )
 
     def _one_by_one(
-        self, model: Learner, variables: Variables, batch: Any, weights: tf.Tensor, scale: float
+        self,
+        model: Learner,
+        variables: Variables,
+        batch: tuple[Any, ...],
+        weights: tf.Tensor,
+        scale: float,
+        before: list[tf.Tensor],
     ) -> Statistics:
         """Σ_b w_b g_b² for layers without recorded calls: runs the model example by example.
 
+        A model with states for each example is run on the whole batch for each of them instead.
+
         Uses a loop: `tf.vectorized_map` computes wrong values for ops of many axes on CPUs
         (TensorFlow 2.21 with oneDNN).
+
+        Args:
+            model: A compiled model.
+            variables: The variables to differentiate with respect to, by path.
+            batch: `(x, y)`, followed by sample weights if they are part of an example's loss.
+            weights: The weights w_b.
+            scale: The loss is multiplied by this factor before differentiation.
+            before: The values of `carried_states(model)` before the batch.
         """
         values = [v.value for v in variables.values()]
+        states = carried_states(model)
+        together = any(carries_state(layer) for layer in layers_within(model))
 
-        def squares(example: Any) -> list[tf.Tensor]:
-            weight, (x, y, *inner_weights) = example[0], tf.nest.map_structure(alone, example[1])
-            with tf.GradientTape() as tape:
-                outputs = self._loss_outputs(model, model(x, training=False))
+        def squares(weight: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor]:
+            x, y, *inner_weights = part_of(batch, index, 1)
+            with tf.GradientTape() as tape, kept(states, before):
+                outputs = self._loss_outputs(
+                    model, model(batch[0] if together else x, training=False)
+                )
+                if together:
+                    masks = part_of(masks_of(outputs), index, 1)
+                    outputs = part_of(outputs, index, 1)
+                    for place, mask in masks.items():
+                        set_mask(tf.nest.flatten(outputs)[place], mask)
                 loss = scale * data_loss(model, x, y, outputs, *inner_weights)
             gradients = tape.gradient(loss, values, unconnected_gradients="zero")
             return [weight * _unscaled(g, scale) ** 2 for g in gradients]
 
         def add(sums: list[tf.Tensor], example: Any) -> list[tf.Tensor]:
-            return [a + b for a, b in zip(sums, squares(example), strict=True)]
+            return [a + b for a, b in zip(sums, squares(*example), strict=True)]
 
         zeros = [tf.zeros(v.shape) for v in variables.values()]
-        sums = tf.foldl(add, (weights, batch), zeros)
+        sums = tf.foldl(add, (weights, tf.range(count_of(batch))), zeros)
         return {f"fisher/{path}": s for path, s in zip(variables, sums, strict=True)}
 
     def _loss_outputs(self, model: Learner, outputs: Any) -> Any:
@@ -447,15 +503,78 @@ class Fisher(FixedSettings):
         parameters = sum(int(np.prod(v.shape)) for v in variables.values())
         return max(1, min(batch_size, _MAX_FLOATS // max(parameters, 1)))
 
-    @staticmethod
-    def check(statistics: Arrays) -> None:
-        """Raise `ValueError` naming the variable if a value is not finite."""
+    def check(self, statistics: Arrays, information: float, model: Learner) -> None:
+        """Raise `ValueError` if an estimate is not finite, or zero at all variables.
+
+        Args:
+            statistics: The statistics of the task that this worker keeps.
+            information: The sum of the absolute statistics of all workers.
+            model: The model.
+        """
         for name, values in statistics.items():
             if not np.isfinite(values).all():
+                advice = ""
+                if self.estimator in ("influence", "mc", "negated"):
+                    advice = (
+                        "With logits that are masked with -inf use the estimator 'empirical', "
+                        "which needs no more than the gradients of the loss. "
+                    )
                 raise ValueError(
-                    f"The Fisher information of {name.partition('/')[2]!r} is not finite: the loss "
-                    "or the weights have diverged. Nothing was changed."
+                    f"The Fisher information of {name.partition('/')[2]!r} is not finite, although "
+                    "the weights are: the loss of some examples, its gradient or the outputs of "
+                    f"the model are infinite or not defined. {advice}Nothing was changed."
                 )
+        if information == 0:
+            raise ValueError(
+                "The Fisher information of this task is zero at all weights, so that nothing would "
+                f"be protected: {self._cause_of_zero(model)} Nothing was changed."
+            )
+
+    def _cause_of_zero(self, model: Learner) -> str:
+        if not leaves(model.loss) and not has_own_loss(model):
+            return (
+                "the model has no loss in `compile`, and losses that layers add with `add_loss` "
+                "are not part of it. Pass a loss to `compile`, or define `compute_loss` in a "
+                "subclass of DWDModel."
+            )
+        if self.estimator in ("batch", "adam"):
+            return "the loss has no gradient at the weights."
+        return (
+            "the loss of a single example has no gradient at the weights. If the loss compares the "
+            f"examples of a batch, {_USE_BATCH}. If all examples are learned perfectly, leave "
+            "`data` out, to use the estimate made while they were learned."
+        )
+
+    @property
+    def compares_examples(self) -> bool:
+        """Whether the loss is known to compare the examples of a batch."""
+        return float(np.asarray(self.coupling)) > TOLERANCE
+
+    def refuse_coupling(self) -> None:
+        """Raise `ValueError` because the loss compares the examples of a batch."""
+        raise ValueError(
+            "The loss compares the examples of a batch: its gradient is not a mean of those of "
+            f"single examples, which the estimator {self.estimator!r} needs. For the Fisher "
+            f"information of such a loss, {_USE_BATCH}. Nothing was changed."
+        )
+
+    def _note_coupling(self, share: tf.Tensor) -> None:
+        self.coupling.assign(tf.maximum(self.coupling.value, share))
+
+    @property
+    def takes_any_loss(self) -> bool:
+        """Whether the estimator is meant for every model that Keras trains."""
+        return self.estimator in ("empirical", "influence")
+
+    def without_examples(self, error: Exception) -> str:
+        """What to tell where the gradients of single examples cannot be computed."""
+        # Keras puts the reason below a line on the layer, between codes for bold face.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(re.sub(r"\x1b\[\d+m", "", line).strip() for line in lines[:2])
+        return (
+            "The Fisher information of this model cannot be estimated from single examples "
+            f"({type(error).__name__}: {reason}). Instead, {_USE_BATCH}."
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

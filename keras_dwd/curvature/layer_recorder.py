@@ -116,24 +116,26 @@ class LayerRecorder:
                 if activation is not None:
                     layer.__dict__["activation"] = activation
             output = pre_activations[0] if pre_activations else result
-            graph = output.graph if tf.is_symbolic_tensor(output) else None
-            if graph is not self._graph:
-                self._hidden.add(id(layer))
+            graph = output.graph if _is_dense(output) and tf.is_symbolic_tensor(output) else None
             inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
+            if graph is not self._graph or not all(map(_is_dense, (*inputs, output))):
+                self._hidden.add(id(layer))
             others = [value for name, value in kwargs.items() if name != "training"]
             trains = kwargs.get("training") not in (None, False)
             plain = (
                 not trains
-                and tf.is_tensor(result)
-                and all(map(tf.is_tensor, args))
+                and _is_dense(result)
+                and all(map(_is_dense, args))
                 and not any(value is not None for value in others)
             )
             self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain, trains))
             if self._cut and graph is self._graph:
-                self.entered += filter(tf.is_tensor, tf.nest.flatten((args, kwargs)))
+                self.entered += filter(_is_dense, tf.nest.flatten((args, kwargs)))
             if self._cut and not pre_activations:
                 result = tf.nest.map_structure(
-                    lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t, result
+                    lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t,
+                    result,
+                    expand_composites=True,
                 )
             return result
 
@@ -159,7 +161,21 @@ def _is_value(attribute: Any) -> bool:
 def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
     """The tensors a layer was called on, by position or by name, without masks."""
     named = (value for name, value in bound.arguments.items() if not name.endswith("mask"))
-    return tuple(tf.convert_to_tensor(value) for value in named if tf.is_tensor(value))
+    return tuple(_dense(value) for value in named if tf.is_tensor(value))
+
+
+def _is_dense(value: Any) -> bool:
+    return tf.is_tensor(value) and not isinstance(value, (tf.SparseTensor, tf.RaggedTensor))
+
+
+def _dense(tensor: Any) -> Any:
+    """A tensor or variable as a tensor; a sparse one dense, but a ragged one as it is."""
+    if isinstance(tensor, tf.RaggedTensor):
+        return tensor
+    if isinstance(tensor, tf.SparseTensor):  # its indices need not be in order, nor differ
+        dense = tf.scatter_nd(tensor.indices, tensor.values, tensor.dense_shape)
+        return tf.ensure_shape(dense, tensor.shape)
+    return tf.convert_to_tensor(tensor)
 
 
 # For each model: how each layer is called and recorded, by id, and the ids of the traceable layers.
@@ -222,9 +238,7 @@ def traceable_layers(
                     if gradient is not None:
                         traceable.discard(owners[id(value)])
 
-            batch = tf.nest.map_structure(
-                lambda i, size=size: tf.TensorSpec((size, *i.shape[1:]), i.dtype), model.input
-            )
+            batch = tf.nest.map_structure(lambda i, size=size: _spec(i, size), model.input)
             try:
                 run.get_concrete_function(batch)
             except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
@@ -245,6 +259,17 @@ def traceable_layers(
             )
         _traceable[model] = (modes, traceable)
     return _traceable[model][1]
+
+
+def _spec(symbolic: keras.KerasTensor, size: int) -> tf.TypeSpec:
+    """The specification of a batch of this size for an input of a model."""
+    shape = (size, *symbolic.shape[1:])
+    if getattr(symbolic, "ragged", False):
+        ragged_rank = getattr(symbolic, "ragged_rank", None) or 1
+        return tf.RaggedTensorSpec(shape, symbolic.dtype, ragged_rank)
+    if getattr(symbolic, "sparse", False):
+        return tf.SparseTensorSpec(shape, symbolic.dtype)
+    return tf.TensorSpec(shape, symbolic.dtype)
 
 
 def _is_batch(call: Call, size: int) -> bool:

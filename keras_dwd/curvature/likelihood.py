@@ -186,6 +186,9 @@ def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None
         else:
             continue
         where = _flat(tf.ones_like(squares) if where is None else where)
+        # Where all classes but one are masked by −inf, there is nothing to decide.
+        where *= tf.cast(tf.math.is_finite(_flat(squares)), where.dtype)
+        squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
         total = tf.reduce_sum(_flat(squares) * where, 1)
         number = tf.reduce_sum(where, 1)
         sums.append(tf.math.divide_no_nan(total, number))
@@ -232,7 +235,8 @@ def sample_labels(
     logits = _classes_last(outputs if known.from_logits else _log(outputs), known.axis)
     classes = logits.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
-    rows = tf.where(tf.math.is_finite(rows), rows, 0.0)  # else labels may be invalid
+    # Classes masked by −inf are not drawn; other values would give invalid labels.
+    rows = tf.where(tf.math.is_finite(rows), rows, tf.where(rows < 0, -1e30, 0.0))
     sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
     if known.kind == "categorical":
         one_hot = tf.reshape(tf.one_hot(sample, classes), tf.shape(logits))

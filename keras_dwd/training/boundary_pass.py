@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.communicator import Communicator
+from keras_dwd.curvature.examples import carried_states, count_of, kept, states_of
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.keras_private import loss_metric
 from keras_dwd.learner import Learner
@@ -46,25 +47,39 @@ class BoundaryPass:
         sums: dict[str, tf.Tensor] = {}
         examples = 0
         chunk = fisher.chunk(variables, batch_size)
-        examples_seen = int(np.asarray(fisher.examples_seen))
+        states = states_of(model)
+        if carried_states(model):  # of as many examples as the batches of the model have
+            chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
+        before = [np.array(v) for v in (fisher.examples_seen, fisher.coupling, *states)]
         try:
+            fisher.coupling.assign(0.0)
             with communicator.fail_together("pass"):
                 for index, (x, y, sample_weight) in enumerate(batches(data, chunk)):
-                    count = len(tf.nest.flatten(y)[0])
+                    count = int(count_of((x, y)))
                     if index % communicator.size == communicator.rank:
                         check_batch(model, x, y, sample_weight)
                         check_task_ids(model, x)
                         fisher.set_examples_seen(examples)
                         batch = (x, y, sample_weight)
-                        estimate = self._traced_batch(model, fisher, variables)(batch)
+                        try:
+                            estimate = self._traced_batch(model, fisher, variables)(batch)
+                        except Exception as error:
+                            if fisher.takes_any_loss:
+                                error.add_note(fisher.without_examples(error))
+                            raise
                         sums = {n: count * e + sums.get(n, 0.0) for n, e in estimate.items()}
                     examples += count
                 if not examples:
                     raise ValueError(
                         "`data` is empty: there is nothing to estimate the Fisher from."
                     )
-        finally:
-            fisher.set_examples_seen(examples_seen)  # also if the pass fails
+                if fisher.compares_examples:
+                    fisher.refuse_coupling()
+        finally:  # also if the pass fails
+            for variable, value in zip(
+                (fisher.examples_seen, fisher.coupling, *states), before, strict=True
+            ):
+                variable.assign(value)
         if communicator.size > 1:  # there may be fewer batches than workers
             shapes = fisher.shapes(model, variables)
             names = communicator.gather_dicts({name: np.zeros(()) for name in sums}, "pass.names")
@@ -99,9 +114,5 @@ def batch_statistics(
         batch: `(x, y, sample_weight)`.
         communicator: The workers whose batches, all of the same size, form one global batch.
     """
-    reported = [v for metric in model.metrics for v in metric.variables]
-    values = [tf.identity(v.value) for v in reported]
-    statistics = fisher.batch_statistics(model, variables, batch, loss_scale(model), communicator)
-    for variable, value in zip(reported, values, strict=True):
-        variable.assign(value)
-    return statistics
+    with kept([v for metric in model.metrics for v in metric.variables]):
+        return fisher.batch_statistics(model, variables, batch, loss_scale(model), communicator)

@@ -1,12 +1,14 @@
 """Checks of data before training changes anything, and batches from all data that `fit` takes."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.curvature.examples import leaves, map_leaves, part_of
 from keras_dwd.curvature.likelihood import losses_of, output_names
 from keras_dwd.keras_private import (
     KerasChangedError,
@@ -16,7 +18,7 @@ from keras_dwd.keras_private import (
     layers_within,
 )
 from keras_dwd.layers.task_heads import TaskHeads
-from keras_dwd.learner import Learner
+from keras_dwd.learner import Learner, has_own_loss
 from keras_dwd.variables import Variables
 
 
@@ -50,7 +52,7 @@ def build_state(model: Learner, given: Mapping[str, Any]) -> None:
     batch: Any = (x, given.get("y"), given.get("sample_weight"))
     if isinstance(x, tf.data.Dataset):
         batch = x.element_spec
-    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in tf.nest.flatten(batch[:1])):
+    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in leaves(batch[:1])):
         return
     try:
         build_before_tracing(model, tf.nest.map_structure(_with_any_batch_size, batch))
@@ -71,6 +73,10 @@ def _with_any_batch_size(array: Any) -> Any:
 def check_batch(model: Learner, x: Any, y: Any, sample_weight: Any) -> None:
     """Raise `ValueError` if a batch of data is invalid or does not fit the model."""
     check_inputs(model, x)
+    if y is None and leaves(model.loss) and not has_own_loss(model):
+        raise ValueError(
+            "`data` must give (x, y) or (x, y, sample_weight). Received inputs without labels."
+        )
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         check_finite(f"data: {name}", part)
     check_labels(model, y)
@@ -136,17 +142,19 @@ def check_labels(model: Learner, y: Any) -> None:
 
 def check_inputs(model: Learner, x: Any) -> None:
     """Raise `ValueError` if `x` does not have the shapes of the model's inputs, or is text."""
+    tensors = tf.nest.flatten(x)
     if isinstance(x, dict):  # Keras matches the entries with the inputs by name
         missing = [i.name for i in model.inputs if i.name not in x]
-        if missing and len(x) != len(model.inputs):
+        if missing and len(tensors) != len(model.inputs):
             raise ValueError(f"The data has no {missing[0]!r}, an input of the model.")
         return
-    tensors = tf.nest.flatten(x)
     if len(tensors) != len(model.inputs):
         raise ValueError(
             f"The model has {len(model.inputs)} inputs, but the data has {len(tensors)} a batch."
         )
     for expected, tensor in zip(model.inputs, tensors, strict=True):
+        if tensor is None:  # Keras knows whether the input is optional
+            continue
         if tf.as_dtype(tensor.dtype) == tf.string != tf.as_dtype(expected.dtype):
             raise ValueError(f"The model's input {expected.name!r} must be numbers, not text.")
         want, shape = tuple(expected.shape[1:]), tuple(tensor.shape[1:])
@@ -166,7 +174,8 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
 
     Args:
         data: `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, a
-            `PyDataset` or any other iterable of such batches.
+            `PyDataset` or any other iterable of such batches. For a model without labels also one
+            array, or `(x,)`. Arrays may be sparse or ragged, and may be `None` where Keras allows.
         batch_size: The largest number of examples per batch; larger batches are split.
     """
     endless = (
@@ -174,42 +183,69 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
     )
     if endless or (isinstance(data, keras.utils.PyDataset) and data.num_batches is None):
         raise ValueError("`data` must end. Received an endless dataset: use `take(steps)`.")
-    if isinstance(data, tuple):
+    if isinstance(data, (tuple, dict)) or hasattr(data, "shape"):
         data = [data]
     elif isinstance(data, keras.utils.PyDataset):
         # Iteration over a `PyDataset` itself ends at its length only in newer versions of Keras.
         # The batches are taken one at a time: `map` holds none of them.
         data = map(data.__getitem__, range(data.num_batches))
     for batch in data:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        if y is None:
-            raise ValueError(
-                "`data` must give (x, y) or (x, y, sample_weight). Received inputs without labels."
-            )
-        parts = (x, y) if sample_weight is None else (x, y, sample_weight)
-        if any(not np.ndim(a) for a in tf.nest.flatten(parts)):
-            raise ValueError(
-                "`data` must give arrays of examples. Received single numbers: batch a dataset "
-                "with `.batch(32)`, and pass labels as an array."
-            )
-        lengths = {int(np.shape(a)[0]) for a in tf.nest.flatten(parts)}
+        parts = keras.utils.unpack_x_y_sample_weight(batch)
+        lengths = {_length(a) for a in leaves(parts)}
         if len(lengths) != 1:
             raise ValueError(
                 f"`data` must hold as many labels as examples. Received {sorted(lengths)}."
             )
         for start in range(0, lengths.pop(), batch_size):
-            piece = tf.nest.map_structure(
-                lambda a, start=start: tf.convert_to_tensor(a[start : start + batch_size]), parts
-            )
-            yield (*piece, None) if sample_weight is None else piece
+            piece = partial(_piece, start=start, stop=start + batch_size)
+            x, y, sample_weight = map_leaves(piece, parts)
+            yield x, y, sample_weight
+
+
+def _length(array: Any) -> int:
+    """The number of examples in an array, in any form that Keras takes."""
+    shape = array.shape if hasattr(array, "shape") else np.shape(array)
+    if not len(shape):
+        raise ValueError(
+            "`data` must give arrays with one entry an example. Received single numbers, as "
+            f"{array!r}: batch a dataset with `.batch(32)`, and pass labels as an array."
+        )
+    return int(shape[0])
+
+
+def _piece(array: Any, start: int, stop: int) -> Any:
+    """The examples of an array from `start` to `stop` as a tensor, sparse or ragged if it is."""
+    stop = min(stop, _length(array))
+    if isinstance(array, tf.SparseTensor):
+        return part_of(array, start, stop - start)
+    if _is_scipy(array):
+        rows = array.tocsr()[start:stop].tocoo()
+        indices = np.stack([rows.row, rows.col], 1).astype("int64")
+        return tf.sparse.reorder(tf.SparseTensor(indices, rows.data, rows.shape))
+    piece = array[start:stop]
+    return piece if isinstance(piece, tf.RaggedTensor) else tf.convert_to_tensor(piece)
+
+
+def _is_scipy(array: Any) -> bool:
+    """Whether an array is a sparse matrix of SciPy, which need not be installed."""
+    return type(array).__module__.startswith("scipy.sparse")
 
 
 def _arrays(data: Any) -> list[np.ndarray]:
     """The arrays and eager tensors in a structure; other data cannot be inspected cheaply."""
     if data is None or isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         return []
-    leaves = tf.nest.flatten(data)
-    return [np.asarray(a) for a in leaves if isinstance(a, (np.ndarray, tf.Tensor))]
+    arrays = []
+    for leaf in leaves(data):
+        if isinstance(leaf, tf.RaggedTensor):
+            leaf = leaf.flat_values
+        elif isinstance(leaf, tf.SparseTensor):
+            leaf = leaf.values
+        elif _is_scipy(leaf):
+            leaf = leaf.tocoo().data
+        if isinstance(leaf, (np.ndarray, tf.Tensor)):
+            arrays.append(np.asarray(leaf))
+    return arrays
 
 
 def check_task_ids(model: Learner, x: Any) -> None:

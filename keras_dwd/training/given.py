@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.learner import Learner
+from keras_dwd.learner import Learner, has_own_loss
 
 _HOW = "Pass `consolidate(x, y)`, or a dataset of batches."
 
@@ -47,6 +47,8 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
     if isinstance(x, tf.data.Dataset):
         _check_batched(model, x.element_spec)
     elif isinstance(x, dict) or hasattr(x, "shape"):
+        if has_own_loss(model):  # may need no labels
+            return (x,)
         raise ValueError(f"The labels are missing: `x` was given without `y`. {_HOW}")
     elif isinstance(x, (str, bytes)) or not isinstance(x, (Iterable, keras.utils.PyDataset)):
         raise ValueError(f"`x` must be arrays or a dataset of batches. {_HOW} Received: {x!r}")

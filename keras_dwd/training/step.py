@@ -1,16 +1,18 @@
 """The training step: that of Keras, plus the pull and the update of the Fisher information."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_dwd.curvature.examples import carried_states, count_of, kept, states_of
 from keras_dwd.curvature.fisher import Fisher, mean_gradient_statistics
 from keras_dwd.distributed.workers import Workers
 from keras_dwd.groupings.strength import Budget
 from keras_dwd.keras_private import loss_metric
-from keras_dwd.learner import Learner, added_loss
+from keras_dwd.learner import Learner, added_loss, total_loss
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.training.boundary_pass import batch_statistics
 from keras_dwd.training.gradients import all_finite, data_gradients
@@ -70,15 +72,18 @@ class TrainingStep:
     def __call__(self, model: Learner, data: Any) -> dict[str, Any]:
         """`keras.Model.train_step`. Graph code."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        before = [tf.identity(v.value) for v in carried_states(model)]
         y_pred, loss, gradients = self._differentiate(model, x, y, sample_weight)
-        examples = tf.shape(next(t for t in tf.nest.flatten(x) if t is not None))[0]
+        examples = count_of(x)
         loss_metric(model).update_state(loss, sample_weight=examples)
         self._average(model, gradients, loss)
         of_data = gradients.of_data()
         if self.fisher is not None:
             batch = (x, y, sample_weight)
             total_examples = examples * self.workers.communicator.size
-            self._update_fisher(model, self.fisher, batch, gradients, of_data, total_examples)
+            self._update_fisher(
+                model, self.fisher, batch, gradients, of_data, total_examples, before
+            )
         if gradients.variables:
             active = self.head_gate.mark_active(gradients.variables, of_data)
             self._update_weights(model, gradients)
@@ -92,7 +97,7 @@ class TrainingStep:
         variables = trainable_by_path(model)
         with tf.GradientTape(persistent=True) as tape:
             y_pred = model(x, training=True)
-            loss = model.compute_loss(x, y, y_pred, sample_weight, training=True)
+            loss = total_loss(model, x, y, y_pred, sample_weight, training=True)
             added = added_loss(model, loss)
             scaled_loss = model.optimizer.scale_loss(loss)
         total = tape.gradient(scaled_loss, list(variables.values()))
@@ -123,6 +128,7 @@ class TrainingStep:
         gradients: Gradients,
         of_data: list[Any],
         examples: tf.Tensor,
+        before: list[tf.Tensor],
     ) -> None:
         """Update the online estimate if it is due: at every n-th step, and the first of a task."""
         if fisher.estimator == "adam":
@@ -134,7 +140,10 @@ class TrainingStep:
                 statistics = mean_gradient_statistics(model, gradients.variables, of_data, examples)
             else:
                 communicator = self.workers.communicator
-                local_statistics = batch_statistics(model, fisher, self.pulled, batch, communicator)
+                with kept(states_of(model)), kept(carried_states(model), before):
+                    local_statistics = batch_statistics(
+                        model, fisher, self.pulled, batch, communicator
+                    )
                 statistics = self.workers.reduced(local_statistics)
             known = {name: value for name, value in statistics.items() if name in fisher.slots}
             # With a scaled loss, gradients may overflow; such a step must not change the estimate.
@@ -146,7 +155,15 @@ class TrainingStep:
         due |= fisher.weight.value == 0  # the first step of a task
         # All workers must communicate in the same order: first the gradients, then the statistics.
         with tf.control_dependencies([g for g in gradients.total if g is not None]):
-            tf.cond(due, update, _nothing)
+            try:
+                tf.cond(due, update, _nothing)
+                fisher.failure = ""
+            except Exception as error:
+                if self.workers.several or not fisher.takes_any_loss:
+                    raise
+                # The model cannot be run on single examples. Keras trains it, so this does too.
+                fisher.failure = fisher.without_examples(error)
+                warnings.warn(f"{fisher.failure} Training goes on without it.", stacklevel=2)
 
     def _update_weights(self, model: Learner, gradients: Gradients) -> None:
         """Let the optimizer update the variables, with the pull if there is one."""
