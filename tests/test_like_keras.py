@@ -11,6 +11,7 @@ from cases import blobs, compiled, dtype_policy, mlp, weights
 from keras import layers, ops
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, strip_dwd
+from keras_dwd.communicator import Communicator
 from keras_dwd.variables import by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -426,3 +427,31 @@ def test_a_model_without_trainable_weights_warns_as_keras_does():
     model = compiled(plain, **cheap())
     with pytest.warns(UserWarning, match="does not have any trainable weights"):
         model.fit(*blobs(), verbose=0)
+
+
+class Pretended(Communicator):
+    """Rank 0 of two workers, of which nothing is asked."""
+
+    rank, size = 0, 2
+
+
+@keras.saving.register_keras_serializable("test_like_keras")
+class Reached(DWDModel):
+    """Finds two workers wherever it is compiled."""
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, communicator=Pretended(), **kwargs)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_whether_the_state_is_sharded_is_restored(sharded):
+    model = Reached.from_model(mlp(), fisher=DiagonalFisher("empirical"), grouping=None)
+    model.compile("sgd", LOSS, sharded=sharded)
+    assert "sharded" not in model.get_compile_config()
+    serialized = keras.saving.serialize_keras_object(model)
+    again = keras.saving.deserialize_keras_object(serialized)
+    assert again.workers.sharded is sharded
+    # As earlier versions wrote it.
+    serialized["config"].pop("sharded", None)
+    serialized["compile_config"]["sharded"] = sharded
+    assert keras.saving.deserialize_keras_object(serialized).workers.sharded is sharded
