@@ -63,6 +63,27 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [*own_trainable_variables(layer), *_of(layer, "_non_trainable_variables")]
 
 
+def own_metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
+    """The metrics a layer or model created itself, without those of `compile` and nested layers.
+
+    The public `Model.metrics` leaves out those of a model within a model.
+    """
+    return list(_of(layer, "_metrics"))
+
+
+def set_dtype_policy(model: keras.Model, policy: Any) -> None:
+    """Give a model another dtype policy, without quantizing its layers if that is a quantized one.
+
+    The constructor of a functional model has no argument for it, and takes the global policy.
+
+    Args:
+        model: A model. Its layers keep their policies.
+        policy: A dtype policy, its name or its configuration.
+    """
+    _of(model, "_dtype_policy")
+    model._dtype_policy = keras.dtype_policies.get(policy)
+
+
 def takes_training(layer: keras.Layer) -> bool:
     """Whether the `call` method of a layer has a `training` argument.
 
@@ -302,6 +323,99 @@ def sum_of_squares(
 def _slot(optimizer: Any, name: str, variable: keras.Variable) -> keras.Variable:
     """The optimizer state for one variable, from the list of states with the given name."""
     return _of(optimizer, name)[_of(optimizer, "_get_variable_index")(variable)]
+
+
+class OptimizerWrapper(keras.optimizers.Optimizer):
+    """A base class for optimizers that leave the whole step to the optimizer they wrap.
+
+    All settings and the state are those of the wrapped optimizer, to read and to set: Keras and its
+    callbacks use them as attributes, such as `loss_scale_factor` in a `LossScaleOptimizer`. Only
+    the name is the wrapper's own, and two variables that every Keras optimizer has.
+    """
+
+    # What a callback reads from the optimizer that it finds in a `LossScaleOptimizer`.
+    _READ_BY_CALLBACKS = frozenset({"_trainable_variables", "_model_variables_moving_average"})
+
+    def __init__(self, inner_optimizer: keras.optimizers.Optimizer, name: str | None = None):
+        super().__init__(learning_rate=0.0, name=name)
+        # Settings that Keras has set here would hide those of the wrapped optimizer.
+        for attribute in list(vars(self)):
+            if attribute != "name" and self._is_of_inner(attribute):
+                del self.__dict__[attribute]
+        self.inner_optimizer: Any = inner_optimizer
+
+    def _is_of_inner(self, name: str) -> bool:
+        return not name.startswith("_") or name in self._READ_BY_CALLBACKS
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the wrapped optimizer; called for what the wrapper does not have."""
+        if "inner_optimizer" in vars(self) and self._is_of_inner(name):
+            return getattr(self.inner_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in vars(self) or hasattr(type(self), name) or not self._is_of_inner(name)
+        inner = vars(self).get("inner_optimizer")
+        if own or inner is None or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
+    def build(self, variables: Any) -> None:
+        self.inner_optimizer.build(variables)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        self.inner_optimizer.apply(grads, trainable_variables)
+
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        return self.inner_optimizer.apply_gradients(grads_and_vars)
+
+    def scale_loss(self, loss: Any) -> Any:
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    @property
+    def learning_rate(self) -> Any:
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Any:
+        return self.inner_optimizer.iterations
+
+    @property
+    def variables(self) -> Any:
+        return super().variables + self.inner_optimizer.variables
+
+    def set_weights(self, weights: Any) -> None:
+        """Set the values of `variables`.
+
+        Raises:
+            ValueError: If the optimizer is not built, or if `weights` does not have their number or
+                their shapes. Nothing is changed then.
+        """
+        if not self.built:
+            raise ValueError(
+                "You are calling `set_weights()` on an optimizer that has not yet been built: call "
+                "`build(trainable_variables)` first."
+            )
+        given = [tuple(weight.shape) for weight in weights]
+        expected = [tuple(variable.shape) for variable in self.variables]
+        if given != expected:
+            raise ValueError(
+                "`weights` must have the number and the shapes of the `variables` of "
+                f"{self.name!r}, {expected}. Received: {given}"
+            )
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
 
 
 # Clones.

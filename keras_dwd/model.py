@@ -29,9 +29,21 @@ from keras_dwd.distributed.workers import Workers
 from keras_dwd.export import SAVED_MODEL, export
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping, Summary
-from keras_dwd.keras_private import CloneAware, evaluates_within_fit
+from keras_dwd.keras_private import (
+    CloneAware,
+    evaluates_within_fit,
+    own_metrics,
+    set_dtype_policy,
+)
 from keras_dwd.regularizer import DWDRegularizer
-from keras_dwd.saving import as_plain, cloned_settings, deep_copy, keep_in_files, mark_clone
+from keras_dwd.saving import (
+    as_plain,
+    cloned_settings,
+    deep_copy,
+    keep_in_files,
+    mark_clone,
+    subclassed_within,
+)
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
 from keras_dwd.training.given import batch_size_of, data_of
@@ -80,7 +92,8 @@ class DWDModel(CloneAware):
         grouping: A `Grouping`, which gives groups of parameters their strengths; `"gmm"` for the
             default `GaussianMixtureGrouping`, `None` for one strength for all parameters.
         task_graph: A `TaskGraph`, which pulls towards tasks that resemble the current one.
-        **kwargs: Arguments of `keras.Model`.
+        **kwargs: Arguments of `keras.Model`. `dtype` is the dtype policy of the model, by which
+            `compile` decides whether to scale the loss; by default the global one.
 
     Example:
 
@@ -127,6 +140,7 @@ class DWDModel(CloneAware):
             regularizer, fisher, grouping, task_graph = (
                 clone[name] for name in ("regularizer", "fisher", "grouping", "task_graph")
             )
+            kwargs["dtype"] = clone["dtype"]
         if strength is not None:
             if regularizer is not None:
                 raise ValueError("Give `strength` or `regularizer`, not both.")
@@ -136,7 +150,10 @@ class DWDModel(CloneAware):
         default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
         own_grouping = copied("grouping", default, Grouping)
         own_graph = copied("task_graph", task_graph, TaskGraph)
+        dtype = kwargs.pop("dtype", None)
         super().__init__(*args, **kwargs)
+        if dtype is not None:
+            set_dtype_policy(self, dtype)
         self._consolidation = Consolidation(
             own_regularizer or DWDRegularizer(),
             own_fisher or KroneckerFisher(),
@@ -146,9 +163,9 @@ class DWDModel(CloneAware):
         keep_in_files(self, self._consolidation)
         self._in_step = False
         self.supports_jit = self.fisher.supports_jit
-        variables = by_path(self)  # raises an error on ambiguous names
+        self._sharded_in_file = False
         if isinstance(grouping, Grouping):
-            grouping.check(variables)
+            grouping.check(by_path(self))
 
     @classmethod
     def from_model(
@@ -170,21 +187,23 @@ class DWDModel(CloneAware):
             model: A functional, sequential or subclassed model that is built. If it is already
                 trained, call `consolidate` with its data to make this the first task.
             inputs: For a subclassed model, `keras.Input`s to call it on. By default they are
-                created from the shapes it was built with, as float32.
+                created from the shapes it was built with, as float32, in the structure of its
+                first argument: one input, or a list or dictionary of inputs.
             strength: See `DWDModel`.
             regularizer: See `DWDModel`.
             fisher: See `DWDModel`.
             grouping: See `DWDModel`.
             task_graph: See `DWDModel`.
             name: Name of the new model; by default the name of `model`.
-            **kwargs: Arguments of `keras.Model`, or of the subclass of `DWDModel`.
+            **kwargs: Arguments of `keras.Model`, or of the subclass of `DWDModel`. The default of
+                `dtype` is the dtype policy of `model`.
 
         Returns:
             A model of the class that this is called on.
 
         Raises:
             ValueError: If the model is not built, overrides the training step, or is a subclassed
-                model whose inputs are unknown.
+                model whose inputs are unknown or may not be exact as float32.
         """
         if isinstance(model, DWDModel):
             raise ValueError(
@@ -392,13 +411,14 @@ class DWDModel(CloneAware):
         self._consolidation.divide(self, workers)
 
     def get_compile_config(self) -> Any:
-        """The compile configuration of `keras.Model`, and whether the state is sharded."""
+        """`keras.Model.get_compile_config`; a plain model can be compiled from it too."""
         config = super().get_compile_config()
-        return config and config | {"sharded": self.workers.sharded}
+        return config and dict(config)  # a copy: saving to HDF5 removes the optimizer
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile like a saved model, with the current workers."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        arguments = {"sharded": self._sharded_in_file} | config
+        self.compile(**keras.saving.deserialize_keras_object(arguments))
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
@@ -454,6 +474,20 @@ class DWDModel(CloneAware):
             with tf.init_scope():
                 self._consolidation.build(self)
         return self._consolidation.training_step(self)(self, data)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """`keras.Model.metrics`, and those that a wrapped subclassed model owns.
+
+        Keras would ignore these, as those of any model within a model.
+        """
+        metrics = super().metrics
+        inner = subclassed_within(self)
+        if inner is None:
+            return metrics
+        of_layers = {id(m) for layer in inner.layers for m in layer.metrics}
+        compiled = [m for m in metrics if id(m) not in of_layers]
+        return [*compiled, *own_metrics(inner), *(m for m in metrics if id(m) in of_layers)]
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """`keras.Model.compute_metrics`; the results within a step are those of this worker."""
@@ -558,11 +592,28 @@ class DWDModel(CloneAware):
 
     def get_config(self) -> dict[str, Any]:
         """The configuration of the model, including its settings but not its state."""
-        return super().get_config() | self._settings()
+        # Not in the configuration of `compile`, which a plain model must accept.
+        sharded = {"sharded": True} if self.workers.sharded else {}
+        return super().get_config() | self._settings() | sharded
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """A model from the result of `get_config`."""
+        config = dict(config)
+        sharded = config.pop("sharded", False)
+        of_graph = config["layers"] if "input_layers" in config else ()
+        names = [layer["name"] for layer in of_graph if layer["inbound_nodes"]]
+        model = super().from_config(config, custom_objects)
+        model._sharded_in_file = sharded
+        inner = subclassed_within(model)
+        if inner is not None and len(names) == 1:
+            inner.name = names[0]  # a subclassed model may not have its name in its configuration
+        return model
 
     def _settings(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return {
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "regularizer": serialize(self.regularizer),
             "fisher": serialize(self.fisher),
             "grouping": None if self.grouping is None else serialize(self.grouping),

@@ -54,6 +54,14 @@ def keep_in_files(model: Learner, consolidation: Consolidation) -> None:
     model.__dict__[_STATE_ATTRIBUTE] = _Store(model, consolidation)
 
 
+def subclassed_within(model: keras.Model) -> keras.Model | None:
+    """The subclassed model that `from_model` wrapped in a model, or `None` for other models."""
+    layers = [x for x in model.layers if not isinstance(x, keras.layers.InputLayer)]
+    inner = layers[0] if len(layers) == 1 else None
+    subclassed = isinstance(inner, keras.Model) and not getattr(inner, "inputs", None)
+    return inner if subclassed else None
+
+
 @contextmanager
 def as_plain(model: keras.Model) -> Iterator[keras.Model]:
     """A context with the model whose files have the layout of the plain model's, plus the state.
@@ -61,9 +69,8 @@ def as_plain(model: keras.Model) -> Iterator[keras.Model]:
     This is the model itself, except for a subclassed model that `from_model` wrapped: then it is
     the subclassed model, which borrows the state and the optimizer within the context.
     """
-    layers = [x for x in model.layers if not isinstance(x, keras.layers.InputLayer)]
-    plain = layers[0] if len(layers) == 1 else None
-    if not isinstance(plain, keras.Model) or getattr(plain, "inputs", None):
+    plain = subclassed_within(model)
+    if plain is None:
         yield model
         return
     borrowed = {_STATE_ATTRIBUTE: model.__dict__[_STATE_ATTRIBUTE]}

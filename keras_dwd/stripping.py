@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_dwd.keras_private import set_dtype_policy
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
 
@@ -48,9 +49,9 @@ def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:
         )
         for layer, copy in copies.values():  # copies are certain to have weights only now
             copy.set_weights(layer.get_weights())
+    set_dtype_policy(plain, model.dtype_policy)
     config = model.get_compile_config() if compile else None
     if config:
-        del config["sharded"]
         plain.compile_from_config(_plain_config(config))
     return plain
 

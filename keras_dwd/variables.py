@@ -1,6 +1,7 @@
 """Addresses variables by path, because positions in a list change when a layer is frozen."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import keras
@@ -21,18 +22,14 @@ def by_path(model: keras.Model) -> Variables:
     `variable.path` does not work for this: it starts with the name of the model that was being
     built when the variable was created, and changes when the model is loaded.
 
-    Raises:
-        ValueError: If two variables share a path.
+    Keras allows layers of the same name in different places, and variables of the same name in a
+    layer. The second one is numbered `_1`, and so on, in the order of the model's layers, which is
+    the same whenever the model is built.
     """
-    variables: Variables = {}
-    for path, variable in _walk(model, "", set()):
-        if path in variables:
-            raise ValueError(
-                f"Two variables of the model are called {path!r}, and nothing tells them apart. "
-                "Give the layers distinct names."
-            )
-        variables[path] = variable
-    return variables
+    found = list(_walk(model, "", set()))
+    if len({path for path, _ in found}) < len(found):
+        found = _told_apart(found, model)
+    return dict(found)
 
 
 def trainable_by_path(model: keras.Model) -> Variables:
@@ -55,6 +52,40 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
             seen.add(id(variable))
             _, inside, rest = f"/{variable.path}".rpartition(f"/{layer.name}/")
             yield prefix + (rest if inside else variable.path), variable
+
+
+def _told_apart(
+    found: list[tuple[str, keras.Variable]], model: keras.Model
+) -> list[tuple[str, keras.Variable]]:
+    """Number the layers, or else the variables, that share a path with earlier ones."""
+    owners = {id(v): id(layer) for layer in layers_within(model) for v in own_variables(layer)}
+    first: dict[str, int] = {}  # the owner of the first variable with a path
+    namesakes: set[tuple[str, int]] = set()  # layers to be numbered, with their path
+    for path, variable in found:
+        owner = owners.get(id(variable))
+        if owner is not None and "/" in path and first.setdefault(path, owner) != owner:
+            namesakes.add((path.rpartition("/")[0], owner))
+    taken = {path for path, _ in found} | {path.rpartition("/")[0] for path, _ in found}
+    names: dict[tuple[str, int], str] = {}
+    result: dict[str, keras.Variable] = {}
+    for path, variable in found:
+        layer, slash, name = path.rpartition("/")
+        key = (layer, owners.get(id(variable), 0))
+        if key in namesakes:
+            if key not in names:
+                names[key] = _numbered(layer, taken)
+            path = f"{names[key]}{slash}{name}"
+        if path in result:
+            path = _numbered(path, taken)
+        result[path] = variable
+    return list(result.items())
+
+
+def _numbered(name: str, taken: set[str]) -> str:
+    """The name with the lowest number that is not taken, which is taken then."""
+    number = next(n for n in itertools.count(1) if f"{name}_{n}" not in taken)
+    taken.add(f"{name}_{number}")
+    return f"{name}_{number}"
 
 
 def kinds_of(model: keras.Model) -> dict[str, str]:

@@ -1,11 +1,18 @@
 """Wraps an existing model in a `DWDModel`, with copies of the settings."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from keras_dwd.keras_private import layers_within
+
 # Methods that a subclassed model may override and that a model around it would not call.
 _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
+
+# The largest integer up to which a floating-point dtype holds all of them.
+_EXACT = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53}
 
 
 def wrapped(
@@ -24,20 +31,89 @@ def wrapped(
             f"`model` must be built before it can be wrapped. {model.name!r} has no weights "
             "yet: give it an `Input`, call `build`, or call it on data."
         )
-    settings.setdefault("name", model.name)
-    if inputs is None and not getattr(model, "inputs", None):
-        shape = (model.get_build_config() or {}).get("input_shape")
-        if shape is None or any(isinstance(s, (list, tuple, dict)) for s in shape):
-            raise ValueError(
-                f"`inputs` is needed: {model.name!r} is a subclassed model that does not tell "
-                "one input shape. Pass the `keras.Input`s to call it on."
-            )
-        inputs = keras.Input(shape[1:])
+    # With a quantized policy, Keras would look for a quantized `call` of the functional model.
+    if model.dtype_policy.quantization_mode is None:
+        settings = {"dtype": model.dtype_policy} | settings
     if inputs is not None:
         return kind(inputs, model(inputs), **settings)
+    if not getattr(model, "inputs", None):
+        inputs = _inputs_as_built(model)
+        try:
+            outputs = model(inputs)
+        except Exception as error:
+            raise ValueError(
+                f"`inputs` is needed: {model.name!r} cannot be called on float32 inputs of the "
+                f"shapes it was built with. Pass the `keras.Input`s to call it on. {error}"
+            ) from error
+        return kind(inputs, outputs, **settings)
+    if not _calls_of_keras(model):
+        raise ValueError(
+            f"`model` has a `call` of its own, which would be lost: {type(model).__name__}. Pass "
+            "`inputs`, the `keras.Input`s to call it on."
+        )
     if isinstance(model, keras.Sequential):
         return kind(model.inputs[0], model.outputs[0], **settings)
     return kind(model.input, model.output, **settings)
+
+
+def _calls_of_keras(model: keras.Model) -> bool:
+    """Whether calling the model is running its graph of layers."""
+    definer = next(c for c in type(model).__mro__ if "call" in vars(c))
+    return definer.__module__.partition(".")[0] == "keras"
+
+
+def _inputs_as_built(model: keras.Model) -> Any:
+    """Float32 inputs of the shapes that a subclassed model was built with.
+
+    Raises:
+        ValueError: If the shapes are unknown, or if the inputs may be integers that would not be
+            exact.
+    """
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    leaves = list(_leaves(shapes))
+    if not leaves or not all(_is_shape(leaf) and leaf for leaf in leaves):
+        raise ValueError(
+            f"`inputs` is needed: {model.name!r} is a subclassed model that does not tell the "
+            "shapes of one argument. Pass the `keras.Input`s to call it on; if its `call` takes "
+            "several arguments, wrap `keras.Model(inputs, model(...))` instead."
+        )
+    for layer in layers_within(model):
+        if isinstance(layer, keras.layers.Embedding):
+            around = [x for x in (model, *layers_within(model)) if layer in layers_within(x)]
+            exact = min(_EXACT.get(x.compute_dtype, 2**24) for x in around)
+            if layer.input_dim > min(exact, 2**24):
+                raise ValueError(
+                    f"`inputs` is needed: {model.name!r} embeds {layer.input_dim} integers, which "
+                    "float32 inputs, cast to the dtype it computes in, do not hold exactly. Pass "
+                    "the `keras.Input`s to call it on, with `dtype='int32'`."
+                )
+    return _named_inputs(shapes, "")
+
+
+def _leaves(shapes: Any) -> Iterator[Any]:
+    if _is_shape(shapes) or not isinstance(shapes, (list, tuple, dict)):
+        yield shapes
+        return
+    for value in shapes.values() if isinstance(shapes, dict) else shapes:
+        yield from _leaves(value)
+
+
+def _is_shape(shapes: Any) -> bool:
+    return isinstance(shapes, (list, tuple)) and all(
+        n is None or isinstance(n, int) for n in shapes
+    )
+
+
+def _named_inputs(shapes: Any, name: str) -> Any:
+    """A `keras.Input` for each shape in a structure, named by its keys as Keras expects."""
+    if _is_shape(shapes):
+        return keras.Input(shapes[1:], name=name or None)
+    prefix = f"{name}_" if name else ""
+    if isinstance(shapes, dict):
+        return {key: _named_inputs(value, f"{prefix}{key}") for key, value in shapes.items()}
+    return type(shapes)(
+        _named_inputs(value, f"{prefix}{i}" if name else "") for i, value in enumerate(shapes)
+    )
 
 
 def copied(name: str, given: Any, kind: type[keras.Model]) -> Any:

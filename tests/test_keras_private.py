@@ -95,6 +95,27 @@ def test_own_variables():
     )
 
 
+def test_own_metrics():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    model.mean = keras.metrics.Mean(name="mine")
+    model.compile("sgd", "mse", metrics=["mae"])
+    assert keras_private.own_metrics(model) == [model.mean]
+    outer = keras.Model(inputs, model(inputs))
+    assert keras_private.own_metrics(outer) == []
+    assert model.mean not in outer.metrics  # the reason why the function is needed
+
+
+def test_set_dtype_policy():
+    model = network()
+    policies = [layer.dtype_policy.name for layer in model.layers]
+    for policy in ("mixed_float16", keras.DTypePolicy("mixed_float16")):
+        keras_private.set_dtype_policy(model, policy)
+        model.compile("sgd", "mse")
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert [layer.dtype_policy.name for layer in model.layers] == policies
+
+
 def test_takes_training():
     class Plain(layers.Layer):
         def call(self, x):
@@ -377,6 +398,31 @@ def test_sum_of_squares():
 class Talking(keras_private.CloneAware, keras.Model):
     def _prepare_clone(self, outputs):
         self.prepared = outputs
+
+
+def test_optimizer_wrapper():
+    inner = keras.optimizers.Adam(0.5, use_ema=True, gradient_accumulation_steps=2, beta_1=0.25)
+    wrapper = keras_private.OptimizerWrapper(inner, "wrapper")
+    assert wrapper.name == "wrapper"
+    own = len(wrapper.variables) - len(inner.variables)
+    variable = keras.Variable(np.ones(2, "float32"))
+    for _ in range(2):
+        wrapper.apply([tf.ones(2)], [variable])
+    assert wrapper.built
+    assert len(wrapper.variables) == own + len(inner.variables)
+    # What `SwapEMAWeights` reads from an optimizer within a `LossScaleOptimizer`.
+    assert wrapper._trainable_variables[0] is variable
+    assert wrapper._model_variables_moving_average is inner._model_variables_moving_average
+    assert wrapper.use_ema
+    assert wrapper.gradient_accumulation_steps == 2
+    assert int(wrapper.iterations) == 1
+    assert wrapper.beta_1 == 0.25
+    wrapper.beta_1 = 0.75
+    assert inner.beta_1 == 0.75
+    keras.optimizers.LossScaleOptimizer(wrapper)
+    assert inner.loss_scale_factor is None
+    wrapper.note = "mine"
+    assert not hasattr(inner, "note")
 
 
 def test_clone_aware():

@@ -738,20 +738,6 @@ def test_outputs_of_a_dictionary_go_by_its_keys():
         with_fisher.fit(X, {"b": Y}, verbose=0)
 
 
-def test_ambiguous_names_are_refused():
-    class Two(layers.Layer):
-        def build(self, shape):
-            self.a = self.add_weight(shape=(3,), name="w")
-            self.b = self.add_weight(shape=(3,), name="w")
-
-        def call(self, x):
-            return x + self.a + self.b
-
-    inputs = keras.Input((3,))
-    with pytest.raises(ValueError, match="distinct names"):
-        DWDModel(inputs, Two(name="two")(inputs))
-
-
 def test_several_replicas_are_refused(monkeypatch):
     model = compiled(strength=1.0)
     strategy = tf.distribute.get_strategy()

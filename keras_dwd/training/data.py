@@ -143,7 +143,8 @@ def check_labels(model: Learner, y: Any) -> None:
 def check_inputs(model: Learner, x: Any) -> None:
     """Raise `ValueError` if `x` does not have the shapes of the model's inputs, or is text."""
     tensors = tf.nest.flatten(x)
-    if isinstance(x, dict):  # Keras matches the entries with the inputs by name
+    nested = isinstance(x, dict) and any(isinstance(v, (dict, list, tuple)) for v in x.values())
+    if isinstance(x, dict) and not nested:  # Keras matches the entries with the inputs by name
         missing = [i.name for i in model.inputs if i.name not in x]
         if missing and len(tensors) != len(model.inputs):
             raise ValueError(f"The data has no {missing[0]!r}, an input of the model.")

@@ -13,7 +13,7 @@ Pull = Callable[[dict[int, tf.Tensor]], None]
 
 
 @keras.saving.register_keras_serializable("keras_dwd")
-class DWDOptimizer(keras.optimizers.Optimizer):
+class DWDOptimizer(keras_private.OptimizerWrapper):
     """Wraps an optimizer; the pull of a `DWDModel` becomes a proximal step after each update.
 
     As AdamW decouples weight decay from the gradient, this decouples the pull. Let θ' be the
@@ -31,8 +31,8 @@ class DWDOptimizer(keras.optimizers.Optimizer):
     two forms agree.
 
     Learning-rate schedules, clipping, weight decay, gradient accumulation, averaged weights and
-    loss scaling are those of the wrapped optimizer. Without a pull it does exactly what the wrapped
-    optimizer does.
+    loss scaling are those of the wrapped optimizer, and so are its attributes, to read and to set.
+    Without a pull it does exactly what the wrapped optimizer does.
 
     Args:
         inner_optimizer: A Keras optimizer, its name or its configuration. The metric of optimizers
@@ -54,8 +54,7 @@ class DWDOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer: Any = "adam", name: str = "dwd_optimizer"):
         inner: Any = keras.optimizers.get(inner_optimizer)
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer: Any = inner
+        super().__init__(inner, name)
 
     def second_moment(self, variable: keras.Variable) -> tf.Tensor:
         """The optimizer's moving average of a variable's squared gradients, in its shape.
@@ -74,37 +73,6 @@ class DWDOptimizer(keras.optimizers.Optimizer):
                 f"Received: {type(inner).__name__}"
             )
         return _corrected(inner, keras_private.second_moment(inner, variable), inner.iterations)
-
-    def build(self, var_list: Any) -> None:
-        self.inner_optimizer.build(var_list)
-        super().build(var_list)
-
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        if not self.built:
-            self.build(trainable_variables)
-        self.inner_optimizer.apply(grads, trainable_variables)
-
-    @property
-    def variables(self) -> Any:
-        return super().variables + self.inner_optimizer.variables
-
-    @property
-    def learning_rate(self) -> Any:
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        return self.inner_optimizer.iterations
-
-    def scale_loss(self, loss: Any) -> Any:
-        return self.inner_optimizer.scale_loss(loss)
-
-    def finalize_variable_values(self, var_list: Any) -> None:
-        self.inner_optimizer.finalize_variable_values(var_list)
 
     def get_config(self) -> dict[str, Any]:
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)

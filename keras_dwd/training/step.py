@@ -88,6 +88,8 @@ class TrainingStep:
             active = self.head_gate.mark_active(gradients.variables, of_data)
             self._update_weights(model, gradients)
             self.head_gate.restore_inactive(active)
+        else:  # as Keras does
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _differentiate(
