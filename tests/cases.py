@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import DWDModel
+from keras_dwd import DiagonalFisher, DWDModel
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.groupings.grouping import GroupingResult
 from keras_dwd.precision.block import Block
@@ -34,8 +34,17 @@ def mlp(features=6, classes=3, **dense):
     )
 
 
+# The settings of a `DWDModel` that is given none, for tests that are about these.
+DEFAULTS: dict[str, Any] = {"fisher": None, "grouping": "gmm"}
+
+
 def compiled(model=None, optimizer="sgd", compile_settings=None, **settings):
-    """A compiled `DWDModel`, ready for `fit` on `blobs`."""
+    """A compiled `DWDModel`, ready for `fit` on `blobs`.
+
+    Unless the settings say otherwise, it has the estimate that is made fastest, and no groups:
+    TensorFlow takes seconds to trace those that a `DWDModel` has by default, `DEFAULTS`.
+    """
+    settings = {"fisher": DiagonalFisher("batch"), "grouping": None} | settings
     made = DWDModel.from_model(mlp() if model is None else model, **settings)
     made.compile(
         optimizer,
@@ -44,6 +53,13 @@ def compiled(model=None, optimizer="sgd", compile_settings=None, **settings):
         **(compile_settings or {}),
     )
     return made
+
+
+def moved(model, by=0.1):
+    """The model with its weights changed, as training would, but without a step to trace."""
+    for variable in model.trainable_variables:
+        variable.assign_add(by * keras.random.normal(variable.shape, seed=1))
+    return model
 
 
 def weights(model):

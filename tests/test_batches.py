@@ -285,7 +285,7 @@ def test_a_loss_of_ones_own_needs_no_labels_and_no_training_argument():
             np.testing.assert_allclose(statistics["fisher/d/kernel"], kernel, rtol=1e-4)
             np.testing.assert_allclose(statistics["fisher/d/bias"], bias, rtol=1e-4)
     plain = made(keras.Sequential([keras.Input((6,)), layers.Dense(3)]))
-    with pytest.raises(ValueError, match="inputs without labels"):
+    with pytest.raises(ValueError, match="labels are missing"):
         plain.consolidate(x)
 
 
@@ -320,7 +320,7 @@ def test_a_model_without_single_examples_trains_as_in_keras_and_says_so_at_the_b
     assert model.tasks_learned == 0
 
 
-def test_infinite_logits_are_named_as_the_cause():
+def test_classes_masked_by_infinite_logits_are_left_out():
     x, y = blobs(8)
     allowed = np.eye(3, dtype="float32")[y]
 
@@ -331,10 +331,15 @@ def test_infinite_logits_are_named_as_the_cause():
     inputs = keras.Input((6,)), keras.Input((3,))
     allowed[::2] = 1
     net = keras.Model(inputs, Mask()(layers.Dense(3)(inputs[0]), inputs[1]))
-    model = made(net)
+    model = made(net)  # with the margins of `influence`
     model.fit([x, allowed], y, verbose=0)
+    model.consolidate()
+    drawn = made(net, fisher=DiagonalFisher("mc", gamma=None))
+    repeated = ([np.repeat(x, 500, 0), np.repeat(allowed, 500, 0)], np.repeat(y, 500))
+    sampled = pass_statistics(drawn, repeated, 1000)
+    fails = made(net, fisher=DiagonalFisher("negated", gamma=None))
     with pytest.raises(ValueError, match=r"although the weights are.*-inf.*'empirical'"):
-        model.consolidate()
+        fails.consolidate(([x, allowed], y))
     works = made(net, fisher=empirical())
     statistics = pass_statistics(works, ([x, allowed], y), 8)
     dense = next(layer for layer in net.layers if isinstance(layer, layers.Dense))
@@ -343,3 +348,12 @@ def test_infinite_logits_are_named_as_the_cause():
     kernel, bias = squares(x, g)
     np.testing.assert_allclose(statistics[f"fisher/{dense.name}/kernel"], kernel, rtol=1e-4)
     np.testing.assert_allclose(statistics[f"fisher/{dense.name}/bias"], bias, rtol=1e-4)
+    # Labels drawn from the allowed classes: Σ_k p_k (p − e_k)² is p (1 − p) in each class.
+    e = np.where(allowed > 0, np.exp(logits), 0.0)
+    p = e / e.sum(1, keepdims=True)
+    expected = (p * (1 - p)).mean(0)
+    found = sampled[f"fisher/{dense.name}/bias"]
+    np.testing.assert_allclose(found, expected, rtol=0.1)
+    for variable in model.trainable_variables:
+        variable.assign_add(tf.ones(variable.shape))
+    assert 0 < float(model.penalty()) < np.inf

@@ -20,6 +20,13 @@ REDUCTIONS = [
     "mean_with_sample_weight",
 ]
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Each test draws the same numbers, whichever tests ran before it."""
+    RNG.bit_generator.state = START
 
 
 def linear(shape, units, loss, estimator="empirical", activation=None, **settings):

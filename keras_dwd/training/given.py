@@ -47,7 +47,7 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
     if isinstance(x, tf.data.Dataset):
         _check_batched(model, x.element_spec)
     elif isinstance(x, dict) or hasattr(x, "shape"):
-        if has_own_loss(model):  # may need no labels
+        if has_own_loss(model) or model.loss is None:  # may need no labels
             return (x,)
         raise ValueError(f"The labels are missing: `x` was given without `y`. {_HOW}")
     elif isinstance(x, (str, bytes)) or not isinstance(x, (Iterable, keras.utils.PyDataset)):
