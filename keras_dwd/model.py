@@ -408,6 +408,7 @@ class DWDModel(CloneAware):
         arguments = _by_name(keras.Model.compile, *args, **kwargs)
         check_compile(self._consolidation, workers, arguments)
         super().compile(**arguments)
+        self.fisher.forget_loss()
         self._consolidation.divide(self, workers)
 
     def get_compile_config(self) -> Any:

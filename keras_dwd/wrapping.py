@@ -32,7 +32,8 @@ def wrapped(
             "yet: give it an `Input`, call `build`, or call it on data."
         )
     # With a quantized policy, Keras would look for a quantized `call` of the functional model.
-    if model.dtype_policy.quantization_mode is None:
+    policy = model.dtype_policy
+    if policy.quantization_mode is None and policy != keras.config.dtype_policy():
         settings = {"dtype": model.dtype_policy} | settings
     if inputs is not None:
         return kind(inputs, model(inputs), **settings)

@@ -90,8 +90,8 @@ def compiled(habit: Habit, wrap: Callable[[keras.Model], Any]) -> Any:
     return model
 
 
-def check(habit: Habit) -> None:
-    """Try a habit on a fresh `DWDModel` and after a boundary; raises where something differs."""
+def check_fresh(habit: Habit) -> tuple[Any, dict[str, Any]]:
+    """Compare a fresh `DWDModel` with plain Keras; returns the model and the logs of Keras."""
     plain, model = compiled(habit, lambda network: network), None
     expected = habit.train(plain)
     model = compiled(habit, DWDModel.from_model)
@@ -102,8 +102,11 @@ def check(habit: Habit) -> None:
     for a, b in zip(plain.get_weights(), model.get_weights(), strict=True):
         if np.issubdtype(a.dtype, np.floating):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=habit.tolerance)
-    if not model.trainable_variables:
-        return
+    return model, expected
+
+
+def check_after(habit: Habit, model: Any, expected: dict[str, Any]) -> None:
+    """End the task, and go on with a second one."""
     habit.consolidate(model)
     assert model.tasks_learned == 1
     logs = habit.train(model)
@@ -400,7 +403,7 @@ HABITS: dict[str, Habit] = {
         compile=lambda: {"optimizer": keras.optimizers.Adam(use_ema=True)},
         train=lambda m: fit(m, validation_data=(X, Y), callbacks=[CALLBACKS.SwapEMAWeights()]),
     ),
-    "`clipnorm`, `clipvalue`, `global_clipnorm`": Habit(
+    "`global_clipnorm`": Habit(
         compile=lambda: {"optimizer": keras.optimizers.Adam(global_clipnorm=0.1)}
     ),
     "learning rate schedules": Habit(
@@ -478,13 +481,17 @@ def main() -> int:
     """Run the table and write it as docs/conformance.md."""
     rows, wrong = [], 0
     for name, habit in HABITS.items():
+        works = []
         try:
-            check(habit)
-            rows.append(f"| {name} | yes | yes |")
+            model, expected = check_fresh(habit)
+            works.append("yes")
+            check_after(habit, model, expected)
+            works.append("yes")
         except Exception as error:
             wrong += 1
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            rows.append(f"| {name} | no | no |")
+            works += ["no"] if works else ["no", "not tried"]
+        rows.append(f"| {name} | {' | '.join(works)} |")
         keras.utils.clear_session(free_memory=False)
     text = "\n".join(
         [

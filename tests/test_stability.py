@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled
+from cases import DEFAULTS, blobs, compiled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keras import layers
 
-from keras_dwd import DWDOptimizer
+from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -69,7 +69,7 @@ class Learner:
         keras.utils.set_random_seed(1)
         network = [layers.Dense(12, "tanh", name="hidden"), layers.Dense(3, name="head")]
         base = keras.Sequential([keras.Input((6,)), *network])
-        self.model = compiled(base, "adam", strength=1.0)  # and the default settings
+        self.model = compiled(base, "adam", strength=1.0, **DEFAULTS)
         self.model.fit(*blobs(), epochs=10, verbose=0)
         self.model.consolidate()
         x, y = blobs()
@@ -137,3 +137,42 @@ def test_nothing_moves_further_from_the_anchor_than_without_the_pull(name, learn
             np.testing.assert_array_less(distance, more * np.maximum.accumulate(without) + 1e-6)
 
     check()
+
+
+def test_a_variable_without_a_gradient_stays_where_an_unknown_optimizer_leaves_it():
+    """Nothing pulls where nothing can be measured: a head whose examples have no weight."""
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(n, name=f"of_{n}") for n in (3, 2)]
+    model = DWDModel.from_model(
+        keras.Model(inputs, [head(inputs) for head in heads]),
+        strength=100.0,
+        fisher=DiagonalFisher("batch"),
+        grouping=None,
+    )
+    model.compile(OwnSGD(learning_rate=0.01), [LOSS, LOSS])
+    x, y = blobs()
+    model.fit(x, [y, y % 2], verbose=0)
+    model.consolidate()
+    heads[1].kernel.assign_add(tf.ones((6, 2)))
+    before = np.array(heads[1].kernel)
+    model.fit(x, [y, y % 2], sample_weight=[np.ones(64), np.zeros(64)], verbose=0)
+    np.testing.assert_array_equal(heads[1].kernel, before)
+
+
+class Scaled(keras.optimizers.Adam):
+    """A subclass of an optimizer with limited steps whose own steps are not."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        variable.assign_sub(keras.ops.cast(learning_rate, variable.dtype) * gradient)
+
+
+def test_a_subclass_with_steps_of_its_own_is_not_taken_for_its_parent(learner):
+    learner.compile(Scaled())
+    plain, weighted = learner.distances(0.1, 1e6)
+    assert np.isfinite(plain).all()
+    assert weighted[-1] < learner.distances(0.1, 0.0)[1][-1]
+
+
+def test_all_of_the_step_may_be_momentum(learner):
+    learner.compile(keras.optimizers.SGD(momentum=1.0))
+    assert all(np.isfinite(d).all() for d in learner.distances(0.01, 100.0))

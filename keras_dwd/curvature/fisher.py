@@ -558,6 +558,11 @@ class Fisher(FixedSettings):
             f"information of such a loss, {_USE_BATCH}. Nothing was changed."
         )
 
+    def forget_loss(self) -> None:
+        """Forget what is known about a loss that is replaced, and whether it can be estimated."""
+        self.failure = ""
+        self.coupling.assign(0.0)
+
     def _note_coupling(self, share: tf.Tensor) -> None:
         self.coupling.assign(tf.maximum(self.coupling.value, share))
 

@@ -115,7 +115,8 @@ class Workers:
 
     def summed(self, moves: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """The sum of all workers' tensors, the same names on each. Called inside the graph."""
-        means = self.communicator.mean(list(moves.values()), "moves")
+        # Named by the first, as optimizers within one may each send their own in the same step.
+        means = self.communicator.mean(list(moves.values()), f"moves.{next(iter(moves))}")
         return {name: m * self.communicator.size for name, m in zip(moves, means, strict=True)}
 
     # Outside the training graph.

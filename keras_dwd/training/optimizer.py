@@ -105,13 +105,13 @@ def proximal_variables(optimizer: Any, variables: Sequence[keras.Variable]) -> s
         optimizer: The optimizer of a model.
         variables: The variables that it trains.
     """
+    if not optimizer.built:  # a `MultiOptimizer` has no parts before
+        optimizer.build(variables)
     leaves = _leaves(optimizer)
     if all(proximal for _, proximal in leaves):
         return {id(v) for v in variables}
     if not any(proximal for _, proximal in leaves):
         return set()
-    if not optimizer.built:
-        optimizer.build(variables)
     return {id(v) for leaf, proximal in leaves if proximal for v in keras_private.trained_by(leaf)}
 
 
@@ -140,7 +140,8 @@ def proximal_updates(
             before = [None if metric else tf.identity(v.value) for v in variables]
             update()
             stiffness = {
-                id(v): tf.cast(metric(leaf, v), "float32") / tf.cast(rate, "float32")
+                id(v): tf.maximum(tf.cast(metric(leaf, v), "float32"), _SMALLEST)
+                / tf.cast(rate, "float32")
                 if metric
                 else _measured(gradient, v.value - value)
                 for v, gradient, value in zip(variables, gradients, before, strict=True)
@@ -176,16 +177,21 @@ def _leaves(optimizer: Any, decoupled: bool = False) -> list[tuple[Any, bool]]:
     if inner is None and getattr(optimizer, "inner_optimizer", None) is not None:
         inner = [optimizer.inner_optimizer]
     if not inner:
-        return [(optimizer, decoupled or not isinstance(optimizer, _LIMITED))]
+        limited = any(_steps_as(optimizer, kind) for kind in _LIMITED)
+        return [(optimizer, decoupled or not limited)]
     return [leaf for each in inner for leaf in _leaves(each, decoupled)]
 
 
 def _metric_of(leaf: Any) -> Callable[[Any, Any], Any] | None:
     """The metric d of an optimizer, or `None` if it is unknown, as that of a changed subclass."""
-    for kind, metric in _METRICS.items():
-        if isinstance(leaf, kind) and type(leaf).update_step is kind.update_step:
-            return metric
-    return None
+    return next((metric for kind, metric in _METRICS.items() if _steps_as(leaf, kind)), None)
+
+
+def _steps_as(leaf: Any, kind: Any) -> bool:
+    """Whether an optimizer takes the steps of a Keras class, and not some of its own."""
+    return isinstance(leaf, kind) and all(
+        getattr(type(leaf), name) is getattr(kind, name) for name in ("update_step", "apply")
+    )
 
 
 def _measured(gradient: Any, step: Any) -> tf.Tensor:
@@ -193,12 +199,13 @@ def _measured(gradient: Any, step: Any) -> tf.Tensor:
     gradient_norm = tf.norm(tf.cast(tf.convert_to_tensor(gradient), "float32"))
     step_norm = tf.norm(tf.cast(step, "float32"))
     ratio = gradient_norm / tf.maximum(step_norm, 1 / _LARGEST)
-    # After a gradient that overflowed there is no step, so that there must be no pull either.
-    ratio = tf.where(tf.math.is_finite(ratio), ratio, _LARGEST)
-    return tf.clip_by_value(ratio, _SMALLEST, _LARGEST)
+    # Without a gradient, or a step, nothing can be measured, and there is no pull. So it is after a
+    # gradient that overflowed.
+    known = tf.math.is_finite(ratio) & (gradient_norm > 0) & (step_norm > 0)
+    return tf.clip_by_value(tf.where(known, ratio, _LARGEST), _SMALLEST, _LARGEST)
 
 
-# Measured values of d/η are within these limits: (d/η + Λ)⁻¹ Λ is then a number.
+# The metric is at least the first, so that (d/η + Λ)⁻¹ Λ is a number; measured d/η at most the other.
 _SMALLEST, _LARGEST = 1e-12, 1e30
 
 
@@ -246,7 +253,7 @@ _METRICS: dict[Any, Callable[[Any, Any], Any]] = {
 
 # Optimizers whose steps are limited whatever the gradient, because they divide it by its own recent
 # size. Adagrad, Adafactor and Ftrl are none: they overshoot when a gradient grows suddenly.
-_LIMITED: tuple[type, ...] = tuple(
+_LIMITED: tuple[Any, ...] = tuple(
     getattr(keras.optimizers, name)
     for name in (
         "Adam",

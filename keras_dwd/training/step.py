@@ -151,6 +151,7 @@ class TrainingStep:
             # With a scaled loss, gradients may overflow; such a step must not change the estimate.
             valid = None if gradients.scale is None else all_finite(statistics.values())
             fisher.update(known, valid)
+            fisher.failure = ""
             return _nothing()
 
         due = tf.convert_to_tensor(model.optimizer.iterations) % fisher.every == 0
@@ -159,7 +160,6 @@ class TrainingStep:
         with tf.control_dependencies([g for g in gradients.total if g is not None]):
             try:
                 tf.cond(due, update, _nothing)
-                fisher.failure = ""
             except Exception as error:
                 if self.workers.several or not fisher.takes_any_loss:
                     raise
