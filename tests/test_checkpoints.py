@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -9,7 +10,8 @@ import pytest
 from cases import blobs
 from safetensors.numpy import save_file
 
-from keras_dwd.evaluation import Scenario, run_sequence, runner
+from keras_dwd import DiagonalFisher
+from keras_dwd.evaluation import Method, Scenario, run_sequence, runner
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.files import FileError, read_arrays, write_arrays
 
@@ -35,6 +37,15 @@ def scenario(first=0):
     return Scenario.from_tasks(tasks)
 
 
+# A method whose step is traced fast, for what does not depend on the method.
+CHEAP = Method(
+    "cheap",
+    lambda strength: {"strength": strength, "fisher": DiagonalFisher("batch"), "grouping": None},
+    strength=10.0,
+)
+WITH_GRAPH = replace(CHEAP, name="cheap+graph", graph=0.001)
+
+
 class KilledError(Exception):
     """Raised to interrupt a run, in place of a signal."""
 
@@ -52,7 +63,7 @@ class Kill(keras.callbacks.Callback):
             raise KilledError
 
 
-def run(folder, method="dwd-online", at=None, shown=(), first_seed=0, **settings):
+def run(folder, method=CHEAP, at=None, shown=(), first_seed=0, **settings):
     settings = {"epochs": EPOCHS, "batch_size": 8, "strength": 10.0} | settings
     compiled = {"steps_per_execution": 1} | settings.pop("compile_settings", {})
     return run_sequence(
@@ -79,12 +90,13 @@ def undisturbed(tmp_path_factory):
     """The final state and the accuracies of an uninterrupted run of a method."""
     known = {}
 
-    def of(method):
-        if method not in known:
+    def of(method=CHEAP):
+        name = method if isinstance(method, str) else method.name
+        if name not in known:
             folder = tmp_path_factory.mktemp("whole")
             result = run(folder, method)
-            known[method] = ended_with(folder), result.matrix.after
-        return known[method]
+            known[name] = ended_with(folder), result.matrix.after
+        return known[name]
 
     return of
 
@@ -94,7 +106,7 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
     with pytest.raises(KilledError):
         run(tmp_path, at=at)
     result = run(tmp_path)
-    found, after = undisturbed("dwd-online")
+    found, after = undisturbed()
     np.testing.assert_array_equal(result.matrix.after, after)
     assert ended_with(tmp_path) == found
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
@@ -121,30 +133,30 @@ def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):
 def test_a_run_that_is_over_is_not_run_again(tmp_path, undisturbed):
     run(tmp_path)
     again = run(tmp_path, at=(2, 1, 0))
-    np.testing.assert_array_equal(again.matrix.after, undisturbed("dwd-online")[1])
+    np.testing.assert_array_equal(again.matrix.after, undisturbed()[1])
 
 
 def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
     """The files of the task graph are one task ahead of the newest remaining checkpoint."""
-    run(tmp_path, "dwd-online+graph", at=None)
+    run(tmp_path, WITH_GRAPH)
     newest, before = sorted(tmp_path.glob("checkpoint-*"), reverse=True)
     assert "graph" in {p.name for p in tmp_path.iterdir()}
     newest.unlink()
-    run(tmp_path, "dwd-online+graph")
-    assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
+    run(tmp_path, WITH_GRAPH)
+    assert ended_with(tmp_path) == undisturbed(WITH_GRAPH)[0]
     for path in (newest, before):
         path.unlink(missing_ok=True)
     for path in tmp_path.glob("checkpoint-*"):
         path.unlink()
-    run(tmp_path, "dwd-online+graph")  # starts again from the first task
-    assert ended_with(tmp_path) == undisturbed("dwd-online+graph")[0]
+    run(tmp_path, WITH_GRAPH)  # starts again from the first task
+    assert ended_with(tmp_path) == undisturbed(WITH_GRAPH)[0]
 
 
 @pytest.mark.parametrize(
     ("of", "where", "method"),
     [
-        (runner._Progress, "boundary", "dwd-online+graph"),
-        (runner.DWDModel, "consolidate", "dwd-online"),
+        (runner._Progress, "boundary", WITH_GRAPH),
+        (runner.DWDModel, "consolidate", CHEAP),
     ],
 )
 def test_a_run_that_ends_at_its_first_boundary_goes_on(tmp_path, monkeypatch, of, where, method):
@@ -205,7 +217,7 @@ def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(
     run(tmp_path)
     assert f"{newest.name} is damaged" in capsys.readouterr().err
     assert newest.with_suffix(".damaged").read_bytes() == whole
-    assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
+    assert ended_with(tmp_path) == undisturbed()[0]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -263,7 +275,7 @@ def test_a_disk_that_is_full_ends_the_run_which_can_go_on(tmp_path, undisturbed,
         run(tmp_path)
     monkeypatch.undo()
     run(tmp_path)
-    assert ended_with(tmp_path) == undisturbed("dwd-online")[0]
+    assert ended_with(tmp_path) == undisturbed()[0]
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import blobs, compiled, mlp, state_of, weights
+from cases import DEFAULTS, blobs, compiled, mlp, state_of, weights
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, TaskGraph
@@ -51,8 +51,8 @@ def corner(array):
 
 
 def test_a_model_with_one_layer_more_goes_on():
-    old = learned(compiled(net(), "adam"))
-    new = compiled(net(between=[layers.Dense(8, name="extra")]), "adam")
+    old = learned(compiled(net(), "adam", **DEFAULTS))
+    new = compiled(net(between=[layers.Dense(8, name="extra")]), "adam", **DEFAULTS)
     new.inherit(old)
     assert float(new.penalty()) == float(old.penalty()) > 0
     assert new.tasks_learned == 2
@@ -272,7 +272,7 @@ def adaptable():
 def test_lora_between_tasks(tmp_path):
     rng = np.random.default_rng(0)
     data = [(rng.integers(0, 9, (32, 6)), rng.integers(0, 3, 32)) for _ in range(3)]
-    model = compiled(adaptable(), "adam")
+    model = compiled(adaptable(), "adam", fisher=KroneckerFisher())
     model.fit(*data[0], verbose=0)
     model.consolidate()
     kernels = ["embedding/embeddings", "einsum/kernel", "head/kernel"]
@@ -306,7 +306,7 @@ def test_lora_between_tasks(tmp_path):
 
 
 def test_a_bias_is_pulled_by_its_matrix_and_on_its_own():
-    model = learned(compiled(), tasks=1, more=False)
+    model = learned(compiled(fisher=KroneckerFisher()), tasks=1, more=False)
     model.get_layer("hidden").enable_lora(2)
     model.compile("sgd", LOSS)
     model.fit(*blobs(seed=2), verbose=0)
@@ -326,7 +326,7 @@ def test_a_bias_is_pulled_by_its_matrix_and_on_its_own():
 
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
 def test_a_model_quantised_to_int8_goes_on_with_what_is_left(tmp_path):
-    model = learned(compiled(optimizer="adam"), tasks=1)
+    model = learned(compiled(optimizer="adam", fisher=KroneckerFisher()), tasks=1)
     with pytest.raises(ValueError, match="must be 'int8' for a model that has learned tasks"):
         model.quantize("float8")
     assert model.get_layer("head").quantization_mode is None

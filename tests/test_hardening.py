@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, state_of
+from cases import DEFAULTS, blobs, compiled, mlp, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -193,7 +193,7 @@ def learner():
 
 
 def test_steps_beyond_32_bits():
-    model = compiled(strength=1.0, optimizer="adam")
+    model = compiled(strength=1.0, optimizer="adam", fisher=KroneckerFisher())
     model.optimizer.build(model.trainable_variables)
     for start in (2**31 - 2, 2**32 - 2, 2**53 - 2):
         model.optimizer.iterations.assign(start)
@@ -222,7 +222,7 @@ def test_gradients_that_overflow_are_found_at_the_boundary(fisher):
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks():
-    model = compiled(strength=1.0)
+    model = compiled(strength=1.0, **DEFAULTS)
     # One dataset for all tasks, as Keras keeps references to each new one.
     data = tf.data.Dataset.from_tensor_slices(blobs(32)).batch(16).repeat()
     sizes = []

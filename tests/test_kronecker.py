@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, blocks_of, compiled, load, pass_statistics, saved
+from cases import blobs, blocks_of, compiled, load, moved, pass_statistics, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,8 +201,7 @@ def test_what_is_zero_has_room_for_what_comes():
 
 @pytest.mark.parametrize("estimator", ["empirical", "influence", "mc", "negated"])
 def test_the_pull_is_the_gradient_of_the_penalty(estimator):
-    model = compiled(strength=2.0, fisher=KroneckerFisher(estimator), grouping=None)
-    model.fit(*blobs(), verbose=0)
+    model = compiled(strength=2.0, fisher=KroneckerFisher(estimator))
     model.consolidate(blobs())
     for variable in model.trainable_variables:
         variable.assign_add(tf.random.normal(variable.shape))
@@ -268,12 +267,10 @@ def test_the_exact_sum_over_tasks_is_for_diagonals():
 
 
 def test_another_kind_of_fisher_information_is_refused_and_nothing_changes():
-    model = compiled(strength=1.0, grouping=None)
+    model = compiled(strength=1.0, fisher=KroneckerFisher(gamma=None))
     model.consolidate(blobs())
     before = {name: a.copy() for name, a in model.regularizer.state().items()}
-    model.fit(*blobs(seed=1), verbose=0)
-    diagonal = compiled(strength=1.0, grouping=None, fisher=DiagonalFisher("empirical", None))
-    diagonal.fit(*blobs(seed=1), verbose=0)
+    diagonal = moved(compiled(strength=1.0, fisher=DiagonalFisher("empirical", None)))
     load(diagonal, saved(model))
     with pytest.raises(ValueError, match=r"so far is Kronecker, the new .* Diagonal"):
         diagonal.consolidate(blobs(seed=1))

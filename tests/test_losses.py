@@ -152,7 +152,7 @@ def test_what_no_weight_of_an_example_can_say_is_refused():
 # Labels.
 
 
-def drawn(loss, x, y, units=3, weights=None, activation=None, repeats=400):
+def drawn(loss, x, y, units=3, weights=None, activation=None, repeats=2000):
     """The estimate by drawn labels, from many copies of the data, and the model."""
     model = linear(x.shape[1:], units, loss, "mc", activation)
     data = [np.repeat(x, repeats, 0), np.repeat(y, repeats, 0)]
@@ -263,7 +263,7 @@ def test_labels_are_drawn_along_the_axis_of_the_classes():
     expected = true_fisher(model, x, np.ones((3, 4)), np.full((3, 4), 0.25))
     y = np.moveaxis(np.eye(3)[np.zeros((3, 4), int)], -1, 1).astype("float32")
     model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True, axis=1))
-    data = np.repeat(x, 400, 0), np.repeat(y, 400, 0)
+    data = np.repeat(x, 2000, 0), np.repeat(y, 2000, 0)
     np.testing.assert_allclose(diagonal(model, data, 1000), expected, rtol=0.12)
 
 

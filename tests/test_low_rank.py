@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, pass_statistics
+from cases import blobs, compiled, moved, pass_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -40,8 +40,7 @@ def test_what_had_no_gradient_in_one_task_may_have_one_in_another(first):
     model = compiled(network, fisher=KroneckerFisher("empirical", None, correction=2))
     x, y = blobs()
     for sign in (first, -first):  # positive inputs do not use the slopes
-        model.fit(sign * np.abs(x), y, verbose=0)
-        model.consolidate((sign * np.abs(x), y))
+        moved(model).consolidate((sign * np.abs(x), y))
     block = model.regularizer.precisions["slopes/alpha"]
     assert isinstance(block, LowRank)
     assert block.trace > 0

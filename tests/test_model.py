@@ -308,7 +308,8 @@ def test_a_model_without_trainable_layers_can_be_run():
     before = weights(model)
     model.trainable = False
     model.compile("sgd", LOSS)
-    model.fit(*blobs(), verbose=0)
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        model.fit(*blobs(), verbose=0)
     for a, b in zip(before, weights(model), strict=True):
         np.testing.assert_array_equal(a, b)
 

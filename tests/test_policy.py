@@ -132,7 +132,8 @@ def test_it_is_saved_with_what_it_learned(tmp_path):
 
 def test_a_run_rewards_it_by_held_back_data():
     policy = GroupingPolicy(ARMS)
-    method = Method("policy", lambda s: {"strength": s, "grouping": policy}, strength=1.0)
+    settings = {"grouping": policy, "fisher": DiagonalFisher("batch")}
+    method = Method("policy", lambda s: {"strength": s, **settings}, strength=1.0)
     data = [blobs(seed=seed) for seed in range(4)]
     tasks = Scenario.from_tasks([(f"task {i}", d, d) for i, d in enumerate(data)])
 

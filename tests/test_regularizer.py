@@ -6,7 +6,7 @@ from cases import blobs, compiled, mlp, pass_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dwd import DiagonalFisher, DWDRegularizer
+from keras_dwd import DiagonalFisher, DWDRegularizer, KroneckerFisher
 from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.variables import trainable_by_path
 
@@ -123,7 +123,7 @@ def test_a_layer_sets_its_own_strength_or_is_excluded():
 @pytest.mark.parametrize("name", ["kernel", "bias"])
 def test_an_excluded_part_of_a_matrix_is_not_pulled(name):
     model = mlp(**{f"{name}_regularizer": DWDRegularizer(0.0)})
-    model = compiled(model, strength=3.0, grouping=None)
+    model = compiled(model, strength=3.0, fisher=KroneckerFisher("empirical", None))
     model.consolidate(blobs())
     held = {p: np.array(v) for p, v in model.regularizer.anchors.items()}
     for variable in model.trainable_variables:

@@ -110,7 +110,11 @@ def assert_same(a, b):
 
 WAYS = {
     "kronecker": lambda path: compiled(
-        with_norm(), DWDOptimizer("adam"), strength=300.0, fisher=KroneckerFisher(correction=3)
+        with_norm(),
+        DWDOptimizer("adam"),
+        strength=300.0,
+        fisher=KroneckerFisher(correction=3),
+        grouping="gmm",
     ),
     "diagonal EWC": lambda path: compiled(
         optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
@@ -279,7 +283,7 @@ def test_state_of_another_grouping_is_refused():
     model = in_the_middle(compiled(fisher=DiagonalFisher(), grouping=policy()))
     store = saved(model)
     three = compiled(grouping=GroupingPolicy([SingleGroup(), LayerGrouping(), SingleGroup()]))
-    for other in (compiled(), three):
+    for other in (compiled(grouping="gmm"), three):
         with pytest.raises(ValueError, match="state of a grouping"):
             load(other, store)
         assert not state_of(other)
@@ -292,7 +296,7 @@ def test_state_of_another_grouping_is_refused():
 @pytest.mark.parametrize("fisher", [DiagonalFisher(), KroneckerFisher()])
 def test_assignments_that_fit_no_group_or_no_variable_are_refused(fisher):
     store = {}
-    model = in_the_middle(compiled(fisher=fisher))
+    model = in_the_middle(compiled(fisher=fisher, grouping="gmm"))
     store = saved(model)
     (name,) = (name for name in store if name.startswith("group|") and "hidden|kernel" in name)
     before, groups = store[name], state_of(model)

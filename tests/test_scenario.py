@@ -164,11 +164,22 @@ def test_a_missing_dataset_is_said_in_seconds(tmp_path):
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "classes"), [("mnist", (28, 28, 1), 10), ("cifar100", (32, 32, 3), 100)]
-)
+REAL = [("mnist", (28, 28, 1), 10), ("cifar100", (32, 32, 3), 100)]
+
+
+@pytest.mark.parametrize(("name", "shape", "classes"), REAL)
 def test_real_data_in_tfds_format(data_dir, name, shape, classes):
     data = datasets.load(name, data_dir)
+    assert data.x_train.dtype == np.uint8
+    assert data.x_train.shape[1:] == data.x_test.shape[1:] == shape
+    assert len(data.x_train) == len(data.y_train) > len(data.x_test) == len(data.y_test)
+    assert data.classes == classes == len(np.unique(data.y_train))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "shape", "classes"), REAL)
+def test_all_of_the_real_data(whole_data_dir, name, shape, classes):
+    data = datasets.load(name, whole_data_dir)
     assert data.x_train.shape[1:] == shape
     assert data.classes == classes == len(np.unique(data.y_train))
     if name == "cifar100":

@@ -90,8 +90,7 @@ def learner(folder, optimizer="sgd", strength=0.5, **graph):
     return compiled(
         optimizer=optimizer,
         strength=1.0,
-        fisher=DiagonalFisher("empirical", None),
-        grouping=None,
+        fisher=DiagonalFisher("batch", None),
         task_graph=graph,
     )
 
@@ -252,7 +251,7 @@ def test_a_failing_disk_changes_nothing(tmp_path, monkeypatch):
 
 def test_weights_as_given(tmp_path):
     w = np.array([[1.0, 0.2, 0.7], [0.2, 1.0, 0.0], [0.7, 0.0, 1.0]])
-    model = compiled(task_graph=TaskGraph(tmp_path / "graph", weights=w), grouping=None)
+    model = compiled(task_graph=TaskGraph(tmp_path / "graph", weights=w))
     learn(model, 2)
     np.testing.assert_array_equal(model.task_graph.matrix, w[:2, :2])
     assert float(model.regularizer.task_weight) == pytest.approx(0.001 * 0.7)
@@ -271,6 +270,8 @@ def test_several_inputs_and_heads_per_task(tmp_path):
         [x, ids],
         TaskHeads(tasks=2, units=3, name="heads")(hidden, ids),
         task_graph=TaskGraph(tmp_path / "graph", probe=probe),
+        fisher=DiagonalFisher("batch"),
+        grouping=None,
     )
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     features, y = blobs()
@@ -366,8 +367,7 @@ def test_related_tasks_weigh_more_than_unrelated_ones(data_dir, tmp_path):
             ]
         )
         graph = TaskGraph(tmp_path / name, probe=probe, unbiased=True)
-        model = DWDModel.from_model(network, strength=1.0, grouping=None, task_graph=graph)
-        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model = compiled(network, "adam", strength=1.0, task_graph=graph)
         for x, y in ((digits, labels[0]), second):
             model.fit(x, y, epochs=3, verbose=0)
             model.consolidate()

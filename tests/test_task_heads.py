@@ -12,6 +12,7 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def heads_model(tasks=3, units=2, optimizer=None, kernel_regularizer=None, **settings):
+    settings = {"fisher": DiagonalFisher("batch"), "grouping": None} | settings
     features, task = keras.Input((6,)), keras.Input((), dtype="int32")
     x = layers.Dense(8, activation="tanh", name="hidden")(features)
     model = DWDModel(
@@ -40,13 +41,22 @@ def test_outputs_are_those_of_each_examples_own_head():
     np.testing.assert_allclose(column, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("accumulation", [None, 3])
-@pytest.mark.parametrize("strength", [0.0, 10.0])
-def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation):
+@pytest.mark.parametrize(
+    ("strength", "accumulation", "fisher"),
+    [
+        (0.0, None, DiagonalFisher),
+        (10.0, 3, DiagonalFisher),
+        (10.0, None, KroneckerFisher),
+        (0.0, 3, KroneckerFisher),
+    ],
+)
+def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation, fisher):
     optimizer = keras.optimizers.AdamW(
         0.01, weight_decay=0.1, gradient_accumulation_steps=accumulation
     )
-    model = heads_model(strength=strength, optimizer=optimizer, kernel_regularizer="l2")
+    model = heads_model(
+        strength=strength, optimizer=optimizer, kernel_regularizer="l2", fisher=fisher()
+    )
     kernel = model.get_layer("heads").kernel
     for task in range(3):
         before = np.array(kernel)

@@ -1,5 +1,5 @@
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
@@ -9,18 +9,38 @@ from threadpoolctl import threadpool_info
 from typer.testing import CliRunner
 
 from keras_dwd.cli import app
-from keras_dwd.evaluation import ablation, tuning
+from keras_dwd.evaluation import AccuracyMatrix, ablation, tuning
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
+from keras_dwd.evaluation.runner import SequenceResult
 from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
 
 SETTINGS = {"scenario": "split:digits", "tasks": 2, "epochs": 1}
 
 
-def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that tuning asks for, which are not made: a fixed accuracy stands for each."""
+    asked = []
+
+    def result(given, method, seed, strength):
+        asked.append((method, seed, strength, given.get("validation")))
+        accuracy = 0.5 + 0.1 * (strength == 30.0) + 0.01 * seed
+        matrix = AccuracyMatrix(np.full((2, 2), accuracy), np.full(2, 0.5))
+        return SequenceResult(matrix, 6, [1.0, 1.0], [0.1, 0.1], 2**27, None)
+
+    monkeypatch.setattr(tuning, "_run", result)
+    monkeypatch.setattr(
+        tuning, "ProcessPoolExecutor", lambda count, *_, **__: ThreadPoolExecutor(count)
+    )
+    return asked
+
+
+def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path, runs):
     out, said = tmp_path / "tuned.json", []
 
     def tuned(methods, grid=(1.0, 30.0)):
         said.clear()
+        runs.clear()
         return tune(
             SETTINGS,
             methods,
@@ -36,20 +56,29 @@ def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path):
     validation = results["tuning"]["validation_accuracy"]
     assert list(validation) == ["dwd"]
     best = max(validation["dwd"], key=validation["dwd"].get)
+    assert best == 30.0
     strengths = {n: m["settings"]["regularizer"]["strength"] for n, m in results["methods"].items()}
     assert strengths == {"finetune": 0.0, "dwd": best, f"dwd{UNTOUCHED}": 200.0}
     assert results["protocol"]["validation"] is None
     assert all(
         len(m["metrics"]["average_accuracy"]["per_seed"]) == 2 for m in results["methods"].values()
     )
+    tuning_seed = results["tuning"]["seeds"][0]
+    held_back = results["tuning"]["validation_fraction"]
+    assert set(runs) == {
+        *(("dwd", tuning_seed, strength, held_back) for strength in (1.0, 30.0)),
+        *(("finetune", seed, 0.0, None) for seed in range(2)),
+        *(("dwd", seed, strength, None) for seed in range(2) for strength in (30.0, 200.0)),
+    }
     assert sum("validation" in line for line in said) == 2
     # Nothing is run twice: only additional values of λ are.
     again = tuned(["finetune", "dwd"])
     assert said == [f"best λ of dwd: {best}, an end of its grid"]
+    assert not runs
     assert again["methods"] == json.loads(json.dumps(results["methods"]))
     tuned(["dwd"], grid=(1.0, 30.0, 100.0))
     assert next(line for line in said if "validation" in line).startswith("dwd, λ=100")
-    assert sum("validation" in line for line in said) == 1
+    assert runs == [("dwd", tuning_seed, 100.0, held_back)]
 
 
 def test_a_run_that_fails_loses_no_other(tmp_path):
@@ -57,17 +86,14 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         tune(
             SETTINGS,
-            [f"dwd{UNTOUCHED}", "dwd-online", f"dwd-online{UNTOUCHED}"],
+            ["finetune", "ewc", f"ewc{UNTOUCHED}"],
             grid=lambda name: (1e38,),  # a penalty that makes the weights overflow
             seeds=1,
             out=out,
             processes=1,
             say=lambda line: None,
         )
-    assert list(json.loads(out.read_text())["methods"]) == [
-        f"dwd{UNTOUCHED}",
-        f"dwd-online{UNTOUCHED}",
-    ]
+    assert list(json.loads(out.read_text())["methods"]) == ["finetune", f"ewc{UNTOUCHED}"]
     with pytest.raises(ValueError, match="holds results of other protocol"):
         tune(SETTINGS | {"epochs": 2}, ["finetune"], grid=lambda name: (1.0,), out=out)
 

@@ -1,6 +1,7 @@
-"""Programs that workers run in the tests, started as `python workers.py NAME FOLDER`.
+"""Programs that workers run in the tests, started as `python workers.py NAME,NAME... FOLDER`.
 
-Each function returns arrays, which are written to `FOLDER/NAME.RANK.npz`.
+Each function returns arrays, which are written to `FOLDER/NAME.RANK.npz`. Programs of one job run
+one after another, as starting the workers takes longer than most of them.
 """
 
 import ctypes
@@ -76,25 +77,40 @@ def layers():
 
 
 CASES = {
-    "kronecker": {},
-    "elements": {"grouping": GaussianMixtureGrouping},
+    "kronecker": {"validate": True},
+    "elements": {
+        "grouping": GaussianMixtureGrouping,
+        "fisher": lambda: DiagonalFisher("empirical", every=1),
+    },
     "sharded": {"sharded": True},
-    "layers": {"sharded": True, "grouping": LayerGrouping},
-    "exact": {"fisher": lambda: KroneckerFisher("empirical", every=2)},
+    "layers": {
+        "sharded": True,
+        "grouping": LayerGrouping,
+        "fisher": lambda: KroneckerFisher("empirical", every=2),
+    },
     "diagonal": {
         "sharded": True,
+        "dataset": True,
         "fisher": lambda: DiagonalFisher("empirical", every=1),
         "regularizer": lambda: DWDRegularizer(3.0, anchor="folded"),
+        "validate": True,
     },
     "pass": {"sharded": True, "fisher": lambda: KroneckerFisher(gamma=None), "consolidate": True},
     "proximal": {
         "sharded": True,
         "optimizer": lambda: keras.optimizers.SGD(0.02, momentum=0.9),
+        "fisher": lambda: DiagonalFisher("empirical", every=1),
     },
-    "shuffled": {"shuffle": True},
-    "dataset": {"dataset": True},
-    "half": {"communicator": lambda: HorovodCommunicator("fp16")},
+    "shuffled": {"shuffle": True, "fisher": lambda: DiagonalFisher("empirical", every=1)},
+    "half": {
+        "communicator": lambda: HorovodCommunicator("fp16"),
+        "fisher": lambda: DiagonalFisher("empirical", every=1),
+        "regularizer": lambda: DWDRegularizer(3.0, anchor="folded"),
+        "validate": True,
+    },
 }
+# Cases that are for one worker what another is.
+ALIKE = {"sharded": "kronecker", "half": "diagonal"}
 
 
 def two_tasks(name):
@@ -102,30 +118,31 @@ def two_tasks(name):
     case = dict(CASES[name])
     shuffle, as_dataset = case.pop("shuffle", False), case.pop("dataset", False)
     with_data, sharded = case.pop("consolidate", False), case.pop("sharded", False)
+    validate = case.pop("validate", False)
     settings = {key: make() for key, make in ({"grouping": layers} | case).items()}
     model = made(sharded=sharded, **settings)
     found = {}
     for task in range(2):
         x, y = data(task)
         size = model.workers.communicator.size
+        held_back = {"validation_data": (x, y)} if validate else {}
         if as_dataset:
             batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8 // size)
-            history = model.fit(batches, epochs=3, verbose=0, validation_data=(x, y))
+            history = model.fit(batches, epochs=3, shuffle=False, verbose=0, **held_back)
         else:
             np.random.seed(task)
-            history = fit(model, x, y, epochs=3, shuffle=shuffle, validation_data=(x, y))
+            history = fit(model, x, y, epochs=3, shuffle=shuffle, **held_back)
         online = {f"online/{k}": np.asarray(v) for k, v in model.fisher.slots.items()}
         found[f"penalty/{task}"] = np.asarray(model.penalty())  # zero right after a boundary
         model.consolidate((x, y) if with_data else None, batch_size=8)
-        for key in ("val_loss", "val_accuracy"):
+        for key in ("val_loss", "val_accuracy") if validate else ():
             found[f"{key}/{task}"] = np.array(history.history[key])
     found |= {f"weight/{i}": np.asarray(w) for i, w in enumerate(model.weights)}
     found |= {f"group/{i}": np.array([g["size"]]) for i, g in enumerate(model.groups)}
-    x, y = data(5)
-    found |= {
-        f"test/{k}": np.array(v)
-        for k, v in model.evaluate(x, y, verbose=0, return_dict=True).items()
-    }
+    if validate:
+        x, y = data(5)
+        tested = model.evaluate(x, y, verbose=0, return_dict=True)
+        found |= {f"test/{k}": np.array(v) for k, v in tested.items()}
     # Compare products with the precision, as its eigenvectors are not unique.
     for block in model.regularizer.precisions.values():
         deltas = [
@@ -142,12 +159,15 @@ def two_tasks(name):
 
 
 def agree():
+    return agreed(os.environ["CASES"].split(","), Path(sys.argv[2]) / "checkpoints")
+
+
+def agreed(cases, folder):
     found = {}
-    for name in os.environ.get("CASES", ",".join(CASES)).split(","):
-        found |= {f"{name}/{key}": value for key, value in two_tasks(name).items()}
-    kept = Path(sys.argv[2]) / "checkpoints"
-    matrix = sequence(str(kept), sharded=True)
-    return found | {f"sequence/{key}": value for key, value in matrix.items()}
+    for name in cases:
+        case = sequence(str(folder), sharded=True) if name == "sequence" else two_tasks(name)
+        found |= {f"{name}/{key}": value for key, value in case.items()}
+    return found
 
 
 def sequence(folder=None, sharded=None):
@@ -197,7 +217,7 @@ def share(sharded=True):
     """Bytes of the consolidation state on this worker."""
 
     def net():
-        return keras.Sequential([keras.Input((64,)), *(LAYERS.Dense(64) for _ in range(8))])
+        return keras.Sequential([keras.Input((64,)), *(LAYERS.Dense(64) for _ in range(4))])
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 64)).astype("float32"), rng.integers(0, 64, 32)
@@ -214,16 +234,20 @@ def share(sharded=True):
 
 
 def bytes_sent():
-    """Twelve steps of plain training or, if sharded, twelve without and twelve with a penalty."""
-    sharded = os.environ["SHARDED"] == "1"
-    fisher = KroneckerFisher(every=1000) if sharded else KroneckerFisher(gamma=None)
-    model = made(sharded=sharded, fisher=fisher, strength=30.0 if sharded else 0.0)
+    """Horovod's timelines of plain training, and of sharded training with a penalty."""
+    import horovod.tensorflow as hvd
+
     x, y = data(0, 96)
-    if sharded:
-        fit(model, x, y, shuffle=False)
-        model.consolidate()
-    fit(model, x, y, shuffle=False)  # the first step updates the Fisher information
-    return {"steps": np.array(int(model.optimizer.iterations))}
+    plain = made(fisher=KroneckerFisher(gamma=None), strength=0.0)
+    sharded = made(sharded=True, fisher=KroneckerFisher(every=1000), strength=30.0)
+    fit(sharded, x, y, shuffle=False)
+    sharded.consolidate()
+    for name, model in (("plain", plain), ("pulled", sharded)):
+        hvd.start_timeline(str(Path(sys.argv[2]) / f"{name}.json"))
+        fit(model, x, y, shuffle=False)  # the first step updates the Fisher information
+        detect_communicator().messages(b"", "wait")  # until the other has all steps behind it
+        hvd.stop_timeline()
+    return {}
 
 
 def memory():
@@ -244,9 +268,10 @@ def memory():
     detect_communicator()
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 1500)).astype("float32"), rng.integers(0, 1500, 16)
-    fit(made(), *data())  # allocates the memory that TensorFlow needs for itself
+    settings = {"fisher": DiagonalFisher("empirical", every=1), "grouping": None}
+    fit(made(**settings), *data())  # allocates the memory that TensorFlow needs for itself
     before = resident()
-    model = made(sharded=True, net=net, fisher=DiagonalFisher("empirical", every=1))
+    model = made(sharded=True, net=net, **settings)
     fit(model, x, y)
     model.consolidate()
     fit(model, x, y)
@@ -327,10 +352,24 @@ def behaves():
     return found
 
 
+# The least that is traced, where the estimate does not matter.
+CHEAP = {"fisher": DiagonalFisher("batch"), "grouping": None}
+
+
+def said_by(train):
+    """What the error says that training raises on this worker."""
+    try:
+        train()
+    except Exception as error:
+        return {"said": np.array(f"{type(error).__name__}: {error}")}
+    return {"said": np.array("nothing")}
+
+
 def different_graph():
-    model = made(net=lambda: network("more" if detect_communicator().rank == 1 else "second"))
-    fit(model, *data())
-    return {}
+    model = made(
+        net=lambda: network("more" if detect_communicator().rank == 1 else "second"), **CHEAP
+    )
+    return said_by(lambda: fit(model, *data()))
 
 
 def left_alone():
@@ -342,7 +381,7 @@ def left_alone():
 
 
 def not_a_number():
-    model = made()
+    model = made(**CHEAP)
     x, y = data()
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).take(10)
     if detect_communicator().rank == 1:
@@ -350,12 +389,11 @@ def not_a_number():
         batches = batches.enumerate().map(spoil)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    model.fit(batches.with_options(options), epochs=3, verbose=0)
-    return {}
+    return said_by(lambda: model.fit(batches.with_options(options), epochs=3, verbose=0))
 
 
 def failing_data():
-    model = made(fisher=KroneckerFisher(gamma=None))
+    model = made(**CHEAP)
     x, y = data()
     fit(model, x, y)
     if detect_communicator().rank == 1:
@@ -367,7 +405,7 @@ def failing_data():
 
 def endless():
     """Trains until it is killed; writes a file when it begins."""
-    model = made()
+    model = made(**CHEAP)
     x, y = data()
 
     class Began(keras.callbacks.Callback):
@@ -382,9 +420,10 @@ def endless():
 
 
 def main():
-    name, folder = sys.argv[1:3]
-    found = globals()[name]()
-    np.savez(Path(folder) / f"{name}.{detect_communicator().rank}.npz", **found)
+    names, folder = sys.argv[1:3]
+    for name in names.split(","):
+        found = globals()[name]()
+        np.savez(Path(folder) / f"{name}.{detect_communicator().rank}.npz", **found)
 
 
 if __name__ == "__main__":

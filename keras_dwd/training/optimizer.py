@@ -205,7 +205,7 @@ def _measured(gradient: Any, step: Any) -> tf.Tensor:
     return tf.clip_by_value(tf.where(known, ratio, _LARGEST), _SMALLEST, _LARGEST)
 
 
-# The metric is at least the first, so that (d/η + Λ)⁻¹ Λ is a number; measured d/η at most the other.
+# Limits of the metric, within which (d/η + Λ)⁻¹ Λ is a number.
 _SMALLEST, _LARGEST = 1e-12, 1e30
 
 
