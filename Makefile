@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run test test-long test-oldest lint bench saved-model clean
+.PHONY: run test test-long test-oldest test-keras lint bench saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -23,6 +23,11 @@ test-long: $(VENV)/.horovod
 # With exactly the lowest versions that pyproject.toml allows, without Horovod.
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 -m "not long"
+
+# Keras' own tests, on wrapped models. KERAS_REPO names a checkout of Keras at the installed version,
+# if not the tests inside the installed package.
+test-keras: $(VENV)/.dev
+	$(BIN)/python scripts/keras_tests.py $(if $(KERAS_REPO),--repo $(KERAS_REPO))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
