@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run test test-long test-oldest test-keras lint bench saved-model clean
+.PHONY: run test test-long test-oldest test-keras conformance lint bench saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -28,6 +28,10 @@ test-oldest: $(OLDEST)/.dev
 # if not the tests inside the installed package.
 test-keras: $(VENV)/.dev
 	$(BIN)/python scripts/keras_tests.py $(if $(KERAS_REPO),--repo $(KERAS_REPO))
+
+# Writes docs/conformance.md.
+conformance: $(VENV)/.dev
+	$(BIN)/python tests/conformance.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
