@@ -271,7 +271,7 @@ def test_predict_in_another_thread_while_fit_goes_on():
         thread.join()
     assert not wrong
     assert len(runs) > 10
-    alone = DWDModel.from_model(copy, fisher=KroneckerFisher(every=1))
+    alone = DWDModel.from_model(copy, fisher=KroneckerFisher(every=1), grouping=None)
     alone.compile(keras.optimizers.SGD(0.0), model.loss)
     alone.fit(x, y, epochs=3, shuffle=False, verbose=0)
     alone.consolidate()
