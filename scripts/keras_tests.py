@@ -38,38 +38,47 @@ SLOW = 5.0  # seconds of processor time; tests that take longer in plain Keras r
 FEWEST = {"fresh": 500, "boundary": 350}
 
 # Differences that are meant: patterns of `FILE::CLASS::TEST`, and why.
+_LAYERS = "A wrapped Sequential is a functional model: its `layers` have the InputLayer."
+_PRIVATE = "The private methods and settings of the wrapped optimizer are on `inner_optimizer`."
+_NAMED = "A wrapped model or optimizer has the class and name of what wraps it."
+_COUNTED = "A DWDOptimizer has a counter and a rate of its own among its variables."
 MEANT: dict[str, str] = {
-    "models/sequential_test.py::SequentialTest::test_basic_flow_with_*": (
-        "A wrapped Sequential is a functional model: its `layers` have the InputLayer."
-    ),
-    "models/sequential_test.py::SequentialTest::test_serialization_with_lambda_layer": (
-        "A wrapped Sequential is a functional model: its `layers` have the InputLayer."
-    ),
+    "models/sequential_test.py::SequentialTest::test_basic_flow_with_*": _LAYERS,
+    "models/sequential_test.py::SequentialTest::test_serialization_with_lambda_layer": _LAYERS,
+    "optimizers/multi_optimizer_test.py::*::test_multi_optimizer_with_model_fit": _LAYERS,
+    "optimizers/multi_optimizer_test.py::*::test_swap_ema_weights_with_*": _LAYERS,
+    "saving/saving_api_test.py::SaveModelTests::test_objects_to_skip": _LAYERS,
+    "saving/saving_api_test.py::LoadModelTests::test_load_model_with_custom_objects": _LAYERS,
+    "saving/saving_lib_test.py::SavingTest::test_partial_load": _LAYERS,
+    "optimizers/*::test_clip_norm": _PRIVATE,
+    "optimizers/*::test_clip_value": _PRIVATE,
+    "optimizers/*::test_global_clip_norm": _PRIVATE,
+    "optimizers/muon_test.py::*::test_*_single_step": _PRIVATE,  # call `update_step` themselves
+    "optimizers/muon_test.py::*::test_*_weight_decay": _PRIVATE,
+    "optimizers/optimizer_test.py::OptimizerTest::test_optimizer_auto_naming": _NAMED,
+    "optimizers/multi_optimizer_test.py::*::test_serialization": _NAMED,
+    "optimizers/multi_optimizer_test.py::*::test_tensorboard_logging_*": _NAMED,
+    "saving/file_editor_test.py::SavingTest::test_scalar_weight": "Files have the state as well.",
+    "optimizers/sgd_test.py::SGDTest::test_single_step": _COUNTED,
+    "optimizers/optimizer_test.py::*::test_setting_lr_to_callable_untracks_lr_var": _COUNTED,
+    "saving/saving_lib_test.py::SavingTest::test_saved_module_paths_and_class_names": _NAMED,
 }
 
 # Methods at which a model of a test becomes a `DWDModel`.
 ENTRIES = [
-    "compile",
-    "fit",
-    "evaluate",
-    "predict",
-    "train_on_batch",
-    "test_on_batch",
-    "predict_on_batch",
-    "save",
-    "save_weights",
-    "load_weights",
-    "export",
-    "quantize",
-    "to_json",
-    "summary",
-    "get_layer",
+    *("compile", "fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+    *("save", "save_weights", "load_weights", "export", "quantize"),
+    *("to_json", "summary", "get_layer"),
 ]
 _TRAINING = ENTRIES[1:7]
-# Functions that the tests call directly where users call a method of the model.
+# Functions that the tests call directly where users call a method of the model. No model that is
+# made within them is turned: in a loaded model the parts must stay as they were saved.
 _FUNCTIONS = {
-    "keras.src.saving.saving_api": ("save_model", "save_weights", "load_weights"),
-    "keras.src.saving.saving_lib": ("save_model", "save_weights_only", "load_weights_only"),
+    "keras.src.saving.saving_api": ("save_model", "load_model", "save_weights", "load_weights"),
+    "keras.src.saving.saving_lib": (
+        *("save_model", "load_model", "save_weights_only", "load_weights_only"),
+    ),
     "keras.src.models.cloning": ("clone_model",),
 }
 _EXPORTS = {"saved_model": "tf_saved_model", "onnx": "onnx", "litert": "litert"}
@@ -166,8 +175,12 @@ def _report(
     used = set()
     print(f"\n{len(passed)} tests pass in plain Keras.")
     for mode, results in wrapped.items():
-        reached = [t for t in passed if results["tests"].get(t, {}).get("wrapped")]
-        print(f"\n{mode}: {len(reached)} of them use a wrapped model or optimizer")
+        mark, what = {
+            "fresh": ("wrapped", "a wrapped model or optimizer"),
+            "boundary": ("learned", "a model that has learned a task"),
+        }[mode]
+        reached = [t for t in passed if results["tests"].get(t, {}).get(mark)]
+        print(f"\n{mode}: {len(reached)} of them use {what}")
         for reason, count in sorted(results["refused"].items(), key=lambda item: -item[1]):
             print(f"  {count} models left as they are: {reason}")
         if whole and len(reached) < FEWEST[mode]:
@@ -194,7 +207,7 @@ def _report(
 _MODE = os.environ.get("KERAS_TESTS_MODE", "")
 _tests: dict[str, dict[str, Any]] = {}
 _refused: collections.Counter[str] = collections.Counter()
-_current: dict[str, Any] = {"test": "", "wrapped": 0, "since": 0.0}
+_current: dict[str, Any] = {"wrapped": 0, "learned": 0, "since": 0.0}
 
 
 def pytest_configure(config: Any) -> None:
@@ -206,18 +219,21 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     """Note the start of a test."""
-    _current.update(test=nodeid, wrapped=0, since=time.process_time())
+    _current.update(wrapped=0, learned=0, since=time.process_time())
 
 
 def pytest_runtest_logreport(report: Any) -> None:
     """Note the outcome of a test, and whether it used a wrapped model or optimizer."""
     seen = _tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0, "error": ""})
     seen["seconds"] = time.process_time() - _current["since"]
-    seen["wrapped"] = _current["wrapped"]
+    seen.update({name: _current[name] for name in ("wrapped", "learned")})
     if report.outcome != "passed":
         seen["outcome"] = report.outcome
         crash = getattr(report.longrepr, "reprcrash", None)
         seen["error"] = " ".join(str(crash.message if crash else report.longrepr).split())[:200]
+    if report.when == "teardown" and (log := os.environ.get("KERAS_TESTS_LOG")):
+        with open(log, "a") as file:
+            print(report.nodeid, seen, file=file)
 
 
 def pytest_sessionfinish() -> None:
@@ -304,9 +320,14 @@ def _entry(name: str, method: Any) -> Any:
 def _function(function: Any) -> Any:
     @functools.wraps(function)
     def entry(model: Any, *args: Any, **kwargs: Any) -> Any:
+        global _inside
         if not _inside:
             _turn(model, "", ())
-        return function(model, *args, **kwargs)
+        _inside += 1
+        try:
+            return function(model, *args, **kwargs)
+        finally:
+            _inside -= 1
 
     return entry
 
@@ -393,6 +414,7 @@ def _turned(model: Any, name: str, args: Any) -> Any:
         vars(model)[attribute] = before.get(attribute)
     if learned is not None:
         model.inherit(learned)
+        _current["learned"] += 1
     if before.get("compiled") and name != "compile":
         given, named = before.get(_GIVEN, ((), {}))
         model.compile(*given, **named)
@@ -478,7 +500,12 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
     from keras_dwd import DWDOptimizer
 
-    of_inner = lambda self, name: getattr(vars(self)["inner_optimizer"], name)  # noqa: E731
+    def of_inner(self: Any, name: str) -> Any:
+        inner = vars(self).get("inner_optimizer")
+        if inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
+
     DWDOptimizer.__getattr__ = of_inner
     for module in {
         i.module for i in items if i.path.is_relative_to(i.config.rootpath / "optimizers")
