@@ -184,7 +184,7 @@ class Consolidation:
         commit()
         if adjusted:
             for group in result.groups:
-                group["strength"] = float(self.regularizer.group_strengths[group["group"]])
+                group["strength"] = float(self.regularizer.budget_strengths.values[group["group"]])
         self.fisher.reset()
         self.head_gate.reset()
         if self.grouping is not None:
@@ -326,7 +326,7 @@ class Consolidation:
             commit()
         self.tasks_learned = int(scalars["tasks_learned"])
         self.weights_digest = scalars["weights_digest"].tobytes()
-        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned)
+        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
         _retrace(model)
 
     def _prepare_own(

@@ -307,8 +307,9 @@ class DWDModel(CloneAware):
 
         Args:
             x: The task's training data, as in `fit`: arrays, with `y`; or, with the labels in it,
-                a batched `tf.data.Dataset`, a `PyDataset`, a generator or another iterable of
-                batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one argument.
+                a batched `tf.data.Dataset`, a `PyDataset`, a generator that ends, or another
+                iterable of batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one
+                argument.
             y: The labels, if they are not in `x`.
             sample_weight: A weight for each example, with `y`. The class weights of `fit` are not
                 known here: pass sample weights instead.

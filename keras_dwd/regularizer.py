@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from keras_dwd.checks import FixedSettings, number
 from keras_dwd.files import FileError
-from keras_dwd.groupings.strength import Budget
+from keras_dwd.groupings.budget_strengths import BudgetStrengths
 from keras_dwd.precision.block import Block, Place
 from keras_dwd.precision.blocks import NAMES as BLOCK_ARRAYS
 from keras_dwd.precision.blocks import arrays_by_path, block_from
 from keras_dwd.state import UNCHANGED, Commit, refuse
-from keras_dwd.variables import Arrays, Variables, untracked
+from keras_dwd.variables import Arrays, Variables, insert, untracked
 
 Anchor = Literal["folded", "latest"]
 NAMES = {"anchor", "center", "folded", "level", *BLOCK_ARRAYS}
@@ -22,8 +22,6 @@ NAMES = {"anchor", "center", "folded", "level", *BLOCK_ARRAYS}
 SCALARS = {"tie"}
 """The names of its other arrays, scalars."""
 
-# λ_k that are adjusted while training stay between 1 / `_LEVELS` and `_LEVELS`.
-_LEVELS = 1000.0
 # The largest and the smallest positive number that float32 holds to full precision.
 _LARGEST, _SMALLEST = float(np.finfo("float32").max), float(np.finfo("float32").tiny)
 
@@ -91,9 +89,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         self.folded: dict[str, float] = {}
         self.precisions: dict[str, Block] = {}
         self.anchors: dict[str, keras.Variable] = {}
-        # For λ_k that are adjusted while training: λ_k by group, and the group of each block.
-        self.group_strengths: dict[int, keras.Variable] = {}
-        self.group_of: dict[str, int] = {}
+        self.budget_strengths = BudgetStrengths()
         # For the task graph: one weight for all variables, and the anchor of each variable.
         self.task_weight = untracked(np.zeros(()), "tie")
         self.task_anchors: dict[str, keras.Variable] = {}
@@ -141,19 +137,21 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         """Whether tasks are estimated for a variable: it has a strength, or had one before."""
         return self.strength_of(variable) > 0 or path in self.folded
 
-    def note_left_out(self, variables: Variables, tasks: int) -> None:
+    def note_left_out(self, variables: Variables, tasks: int, loaded: bool = False) -> None:
         """Note where tasks were learned without an estimate: a strength would not hold these.
 
         Args:
             variables: The trainable variables, by path.
             tasks: The number of tasks learned.
+            loaded: Whether the tasks were loaded or inherited. Single variables may then have been
+                frozen, or not there, so that a strength leaves out only what has none held.
         """
-        regularizers = {path: self.regularizer_of(v) for path, v in variables.items()}
-        for regularizer in [self, *regularizers.values()]:
-            regularizer._left_out = False
-        for path, regularizer in regularizers.items():
-            if tasks and not self.holds(path, variables[path]):
-                regularizer._left_out = True
+        held: dict[DWDRegularizer, list[bool]] = {self: []}
+        for path, variable in variables.items():
+            held.setdefault(self.regularizer_of(variable), []).append(self.holds(path, variable))
+        for regularizer, each in held.items():
+            missing = not any(each) if loaded else not all(each)
+            regularizer._left_out = bool(tasks and each and missing)
 
     def regularizer_of(self, variable: keras.Variable) -> "DWDRegularizer":
         """The regularizer with the strength for `variable`: its own, else that of the model."""
@@ -214,7 +212,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             for path, variable in variables.items():  # blocks of other workers too
                 if variable.trainable and self.strength_of(variable):
                     self.folded.setdefault(path, self.strength_of(variable))
-            self.add_budget_groups(adjusted or {})
+            self.budget_strengths.add(adjusted or {})
 
         return commit
 
@@ -224,18 +222,18 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         arrays = block.arrays()
         if {n: v.shape for n, v in slots.items()} != {n: v.shape for n, v in arrays.items()}:
             slots = {name: untracked(array, name) for name, array in arrays.items()}
-            _insert(self.precisions, key, block.with_arrays(slots))
+            insert(self.precisions, key, block.with_arrays(slots))
         for name, array in arrays.items():
             slots[name].assign(array)
         for path, anchor in anchors.items():
             if path not in self.anchors:
-                _insert(self.anchors, path, untracked(anchor, "anchor"))
+                insert(self.anchors, path, untracked(anchor, "anchor"))
             self.anchors[path].assign(anchor)
 
     def layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
         shapes = {n: tuple(array.shape) for n, array in self._slots().items()}
-        return shapes, dict(self.group_of), dict(self.folded)
+        return shapes, dict(self.budget_strengths.group_of), dict(self.folded)
 
     def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
         """The pull Λ (θ − c) by path, in the shape of each variable that is pulled. Graph code."""
@@ -266,7 +264,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                         for p, d in zip(block.paths, differences, strict=True)
                     ]
                 )
-            level = self._group_strength(key)
+            level = self.budget_strengths.of(key)
             for path, difference, pull in zip(block.paths, differences, pulls, strict=True):
                 if path in of_block:
                     factor = of_block[path] if level is None else of_block[path] * level
@@ -299,7 +297,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         """
         for path, anchor in anchors.items():
             if path not in self.task_anchors:
-                _insert(self.task_anchors, path, untracked(anchor, "task_anchor"))
+                insert(self.task_anchors, path, untracked(anchor, "task_anchor"))
             self.task_anchors[path].assign(anchor)
         self.task_weight.assign(weight)
 
@@ -320,45 +318,6 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             total.append(gradient)
         return total
 
-    def add_budget_groups(self, group_of: Mapping[str, int]) -> None:
-        """Create a λ_k of 1 for each new group of blocks that is adjusted while training."""
-        for key, group in group_of.items():
-            _insert(self.group_of, key, group)
-            if group not in self.group_strengths:
-                _insert(self.group_strengths, group, untracked(np.ones(()), "group_strength"))
-
-    def balance(
-        self,
-        pulls: Mapping[str, tf.Tensor],
-        gradients: Mapping[str, Any],
-        scale: tf.Tensor | None,
-        budget: Budget,
-    ) -> None:
-        """Adjust λ_k by the share of the pull in the total gradient of each group. Graph code.
-
-        Args:
-            pulls: The pull by path, see `gradients`.
-            gradients: Gradients of the loss by path, each a tensor or `None`.
-            scale: The loss scale, if the loss was scaled before differentiation.
-            budget: The rule, with the share to aim for.
-        """
-        blocks = self.precisions.items()
-        groups = {path: self.group_of.get(key) for key, block in blocks for path in block.paths}
-        for group, strength in self.group_strengths.items():
-            squares = [tf.zeros(()), tf.zeros(())]
-            for path, gradient in gradients.items():
-                if groups.get(path) == group and path in pulls and gradient is not None:
-                    for i, part in enumerate((pulls[path], tf.convert_to_tensor(gradient))):
-                        squares[i] += tf.reduce_sum(tf.cast(part, "float32") ** 2)
-            pull, gradient = tf.sqrt(squares[0]), tf.sqrt(squares[1])
-            gradient = gradient if scale is None else gradient / tf.cast(scale, "float32")
-            share = tf.math.divide_no_nan(pull, pull + gradient)
-            adjusted = strength.value * tf.exp(budget.rate * (budget.share - share))
-            adjusted = tf.clip_by_value(adjusted, 1 / _LEVELS, _LEVELS)
-            # Keep λ_k where nothing pulls, and in a step that overflowed and will be skipped.
-            valid = (pull > 0) & tf.math.is_finite(pull) & tf.math.is_finite(gradient)
-            strength.assign(tf.where(valid, adjusted, strength.value))
-
     def proximal_step(self, variables: Variables, stiffness: Mapping[str, tf.Tensor]) -> None:
         """The proximal step θ ← θ − (stiffness + Λ)⁻¹ Λ (θ − c). Graph code.
 
@@ -370,7 +329,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         for key, block in self.precisions.items():
             moving = [path for path in block.paths if path in stiffness and path in factors]
             of_block = {path: factors[path] for path in moving}
-            level = self._group_strength(key)
+            level = self.budget_strengths.of(key)
             differences = self._differences(block, variables)
             # All variables of a block at once, but for those whose strengths have changed apart.
             for paths in [moving] if _same(of_block) else [[path] for path in moving]:
@@ -417,10 +376,6 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             if variables[path].trainable and self.holds(path, variables[path])
         }
 
-    def _group_strength(self, key: str) -> tf.Tensor | None:
-        """λ_k of a block's group, or `None` if it is not adjusted while training."""
-        return self.group_strengths[self.group_of[key]].value if key in self.group_of else None
-
     def _differences(self, block: Block, variables: Variables) -> list[tf.Tensor]:
         return [self._difference(variables[path], self.anchors[path]) for path in block.paths]
 
@@ -432,10 +387,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
     def state(self) -> Arrays:
         """All slots as arrays, by `NAME/PATH`; `level` holds the group's number and its λ_k."""
-        levels = {
-            f"level/{key}": np.array([group, float(self.group_strengths[group])])
-            for key, group in self.group_of.items()
-        }
+        levels = {f"level/{key}": a for key, a in self.budget_strengths.state().items()}
         slots = {name: np.asarray(v) for name, v in self._slots().items()}
         folded = {f"folded/{path}": np.asarray(strength) for path, strength in self.folded.items()}
         return slots | levels | folded | {"tie": np.asarray(self.task_weight)}
@@ -504,7 +456,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             }
 
         def commit() -> None:
-            for slots in (self.precisions, self.anchors, self.group_strengths, self.group_of):
+            for slots in (self.precisions, self.anchors):
                 slots.clear()
             self.task_anchors.clear()
             self.folded.clear()
@@ -513,9 +465,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                 if keeps(path):
                     self.assign_slots(path, block, {p: anchors[p] for p in block.paths})
             self.pull_to_tasks(weight, task_anchors)
-            for key, (group, level) in levels.items():
-                self.add_budget_groups({key: int(group)})
-                self.group_strengths[int(group)].assign(level)
+            self.budget_strengths.load_state(levels)
 
         return commit
 
@@ -531,18 +481,6 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"strength": self.strength, "decay": self.decay, "anchor": self.anchor}
-
-
-def _insert(entries: dict[Any, Any], key: Any, value: Any) -> None:
-    """Insert into a dictionary that is kept in the order of its keys.
-
-    Graphs built from it are then the same in any order of insertion, for example after loading,
-    and sums in them agree to the last bit.
-    """
-    entries[key] = value
-    ordered = sorted(entries.items())
-    entries.clear()
-    entries.update(ordered)
 
 
 def _same(tensors: Mapping[str, tf.Tensor]) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -107,3 +108,15 @@ def digest_of(variables: Variables) -> bytes:
     for variable in variables.values():  # paths may change on loading
         digest.update(np.ascontiguousarray(variable).view("uint8").data)
     return digest.digest()
+
+
+def insert(entries: dict[Any, Any], key: Any, value: Any) -> None:
+    """Insert into a dictionary that is kept in the order of its keys.
+
+    Graphs built from it are then the same in any order of insertion, for example after loading,
+    and sums in them agree to the last bit.
+    """
+    entries[key] = value
+    ordered = sorted(entries.items())
+    entries.clear()
+    entries.update(ordered)

@@ -11,6 +11,7 @@ This file is also the plugin of pytest that does so.
 
 import argparse
 import collections
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -297,10 +299,20 @@ def _patch_models() -> None:
     DWDModel.__getattr__ = of_plain
 
 
+@contextlib.contextmanager
+def _within() -> Iterator[None]:
+    """What Keras itself calls in here turns no model."""
+    global _inside
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
+
+
 def _entry(name: str, method: Any) -> Any:
     @functools.wraps(method)
     def entry(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global _inside
         if name == "compile" and not _inside:
             vars(self)[_GIVEN] = args, kwargs
         if not _inside:
@@ -308,11 +320,8 @@ def _entry(name: str, method: Any) -> Any:
             args = _turn(self, name, args)
             if type(self) is not before:
                 return getattr(self, name)(*args, **kwargs)
-        _inside += 1
-        try:
+        with _within():
             return method(self, *args, **kwargs)
-        finally:
-            _inside -= 1
 
     return entry
 
@@ -320,14 +329,10 @@ def _entry(name: str, method: Any) -> Any:
 def _function(function: Any) -> Any:
     @functools.wraps(function)
     def entry(model: Any, *args: Any, **kwargs: Any) -> Any:
-        global _inside
         if not _inside:
             _turn(model, "", ())
-        _inside += 1
-        try:
+        with _within():
             return function(model, *args, **kwargs)
-        finally:
-            _inside -= 1
 
     return entry
 
@@ -348,7 +353,6 @@ def _export(function: Any, form: str) -> Any:
 
 def _turn(model: Any, name: str, args: Any) -> Any:
     """Turn a model of a test into a `DWDModel`; returns the arguments of the method called."""
-    global _inside
     import keras
     from keras.src.trainers.trainer import Trainer
 
@@ -359,14 +363,12 @@ def _turn(model: Any, name: str, args: Any) -> Any:
         return args
     if not isinstance(model, Trainer) or not isinstance(model, keras.Layer):
         return args
-    _inside += 1
-    try:
-        args = _turned(model, name, args)
-        _current["wrapped"] += 1
-    except _RefusedError as refused:
-        _refused[str(refused)] += 1
-    finally:
-        _inside -= 1
+    with _within():
+        try:
+            args = _turned(model, name, args)
+            _current["wrapped"] += 1
+        except _RefusedError as refused:
+            _refused[str(refused)] += 1
     return args
 
 

@@ -207,6 +207,77 @@ def test_losses_across_examples_are_refused_unless_estimated_from_batches(loss):
     assert float(of_batches.penalty()) > 0
 
 
+class Centred(layers.Layer):
+    def call(self, x):
+        return x - ops.mean(x, 0, keepdims=True)
+
+
+class Pairs(layers.Layer):
+    """The products of all pairs in a batch, for a cross-entropy with one's own partner."""
+
+    def call(self, a, b):
+        return a @ ops.transpose(b)
+
+
+def towers():
+    a, b = keras.Input((3,)), keras.Input((3,))
+    tower = layers.Dense(4)
+    return keras.Model([a, b], Pairs()(tower(a), tower(b)))
+
+
+def centred():
+    return keras.Sequential([keras.Input((6,)), layers.Dense(4), Centred(), layers.Dense(3)])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("build", [towers, centred])
+def test_models_that_compare_examples_are_refused_unless_estimated_from_batches(build, jit):
+    x, y = blobs(8)
+    if build is towers:
+        x, y = [x[:, :3], x[:, 3:]], np.arange(8)
+    for settings in ({}, {"fisher": empirical()}):
+        model = DWDModel.from_model(build(), **settings)
+        model.compile("sgd", CE, jit_compile=jit)
+        model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+        for data in (None, (x, y)) if not settings else ((x, y),):
+            with pytest.raises(ValueError, match="or the model compares the examples"):
+                model.consolidate(data)
+        assert model.tasks_learned == 0
+    model = DWDModel.from_model(build(), fisher=DiagonalFisher("batch"), grouping=None)
+    model.compile("sgd", CE, jit_compile=jit)
+    model.fit(x, y, batch_size=8, verbose=0, shuffle=False)
+    model.consolidate()
+    assert model.tasks_learned == 1
+
+
+def variable_length():
+    vectorization = layers.TextVectorization(max_tokens=8)
+    texts = np.array(["a", "b c d e", "c d", "d a b c a"] * 2, object)
+    vectorization.adapt(texts)
+    inputs = keras.Input((), dtype="string")
+    x = layers.Embedding(8, 3, mask_zero=True)(vectorization(inputs))
+    return keras.Model(inputs, layers.Dense(3)(layers.LSTM(3)(x))), texts
+
+
+def noisy():
+    class Noise(layers.Layer):
+        def call(self, x):
+            return x + keras.random.normal(ops.shape(x))
+
+    return keras.Sequential([keras.Input((6,)), Noise(), layers.Dense(3)]), blobs(8)[0]
+
+
+@pytest.mark.parametrize("build", [variable_length, noisy])
+def test_models_that_only_seem_to_compare_examples_are_not_refused(build):
+    """Batches are padded to their longest text; noise makes outputs differ without a cause."""
+    net, x = build()
+    model = DWDModel.from_model(net)
+    model.compile("sgd", CE)
+    model.fit(x, np.arange(8) % 3, batch_size=4, verbose=0)
+    model.consolidate()
+    assert model.tasks_learned == 1
+
+
 def masked_sequences():
     x = np.array([[1, 2, 0, 0], [3, 4, 5, 6], [1, 0, 0, 0], [2, 3, 4, 0]])
     net = [layers.Embedding(7, 3, mask_zero=True), layers.Dropout(0.5), layers.Dense(3)]

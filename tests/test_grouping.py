@@ -580,7 +580,7 @@ def budgeted(optimizer="sgd", strengths=None, **settings):
 def test_the_pull_gets_its_share_of_the_gradient(decoupled):
     sgd = keras.optimizers.SGD(0.0)  # only λ changes
     model = budgeted(DWDOptimizer(sgd) if decoupled else sgd, Budget(share=0.3, rate=0.5))
-    assert {float(level) for level in model.regularizer.group_strengths.values()} == {1.0}
+    assert {float(level) for level in model.regularizer.budget_strengths.values.values()} == {1.0}
     for variable in model.trainable_variables:
         variable.assign_add(0.1 * tf.ones(variable.shape))
     x, y = blobs(seed=3)
@@ -589,7 +589,7 @@ def test_the_pull_gets_its_share_of_the_gradient(decoupled):
         loss = model.compute_loss(x, y, model(x, training=True))
     gradients = tape.gradient(loss, model.trainable_variables)
     for path, gradient in zip(NAMES, gradients, strict=True):
-        level = float(model.regularizer.group_strengths[model.regularizer.group_of[path]])
+        level = float(model.regularizer.budget_strengths.of(path))
         pull = np.linalg.norm(level * 0.1 * np.array(model.regularizer.precisions[path].values))
         assert level != 1.0
         assert pull / (pull + np.linalg.norm(gradient)) == pytest.approx(0.3, abs=0.01)
@@ -607,7 +607,7 @@ def test_one_step_of_a_budget_equals_its_formula():
     for name in NAMES:
         pull = np.linalg.norm(0.1 * np.array(model.regularizer.precisions[name].values))
         share = pull / (pull + np.linalg.norm(gradients[name]))
-        level = float(model.regularizer.group_strengths[model.regularizer.group_of[name]])
+        level = float(model.regularizer.budget_strengths.of(name))
         assert level == pytest.approx(np.exp(0.1 * (0.3 - share)), rel=1e-4)
 
 
@@ -617,8 +617,8 @@ def test_a_budget_leaves_alone_what_nothing_pulls():
     model.compile("sgd", model.loss)
     model.fit(*blobs(seed=3), epochs=5, verbose=0)
     levels = {
-        key: float(model.regularizer.group_strengths[group])
-        for key, group in model.regularizer.group_of.items()
+        key: float(model.regularizer.budget_strengths.values[group])
+        for key, group in model.regularizer.budget_strengths.group_of.items()
     }
     assert levels["hidden/kernel"] == levels["hidden/bias"] == 1.0
     assert levels["head/kernel"] > 1.0
@@ -631,19 +631,19 @@ def test_a_budget_is_saved_and_goes_on(tmp_path):
     again = keras.models.load_model(tmp_path / "model.keras")
     assert float(again.penalty()) == pytest.approx(float(model.penalty()))
     assert float(model.penalty()) > 0
-    levels = [float(v) for v in model.regularizer.group_strengths.values()]
-    assert [float(v) for v in again.regularizer.group_strengths.values()] == levels
+    levels = [float(v) for v in model.regularizer.budget_strengths.values.values()]
+    assert [float(v) for v in again.regularizer.budget_strengths.values.values()] == levels
     assert len(set(levels)) > 1
     for each in (model, again):
         each.fit(*blobs(seed=5), epochs=1, verbose=0, shuffle=False)
         each.consolidate(blobs(seed=5))
         found = {g["group"]: g["strength"] for g in each.groups}
-        assert found == {k: float(v) for k, v in each.regularizer.group_strengths.items()}
+        assert found == {k: float(v) for k, v in each.regularizer.budget_strengths.values.items()}
     for each in (model, again):
         each.fit(*blobs(seed=4), epochs=2, verbose=0, shuffle=False)
-    levels = [float(v) for v in model.regularizer.group_strengths.values()]
+    levels = [float(v) for v in model.regularizer.budget_strengths.values.values()]
     np.testing.assert_allclose(
-        [float(v) for v in again.regularizer.group_strengths.values()], levels
+        [float(v) for v in again.regularizer.budget_strengths.values.values()], levels
     )
 
 
@@ -665,7 +665,7 @@ def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
     model = budgeted("sgd", Budget(share=0.3, rate=0.0))
     model.compile(keras.optimizers.SGD(rate) if decoupled else gentle(), model.loss)
     regularizer = model.regularizer
-    for number, level in enumerate(regularizer.group_strengths.values()):
+    for number, level in enumerate(regularizer.budget_strengths.values.values()):
         level.assign(2.0 + 3 * number)
     for variable in model.trainable_variables:
         variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
@@ -676,7 +676,7 @@ def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
     before = [np.array(v, "float64") for v in model.trainable_variables]
     penalty, expected = 0.0, []
     for name, gradient, theta in zip(NAMES, gradients, before, strict=True):
-        level = float(regularizer.group_strengths[regularizer.group_of[name]])
+        level = float(regularizer.budget_strengths.of(name))
         precision = level * np.array(regularizer.precisions[name].values, "float64")
         anchor = np.array(regularizer.anchors[name], "float64")
         penalty += 0.5 * (precision * (theta - anchor) ** 2).sum()
@@ -701,7 +701,7 @@ def test_a_budget_in_mixed_precision_is_that_of_float32_and_overflow_leaves_it_a
         for variable in model.trainable_variables:
             variable.assign_add(0.1 * tf.ones(variable.shape))
         x, y = blobs(seed=3)
-        held = model.regularizer.group_strengths
+        held = model.regularizer.budget_strengths.values
         for level in held.values():
             level.assign(100.0)
         model.train_on_batch(x, y)
@@ -720,7 +720,7 @@ def test_the_levels_of_a_budget_have_limits(share, limit):
     for variable in model.trainable_variables:
         variable.assign_add(10 * tf.ones(variable.shape))
     model.train_on_batch(*blobs(seed=3))
-    found = [float(level) for level in model.regularizer.group_strengths.values()]
+    found = [float(level) for level in model.regularizer.budget_strengths.values.values()]
     np.testing.assert_allclose(found, limit, rtol=1e-5)
 
 

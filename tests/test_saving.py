@@ -373,7 +373,7 @@ def test_loading_state_without_a_budget_leaves_no_levels_of_before(tmp_path):
     early.save_weights(tmp_path / "model.weights.h5")
     late = compiled(fisher=DiagonalFisher(), grouping=LayerGrouping("budget"))
     learn(late, 0)
-    for level in late.regularizer.group_strengths.values():
+    for level in late.regularizer.budget_strengths.values.values():
         level.assign(7.0)
     late.load_weights(tmp_path / "model.weights.h5")
     assert float(late.penalty()) == pytest.approx(float(early.penalty()), rel=1e-6)

@@ -256,6 +256,20 @@ def test_an_earlier_format_keeps_its_penalty():
         assert float(again.penalty()) == pytest.approx(2 * float(model.penalty()), rel=1e-6)
 
 
+def test_a_layer_that_no_task_has_had_does_not_keep_a_strength_at_zero():
+    previous = learned(2.0)
+    base = keras.Sequential(
+        [keras.Input((6,)), *previous.layers[1:], keras.layers.Dense(3, name="extra")]
+    )
+    larger = compiled(base, strength=0.0, fisher=previous.fisher, grouping=None)
+    larger.inherit(previous)
+    larger.strength = 3.0
+    for model in (previous, larger):
+        model.trainable_variables[0].assign_add(tf.ones(model.trainable_variables[0].shape))
+    previous.strength = 3.0
+    assert float(larger.penalty()) > 0
+
+
 def test_nothing_can_be_raised_that_was_not_estimated(tmp_path):
     model = learned(0.0)
     model.save(tmp_path / "m.keras")

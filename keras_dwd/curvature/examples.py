@@ -18,6 +18,8 @@ from keras_dwd.learner import Learner, data_loss
 # The loss gradients of the examples alone may differ from those in the batch by this share of their
 # squares: rounding stays far below, losses that compare examples are far above.
 TOLERANCE = 0.02
+# Outputs that differ by this share of their squares, in a batch and alone, do so not by rounding.
+_MIXED = 1e-3
 # Below this mean square of their gradients the examples are learned, up to rounding.
 _LEAST_SQUARE = 1e-9
 
@@ -197,6 +199,53 @@ def coupling(
         counts = tf.math.is_finite(residual) & ~random & (square > _LEAST_SQUARE * examples)
         shares.append(tf.where(counts, tf.math.divide_no_nan(residual, square), 0.0))
     return tf.reduce_max(tf.stack(shares))
+
+
+def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
+    """1 if the outputs for an example depend on the other examples of its batch, else 0.
+
+    That is so where a model compares examples, as a two-tower model whose outputs are the products
+    of all pairs, or takes a mean over the batch. The gradient at a layer's output is then not that
+    of one example. Compares the outputs for the first example in its batch and alone. Graph code.
+
+    Args:
+        model: A compiled model.
+        x: The inputs of the batch.
+        outputs: The outputs for `x`, in inference mode.
+
+    Returns:
+        A float32 scalar. Zero where this is not known: the outputs are random, or the model cannot
+        run on a single example.
+    """
+    try:
+        alone, again = (tf.nest.flatten(model(part_of(x, 0, 1), training=False)) for _ in range(2))
+    except Exception:  # such as a model with a fixed batch size
+        return tf.zeros(())
+    count = count_of(x)
+    found = [tf.zeros((), "bool")]
+    for output, single, same in zip(tf.nest.flatten(outputs), alone, again, strict=True):
+        if not (isinstance(output, tf.Tensor) and output.dtype.is_floating):
+            continue
+        shapes = tf.shape(output)[1:], tf.shape(single)[1:]
+        found.append(tf.reduce_any((shapes[0] == count) & (shapes[1] == 1) & (count > 1)))
+        # Other axes may differ, such as one that is padded to the longest sequence of a batch.
+        sizes = tf.concat([[1], tf.minimum(*shapes)], 0)
+        in_batch, single, same = (
+            tf.cast(tf.slice(t, tf.zeros_like(sizes), sizes), "float32")
+            for t in (output, single, same)
+        )
+        # Values such as −inf for classes that are not allowed tell nothing.
+        difference = _square(in_batch - single)
+        random = _square(single - same) > 1e-3 * difference
+        comparable = tf.reduce_all(shapes[0] == shapes[1]) & ~random
+        found.append(comparable & (difference > _MIXED * _square(single + in_batch)))
+    return tf.cast(tf.reduce_any(tf.stack(found)), "float32")
+
+
+def _square(tensor: tf.Tensor) -> tf.Tensor:
+    """The sum of the squares that are finite."""
+    squares = tensor**2
+    return tf.reduce_sum(tf.where(tf.math.is_finite(squares), squares, 0.0))
 
 
 def _output_gradients(

@@ -22,6 +22,7 @@ from keras_dwd.curvature.examples import (
     leaves,
     loss_gradients,
     masks_of,
+    mixing,
     one_each,
     part_of,
 )
@@ -96,7 +97,7 @@ class Fisher(FixedSettings):
         # The number of examples processed, modulo `_TURN`. Not int32, which TensorFlow keeps in
         # host memory, where a step that XLA compiles for a GPU cannot access it.
         self.examples_seen = keras.Variable(0, trainable=False, dtype="int64", name="fisher_looked")
-        # The largest `coupling` of examples in the loss since the last boundary.
+        # The largest `coupling` and `mixing` of examples since the last boundary.
         self.coupling = keras.Variable(0.0, trainable=False, dtype="float32", name="coupling")
 
     @property
@@ -360,6 +361,9 @@ class Fisher(FixedSettings):
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_loss_outputs = loss_gradients(model, of_loss, masks, scale)
         self._note_coupling(coupling(model, of_loss, by_loss_outputs, scale))
+        if not before:
+            once = tf.cond(processed == 0, lambda: mixing(model, x, outputs), lambda: tf.zeros(()))
+            self._note_coupling(once)
         calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
         for ruled, layer_calls in calls.items():
             if ruled.rule is GENERIC and not all(call.plain for call in layer_calls or ()):
@@ -547,15 +551,15 @@ class Fisher(FixedSettings):
 
     @property
     def compares_examples(self) -> bool:
-        """Whether the loss is known to compare the examples of a batch."""
+        """Whether the loss, or the model, is known to compare the examples of a batch."""
         return float(np.asarray(self.coupling)) > TOLERANCE
 
     def refuse_coupling(self) -> None:
-        """Raise `ValueError` because the loss compares the examples of a batch."""
+        """Raise `ValueError` because the loss, or the model, compares the examples of a batch."""
         raise ValueError(
-            "The loss compares the examples of a batch: its gradient is not a mean of those of "
-            f"single examples, which the estimator {self.estimator!r} needs. For the Fisher "
-            f"information of such a loss, {_USE_BATCH}. Nothing was changed."
+            "The loss or the model compares the examples of a batch: the gradient of the loss is "
+            "not a mean of those of single examples, which the estimator "
+            f"{self.estimator!r} needs. Instead, {_USE_BATCH}. Nothing was changed."
         )
 
     def forget_loss(self) -> None:

@@ -200,7 +200,9 @@ class TrainingStep:
             return list(named.values())
         pulls = self.regularizer.gradients(by_path(model))
         if self.budget is not None:
-            self.regularizer.balance(pulls, named, scale, self.budget)
+            paths_of = {key: b.paths for key, b in self.regularizer.precisions.items()}
+            strengths = self.regularizer.budget_strengths
+            strengths.adjust(paths_of, pulls, named, scale, self.budget)
         in_gradient = {path: pull for path, pull in pulls.items() if path not in proximal}
         return self.regularizer.added(in_gradient, by_path(model), named, scale)
 
