@@ -462,6 +462,7 @@ class DWDModel(CloneAware):
         self._consolidation.build(self)
         return super().make_train_function(force or not current)
 
+    @tf.autograph.experimental.do_not_convert  # by a `tf.function` of the user: it takes seconds
     def train_step(self, data: Any) -> dict[str, Any]:
         """`keras.Model.train_step`, plus the pull and the update of the Fisher information.
 

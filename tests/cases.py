@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_dwd import DiagonalFisher, DWDModel
@@ -13,6 +14,20 @@ from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.groupings.grouping import GroupingResult
 from keras_dwd.precision.block import Block
 from keras_dwd.training.boundary_pass import BoundaryPass
+
+
+def sweep(cases, *core):
+    """The cases of a test; `make test` runs it on the core, `make test-long` on the others.
+
+    A case is named by its value or, where it has several, by the first.
+    """
+    names = [case[0] if isinstance(case, tuple) else case for case in cases]
+    assert {*core} <= {*names}, {*core} - {*names}
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        for case, name in zip(cases, names, strict=True)
+        for marks in [() if name in core else pytest.mark.long]
+    ]
 
 
 def blobs(count=64, features=6, classes=3, seed=0):

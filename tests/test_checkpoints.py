@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from cases import blobs
+from cases import blobs, sweep
 from safetensors.numpy import save_file
 
 from keras_dwd import DiagonalFisher
@@ -114,14 +114,17 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
 
 @pytest.mark.parametrize(
     "method",
-    [
-        "dwd-online+graph",
+    sweep(
+        [
+            "dwd-online+graph",
+            "dwd-online+decoupled",
+            "dwd-online+policy",
+            "dwd:sampled",
+            "dwd-online+one-budget",
+            "ewc",
+        ],
         "dwd-online+decoupled",
-        "dwd-online+policy",
-        "dwd:sampled",
-        "dwd-online+one-budget",
-        "ewc",
-    ],
+    ),
 )
 def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):
     with pytest.raises(KilledError):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import workers as script
-from cases import blobs, compiled
+from cases import blobs, compiled, sweep
 from typer.testing import CliRunner
 
 from keras_dwd import Communicator, DiagonalFisher, DWDOptimizer, cli
@@ -75,58 +75,66 @@ def assert_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(value, expected[key], atol=tolerance * scale, err_msg=key)
 
 
-# What is compared with one worker, by the number of workers.
-CASES = {2: [*script.CASES, "sequence"], 4: ["sharded"]}
+# Jobs of several workers: their number, programs, and the cases that are compared with one worker.
+JOBS = {
+    "two": (2, "agree,share,behaves,bytes_sent,different_graph", ["sharded", "diagonal"]),
+    "two, all cases": (2, "agree", [*script.CASES, "sequence"]),
+    "four": (4, "agree,share,not_a_number", ["sharded"]),
+}
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """What a single worker finds, in this process."""
-    cases = [name for name in script.CASES if name not in {*script.ALIKE, "shuffled"}]
-    found = script.agreed([*cases, "sequence"], tmp_path_factory.mktemp("one"))
-    for name, other in script.ALIKE.items():
-        keys = [key for key in found if key.startswith(f"{other}/")]
-        if not script.CASES[name].get("validate"):
-            keys = [key for key in keys if "/val_" not in key and "/test/" not in key]
-        found |= {key.replace(other, name, 1): found[key] for key in keys}
-    return found
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    """What two and four workers find in one job of each, by their number, and its folder."""
-    programs = {
-        2: "agree,share,behaves,bytes_sent,different_graph",
-        4: "agree,share,not_a_number",
-    }
+    """What a single worker finds for a case, in this process."""
     known = {}
 
-    def of(count):
-        if count not in known:
-            folder = tmp_path_factory.mktemp("several")
-            settings = {"CASES": ",".join(CASES[count]), "HOROVOD_TIMELINE": "DYNAMIC"}
-            known[count] = run_workers(programs[count], folder, count, **settings), folder
-        return known[count]
+    def of(name):
+        other = script.ALIKE.get(name, name)
+        if other not in known:
+            known[other] = script.agreed([other], tmp_path_factory.mktemp("one"))
+        found = known[other]
+        if name == other:
+            return found
+        if not script.CASES[name].get("validate"):
+            found = {k: v for k, v in found.items() if "/val_" not in k and "/test/" not in k}
+        return {key.replace(other, name, 1): value for key, value in found.items()}
 
     return of
 
 
-@pytest.mark.parametrize("count", CASES)
-def test_several_workers_find_what_one_finds(count, one, several):
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """What the workers of a job find, by program and rank, and the folder of the job."""
+    known = {}
+
+    def of(job):
+        if job not in known:
+            folder = tmp_path_factory.mktemp("several")
+            count, programs, cases = JOBS[job]
+            settings = {"CASES": ",".join(cases), "HOROVOD_TIMELINE": "DYNAMIC"}
+            found = run_workers(programs, folder, count, **settings)
+            known[job] = found if "," in programs else {programs: found}, folder
+        return known[job]
+
+    return of
+
+
+@pytest.mark.parametrize("job", sweep(JOBS, "two"))
+def test_several_workers_find_what_one_finds(job, one, several):
     """Weights, Fisher information, factors, groups, anchors, penalties and metrics."""
-    results = several(count)[0]["agree"]
-    kept = {key for found in results for key in found}
+    count, _, cases = JOBS[job]
+    results = several(job)[0]["agree"]
     # The order of shuffled examples differs from that of Keras with one worker.
-    expected = {key for key in one if key.split("/")[0] in {*CASES[count]} - {"shuffled"}}
-    assert expected <= kept
+    expected = {k: v for case in cases if case != "shuffled" for k, v in one(case).items()}
+    assert set(expected) <= {key for found in results for key in found}
     for rank, found in enumerate(results):
         loose = ("shuffled", "half", "elements")
-        assert_close({k: v for k, v in found.items() if k.split("/")[0] not in loose}, one)
+        assert_close({k: v for k, v in found.items() if k.split("/")[0] not in loose}, expected)
         # Half precision changes the direction of Adam's step for some of the smallest gradients.
         halves = {k: v for k, v in found.items() if k.startswith(("half/weight", "half/val"))}
-        assert_close(halves, one, 0.05)
+        assert_close(halves, expected, 0.05)
         for key in (k for k in found if k.startswith("elements/group")):
-            assert abs(found[key] - one[key]) <= 3  # of 143; borders of groups may differ
+            assert abs(found[key] - expected[key]) <= 3  # of 143; borders of groups may differ
         for key in set(found) & set(results[0]):
             np.testing.assert_allclose(found[key], results[0][key], rtol=1e-5, atol=1e-6)
         sharded = [key for key in found if key.startswith("sharded/pull/")]
@@ -145,9 +153,10 @@ def test_the_square_of_the_mean_gradient_is_told_apart_from_the_fisher_informati
         name = f"diagonal/online/fisher/{path}"
         squared_means = np.asarray(model.fisher.slots[f"fisher/{path}"]) / 8
         with pytest.raises(AssertionError):
-            assert_close({name: squared_means}, one)
+            assert_close({name: squared_means}, one("diagonal"))
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_another_number_of_workers(one, tmp_path):
     """Two workers are killed in the second task, and the newest file is damaged as well."""
     kept = {"CHECKPOINTS": str(tmp_path / "kept"), "SHARDED": "1"}
@@ -160,17 +169,16 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(one, tmp_path):
     assert ended - files[-1].stat().st_mtime < 60  # it was written shortly before the end
     files[-1].write_bytes(files[-1].read_bytes()[:-100])
     found = script.sequence(kept["CHECKPOINTS"], sharded=True)
-    assert_close({f"sequence/{key}": value for key, value in found.items()}, one)
+    assert_close({f"sequence/{key}": value for key, value in found.items()}, one("sequence"))
 
 
-def test_each_worker_keeps_its_share_of_the_state(several):
+@pytest.mark.parametrize("job", sweep(["two", "four"], "two"))
+def test_each_worker_keeps_its_share_of_the_state(job, several):
     whole = script.share(sharded=False)
-    for count in (2, 4):
-        results = several(count)[0]["share"]
-        for name in ("kronecker", "diagonal"):
-            parts = [int(found[name]) for found in results]
-            assert max(parts) <= (1 / count + 0.05) * whole[name]
-            assert sum(parts) == whole[name]
+    for name in ("kronecker", "diagonal"):
+        parts = [int(found[name]) for found in several(job)[0]["share"]]
+        assert max(parts) <= (1 / JOBS[job][0] + 0.05) * whole[name]
+        assert sum(parts) == whole[name]
 
 
 def sent(timeline):
@@ -189,7 +197,7 @@ def sent(timeline):
 
 
 def test_the_pull_of_sharded_workers_sends_nothing_more(several):
-    _, folder = several(2)
+    _, folder = several("two")
     plain, pulled = (sent(folder / f"{name}.json") for name in ("plain", "pulled"))
     steps = 12  # 96 examples in batches of 8
     gradients = {name for name in plain if "gradients" in name}
@@ -205,7 +213,7 @@ def test_the_pull_of_sharded_workers_sends_nothing_more(several):
 
 
 def test_files_averages_and_callbacks(several):
-    found, folder = several(2)
+    found, folder = several("two")
     results = found["behaves"]
     assert (folder / "log.0.csv").exists()
     assert not (folder / "log.1.csv").exists()
@@ -232,11 +240,15 @@ def test_files_averages_and_callbacks(several):
 
 
 def test_what_differs_on_one_worker_is_named_on_all(several):
-    for found in several(2)[0]["different_graph"]:
+    for found in several("two")[0]["different_graph"]:
         said = str(found["said"])
         assert "Worker 1 has built another model than worker 0" in said
         assert "more/kernel" in said
-    for found in several(4)[0]["not_a_number"]:
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_a_number_is_named_with_its_worker(several):
+    for found in several("four")[0]["not_a_number"]:
         expected = "The loss of worker 1, or its gradient, became NaN or infinite at step 5"
         assert expected in str(found["said"])
 
@@ -249,7 +261,7 @@ def test_what_fails_one_worker_fails_all_and_is_named(tmp_path):
     assert seconds < 60
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", sweep([0, 1], 1))
 def test_a_worker_that_stalls_ends_the_job(rank, tmp_path):
     def strike():
         file = tmp_path / f"pid.{rank}"
@@ -269,6 +281,7 @@ def test_a_worker_that_stalls_ends_the_job(rank, tmp_path):
     assert f"Worker {rank} had stalled and was ended" in said
 
 
+@pytest.mark.long
 def test_a_message_that_one_worker_does_not_answer_is_named(tmp_path):
     code, said, seconds = failing("left_alone", tmp_path, 2, **IMPATIENT)
     assert code
@@ -284,6 +297,7 @@ def test_the_command_line_without_horovod_says_how_to_get_it(monkeypatch):
     assert "build_horovod.py" in str(result.exception)
 
 
+@pytest.mark.long
 def test_the_command_line_runs_workers_and_resumes(tmp_path):
     base = ["run", "--scenario", "split:digits"]
     base += ["--tasks", "2", "--epochs", "1", "--seeds", "1", "--methods", "dwd-online", "--json"]

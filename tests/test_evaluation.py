@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, mlp
+from cases import blobs, mlp, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -62,7 +62,8 @@ def scenario(as_dataset=False):
 
 @pytest.mark.parametrize(
     ("method", "as_dataset"),
-    [(method, False) for method in METHODS] + [(m, True) for m in ("ewc", "dwd-online", "joint")],
+    sweep([(method, False) for method in METHODS], "ewc", "dwd", "joint")
+    + sweep([(m, True) for m in ("ewc", "dwd-online", "joint")], "dwd-online"),
 )
 def test_every_method_runs(method, as_dataset):
     result = run_sequence(lambda s: mlp(), scenario(as_dataset), method, epochs=4)
@@ -106,7 +107,9 @@ def test_unknown_method():
     )
 
 
-@pytest.mark.parametrize("name", ["ewc:batch", "dwd:sampled", "dwd-online:exact", "ewc:adam"])
+@pytest.mark.parametrize(
+    "name", sweep(["ewc:batch", "dwd:sampled", "dwd-online:exact", "ewc:adam"], "ewc:batch")
+)
 def test_methods_take_another_estimator(name):
     result = run_sequence(lambda s: mlp(), scenario(), name, strength=1.0, epochs=1)
     estimator = name.partition(":")[2]
@@ -253,6 +256,7 @@ def test_errors_have_no_traceback():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_split_cifar100_by_the_command_line(data_dir, tmp_path):
     result = invoke(
         *("--scenario", "split:cifar100", "--tasks", "10", "--methods", "finetune", "--seeds", "1"),

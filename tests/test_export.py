@@ -313,6 +313,7 @@ def test_a_file_system_of_tensorflow(tmp_path):
     assert "saved_model.pb" in tf.io.gfile.listdir(f"ram://{tmp_path}/saved/")
 
 
+@pytest.mark.long
 def test_the_example_converts_to_tf_lite_and_onnx(tmp_path):
     command = [sys.executable, ROOT / "examples" / "export_model.py", tmp_path]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

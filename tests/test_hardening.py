@@ -221,6 +221,7 @@ def test_gradients_that_overflow_are_found_at_the_boundary(fisher):
     assert model.tasks_learned == 0
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_tasks():
     model = compiled(strength=1.0, **DEFAULTS)
     # One dataset for all tasks, as Keras keeps references to each new one.

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import pass_statistics
+from cases import pass_statistics, sweep
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
@@ -64,7 +64,9 @@ def weighed(reduction, w):
     return w / w.mean() if reduction == "mean_with_sample_weight" else w
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "reduction", sweep(REDUCTIONS, "sum_over_batch_size", "mean_with_sample_weight")
+)
 def test_weights_of_examples_are_those_of_the_loss(reduction):
     loss = SPARSE(from_logits=True, reduction=reduction)
     x, y = RNG.normal(size=(6, 4)).astype("float32"), RNG.integers(0, 3, 6)

@@ -18,6 +18,7 @@ from cases import (
     saved,
     state_of,
     stepped,
+    sweep,
     weights,
 )
 from keras import layers
@@ -86,7 +87,10 @@ KRONECKER_WAYS = ("plain", "sample_weight", "run_eagerly", "accumulation", "loss
 @pytest.mark.usefixtures("graphs_as_written")
 @pytest.mark.parametrize(
     ("way", "fisher"),
-    [(way, DiagonalFisher) for way in WAYS] + [(way, KroneckerFisher) for way in KRONECKER_WAYS],
+    [
+        *sweep([(way, DiagonalFisher) for way in WAYS], "sample_weight", "sgd", "weight_decay"),
+        *sweep([(way, KroneckerFisher) for way in KRONECKER_WAYS], "plain"),
+    ],
 )
 def test_it_is_bit_identical_to_keras_until_a_boundary_and_then_holds_what_matters(way, fisher):
     """With the penalty the second task moves the weights less, in the metric of the penalty."""
@@ -129,6 +133,7 @@ def test_so_it_is_with_a_frozen_layer_and_in_mixed_precision(policy):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_kronecker_factors_under_jit_compile_leave_training_alone():
     trained = []
     # A small network, as XLA takes seconds to compile each layer.
@@ -162,8 +167,14 @@ def test_no_variable_of_a_step_is_of_a_type_that_xla_cannot_reach_on_a_gpu():
 @pytest.mark.parametrize(
     "fisher",
     [
-        *(KroneckerFisher(e, correction=2) for e in ("influence", "empirical", "mc", "negated")),
-        DiagonalFisher("influence"),
+        KroneckerFisher("influence", correction=2),
+        *(
+            pytest.param(fisher, marks=pytest.mark.long)
+            for fisher in (
+                *(KroneckerFisher(e, correction=2) for e in ("empirical", "mc", "negated")),
+                DiagonalFisher("influence"),
+            )
+        ),
     ],
     ids=lambda fisher: f"{type(fisher).__name__}-{fisher.estimator}",
 )

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, load, mlp, saved, weights
+from cases import blobs, compiled, dtype_policy, load, mlp, saved, sweep, weights
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
 
@@ -29,6 +29,8 @@ OPTIMIZERS = {
     "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
     "ema": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=3),
 }
+# The other optimizers are tried by `make test-long`.
+CORE = ("momentum", "adam", "rmsprop", "accumulation", "ema")
 FISHERS = {
     "diagonal": lambda: DiagonalFisher("empirical", gamma=None),
     "kronecker": lambda: KroneckerFisher("empirical", gamma=None),
@@ -78,7 +80,7 @@ def learn(model, epochs=5):
     return weights(model)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sweep(OPTIMIZERS, *CORE))
 def test_without_a_pull_it_is_the_wrapped_optimizer(name):
     make = OPTIMIZERS[name]
     plain = learn(plain_learner(make()))
@@ -89,7 +91,7 @@ def test_without_a_pull_it_is_the_wrapped_optimizer(name):
 
 @pytest.mark.parametrize(
     ("name", "fisher", "strength"),
-    [(name, "diagonal", 1e8) for name in OPTIMIZERS]
+    sweep([(name, "diagonal", 1e8) for name in OPTIMIZERS], *CORE)
     + [(name, "kronecker", 1e8) for name in ("sgd", "adam", "accumulation")]
     + [("sgd", "diagonal", 10.0), ("adam", "kronecker", 10.0)],
 )

@@ -21,6 +21,7 @@ def dense(width, layers):
     )
 
 
+@pytest.mark.long
 def test_the_memory_of_workers_is_as_planned(tmp_path):
     results = run_workers("memory", tmp_path, 2)
     made = plan.plan(partial(plan.of_model, dense(1500, 6)), 2, "diagonal")

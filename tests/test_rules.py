@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import dtype_policy, pass_statistics
+from cases import dtype_policy, pass_statistics, sweep
 from keras import layers
 
 from keras_dwd import (
@@ -244,7 +244,14 @@ def float64_gradients(model, case, x, y):
     return {path: np.stack(g) for path, g in zip(ours, zip(*found, strict=True), strict=True)}
 
 
-@pytest.mark.parametrize("case", CASES)
+CORE = [
+    *("dense", "dense_over_time", "shared_dense", "conv1d_causal", "conv2d_same", "depthwise2d"),
+    *("einsum_heads", "embedding_masked", "layer_norm_axes", "batch_norm", "attention"),
+    *("without_a_rule", "weighed_by_name"),
+]
+
+
+@pytest.mark.parametrize("case", sweep(CASES, *CORE))
 def test_the_fast_path_is_the_generic_path_is_a_float64_loop(case, monkeypatch):
     """And Kronecker factors are those of the gradients of single examples in float64."""
     fisher = DiagonalFisher("empirical", gamma=None)
@@ -367,7 +374,7 @@ def test_a_model_of_fixed_batches_says_that_it_cannot_be_followed():
     assert rules.ruled_layers(model) == []  # no second warning
 
 
-@pytest.mark.parametrize("case", NOT_FOLLOWED)
+@pytest.mark.parametrize("case", sweep(NOT_FOLLOWED, "windows", "queries"))
 def test_layers_whose_calls_cannot_be_followed_have_a_diagonal(case):
     model, x, y = made(case, KroneckerFisher("empirical"))
     statistics = pass_statistics(model, (x, y), 4)

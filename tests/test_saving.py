@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from cases import blobs, compiled, load, mlp, saved, state_of, weights
+from cases import blobs, compiled, load, mlp, saved, state_of, sweep, weights
 from keras import layers
 from packaging.version import Version
 
@@ -135,7 +135,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sweep(WAYS, "kronecker", "diagonal EWC", "task graph"))
 def test_a_loaded_model_goes_on_as_the_one_that_was_saved(way, tmp_path):
     model = in_the_middle(WAYS[way](tmp_path))
     model.save(tmp_path / "model.keras")

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import DEFAULTS, blobs, compiled
+from cases import DEFAULTS, blobs, compiled, sweep
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -117,7 +117,10 @@ def learner():
     return Learner()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+CORE = ("Adam", "SGD", "Adagrad", "nesterov", "unknown", "own_apply", "several", "decoupled")
+
+
+@pytest.mark.parametrize("name", sweep(OPTIMIZERS, *CORE))
 def test_nothing_moves_further_from_the_anchor_than_without_the_pull(name, learner):
     """At any learning rate and strength, with the default settings and nothing else set."""
     learner.compile(OPTIMIZERS[name]())

@@ -347,6 +347,7 @@ def test_a_damaged_index_is_refused(tmp_path, index):
         TaskGraph(tmp_path, probe=np.ones((8, 6)))
 
 
+@pytest.mark.long
 def test_related_tasks_weigh_more_than_unrelated_ones(data_dir, tmp_path):
     mnist, cifar = (datasets.load(name, data_dir) for name in ("mnist", "cifar100"))
     digits = mnist.x_train[:3000].reshape(-1, 28, 28)

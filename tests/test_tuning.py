@@ -81,6 +81,7 @@ def test_tuning_keeps_to_validation_data_and_goes_on_where_it_was(tmp_path, runs
     assert runs == [("dwd", tuning_seed, 100.0, held_back)]
 
 
+@pytest.mark.long
 def test_a_run_that_fails_loses_no_other(tmp_path):
     out = tmp_path / "out.json"
     with pytest.raises(ValueError, match="not finite"):
