@@ -161,9 +161,10 @@ def _run(mode: str, tests: Path, out: Path, k: str, without: list[str]) -> dict[
     # fmt: on
     print(f"{mode}: ", end="", flush=True)
     with open(out / f"{mode}.txt", "w") as log:
-        subprocess.run(command, env=environment, cwd=tests, stdout=log, stderr=log, check=False)
+        done = subprocess.run(command, env=environment, cwd=tests, stdout=log, stderr=log)
     if not result.exists():
-        sys.exit(f"pytest ended early.\n{(out / f'{mode}.txt').read_text()[-3000:]}")
+        said = (out / f"{mode}.txt").read_text()[-3000:]
+        sys.exit(f"pytest ended early, with code {done.returncode}.\n{said}")
     results: dict[str, Any] = json.loads(result.read_text())
     print(results["count"], flush=True)
     return results

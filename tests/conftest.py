@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from keras_dwd.evaluation import datasets
 
+# What is imported stays, and need not be looked through each time: a seventh of the time.
+gc.collect()
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
 tf.config.threading.set_inter_op_parallelism_threads(2)
 if os.environ.get("PYTEST_XDIST_WORKER"):  # several test processes: one core each
     tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, pass_statistics, state_of
+from cases import blobs, pass_statistics, state_of, sweep
 from keras import layers, ops
 
 from keras_dwd import DiagonalFisher, DWDModel
@@ -229,7 +229,7 @@ def centred():
     return keras.Sequential([keras.Input((6,)), layers.Dense(4), Centred(), layers.Dense(3)])
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", sweep([False, True], False))
 @pytest.mark.parametrize("build", [towers, centred])
 def test_models_that_compare_examples_are_refused_unless_estimated_from_batches(build, jit):
     x, y = blobs(8)

@@ -101,7 +101,7 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("at", [(0, 1, 2), (2, 0, 5)])
+@pytest.mark.parametrize("at", [(2, 0, 5), pytest.param((0, 1, 2), marks=pytest.mark.long)])
 def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_path, undisturbed, at):
     with pytest.raises(KilledError):
         run(tmp_path, at=at)
@@ -158,7 +158,7 @@ def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
 @pytest.mark.parametrize(
     ("of", "where", "method"),
     [
-        (runner._Progress, "boundary", WITH_GRAPH),
+        pytest.param(runner._Progress, "boundary", WITH_GRAPH, marks=pytest.mark.long),
         (runner.DWDModel, "consolidate", CHEAP),
     ],
 )

@@ -6,10 +6,8 @@ from conformance import HABITS, check_after, check_fresh
 
 # Other tests have much of this by itself.
 CORE = [
-    "`class_weight`",
     "gradient accumulation",
     "dict inputs and outputs, `loss_weights`",
-    "`clone_model`",
     "`PyDataset`",
     "optimizer Lion",
 ]

@@ -222,6 +222,7 @@ def test_bad_options_are_one_clear_line(arguments, error, tmp_path, monkeypatch)
     assert error in str(result.exception)
 
 
+@pytest.mark.long
 def test_each_method_can_have_its_own_strength():
     options = ["--scenario", "split:digits", "--tasks", "2", "--seeds", "1", "--epochs", "1"]
     result = invoke(*options, "--methods", "ewc,online-ewc", "--strength", "2,ewc=1e3", "--json")
@@ -268,6 +269,7 @@ def test_split_cifar100_by_the_command_line(data_dir, tmp_path):
     assert protocol["images_per_class"] == 200
 
 
+@pytest.mark.long
 def test_forgetting_is_plain_on_permuted_digits():
     experiment = Experiment(epochs=5, tasks=3)
     finetune, dwd = (experiment.run(m).metrics() for m in ("finetune", "dwd"))

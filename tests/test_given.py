@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, state_of
+from cases import blobs, compiled, state_of, sweep
 
 from keras_dwd import DiagonalFisher
 
@@ -73,16 +73,23 @@ FORMS = {
 }
 
 
-def test_all_forms_of_the_same_data_give_the_same_precision():
+@pytest.fixture(scope="module")
+def expected():
     model = trained()
     model.consolidate((X, Y))
-    expected = precision(model)
-    assert expected
-    for name, consolidate in FORMS.items():
-        again = trained()
-        consolidate(again)
-        for path, array in precision(again).items():
-            np.testing.assert_allclose(array, expected[path], rtol=1e-5, atol=1e-9, err_msg=name)
+    return precision(model)
+
+
+@pytest.mark.parametrize(
+    "name", sweep(FORMS, "x, y, batch", "[x, y]", "dataset, batch", "pydataset", "list of batches")
+)
+def test_all_forms_of_the_same_data_give_the_same_precision(name, expected):
+    model = trained()
+    FORMS[name](model)
+    found = precision(model)
+    assert found.keys() == expected.keys() != set()
+    for path, array in found.items():
+        np.testing.assert_allclose(array, expected[path], rtol=1e-5, atol=1e-9)
 
 
 def test_sample_weights_are_those_of_the_tuple():

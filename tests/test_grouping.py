@@ -18,6 +18,7 @@ from cases import (
     pass_statistics,
     saved,
     stepped,
+    sweep,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -576,7 +577,7 @@ def budgeted(optimizer="sgd", strengths=None, **settings):
     return model
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decoupled", sweep([False, True], False))
 def test_the_pull_gets_its_share_of_the_gradient(decoupled):
     sgd = keras.optimizers.SGD(0.0)  # only λ changes
     model = budgeted(DWDOptimizer(sgd) if decoupled else sgd, Budget(share=0.3, rate=0.5))

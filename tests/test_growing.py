@@ -88,8 +88,8 @@ def test_layers_may_be_shared():
     ("fisher", "norm"),
     [
         (DiagonalFisher("empirical"), False),
-        (KroneckerFisher(correction=2), True),
-        (KroneckerFisher(rank=2), False),
+        pytest.param(KroneckerFisher(correction=2), True, marks=pytest.mark.long),
+        pytest.param(KroneckerFisher(rank=2), False, marks=pytest.mark.long),
     ],
 )
 def test_what_has_become_wider_is_pulled_where_it_was_and_free_where_it_is_new(fisher, norm):
@@ -324,6 +324,7 @@ def test_a_bias_is_pulled_by_its_matrix_and_on_its_own():
     np.testing.assert_allclose(pulls(model)["hidden/bias"], of_matrix + alone, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
 def test_a_model_quantised_to_int8_goes_on_with_what_is_left(tmp_path):
     model = learned(compiled(optimizer="adam", fisher=KroneckerFisher()), tasks=1)

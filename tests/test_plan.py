@@ -90,6 +90,7 @@ def test_plans_of_nothing_are_refused(given, said):
     assert said in str(result.exception)
 
 
+@pytest.mark.long
 def test_links_and_bandwidths_are_measured():
     assert 1e7 < plan.measured_link() < 1e12
     assert 1e8 < plan.measured_bandwidth(2**22) < 1e13

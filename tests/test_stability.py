@@ -117,7 +117,7 @@ def learner():
     return Learner()
 
 
-CORE = ("Adam", "SGD", "Adagrad", "nesterov", "unknown", "own_apply", "several", "decoupled")
+CORE = ("Adam", "Adagrad", "nesterov", "own_apply", "several")
 
 
 @pytest.mark.parametrize("name", sweep(OPTIMIZERS, *CORE))

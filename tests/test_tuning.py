@@ -177,6 +177,7 @@ def test_parts_by_words():
         method_named(name.removesuffix(UNTOUCHED))
 
 
+@pytest.mark.long
 def test_the_commands(tmp_path):
     options = ["--scenario", "split:digits", "--tasks", "2", "--epochs", "1", "--seeds", "2"]
     options += ["--points", "1", "--processes", "1", "--out", str(tmp_path / "out.json")]
