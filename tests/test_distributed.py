@@ -253,6 +253,7 @@ def test_a_loss_that_is_not_a_number_is_named_with_its_worker(several):
         assert expected in str(found["said"])
 
 
+@pytest.mark.long
 def test_what_fails_one_worker_fails_all_and_is_named(tmp_path):
     code, said, seconds = failing("failing_data", tmp_path, 2, **IMPATIENT)
     assert code

@@ -77,6 +77,7 @@ def test_every_method_runs(method, as_dataset):
     assert len(result.train_seconds) == (1 if method == "joint" else 3)
 
 
+@pytest.mark.long
 def test_a_run_repeats_itself():
     runs = [run_sequence(lambda s: mlp(), scenario(), "dwd", epochs=2, seed=3) for _ in "ab"]
     np.testing.assert_array_equal(runs[0].matrix.after, runs[1].matrix.after)
