@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_dwd.keras_private import layers_within
+
 SAVED_MODEL = "tf_saved_model"
 
 # The files and folders of a SavedModel.
@@ -35,6 +37,8 @@ def export(
             archive = _archive(model, signature or _signature(model, model.input))
             archive.write_out(target, verbose=False)
         else:
+            # Without a signature Keras would export no model that has not been called yet.
+            signature = signature or [keras.tree.map_structure(_spec, model.input)]
             keras.Model.export(model, target, format, False, signature, **kwargs)
     if verbose or verbose is None:
         print(f"Saved artifact at '{filepath}'.")
@@ -73,6 +77,10 @@ def _check(path: Path, format: str) -> None:
         )
 
 
+def _spec(tensor: keras.KerasTensor) -> keras.InputSpec:
+    return keras.InputSpec(dtype=tensor.dtype, shape=(None, *tensor.shape[1:]), name=tensor.name)
+
+
 def _signature(model: keras.Model, input_signature: Any) -> list[Any]:
     """Named `TensorSpec`s from `input_signature`, in the structure of the model's inputs."""
     specs = keras.tree.flatten(input_signature)
@@ -99,10 +107,16 @@ def _archive(model: keras.Model, signature: list[Any]) -> keras.export.ExportArc
     """An archive with the endpoint `serve` and the resources it needs, not written yet."""
     archive = keras.export.ExportArchive()
     # The endpoint tracks its variables itself; tracking the model would write them twice
-    # (keras-team/keras#23553). Lookup tables must be tracked explicitly.
-    for trackable in tf.train.TrackableView(model).descendants():
-        if isinstance(trackable, tf.saved_model.experimental.TrackableResource):
-            archive.track(trackable)
+    # (keras-team/keras#23553). Lookup tables must be tracked explicitly, those of layers in lists
+    # too, which TensorFlow does not see.
+    resources = {
+        id(trackable): trackable
+        for layer in (model, *layers_within(model))
+        for trackable in tf.train.TrackableView(layer).descendants()
+        if isinstance(trackable, tf.saved_model.experimental.TrackableResource)
+    }
+    for resource in resources.values():
+        archive.track(resource)
     archive.add_endpoint("serve", lambda inputs: model(inputs, training=False), signature)
     return archive
 

@@ -33,6 +33,13 @@ def _of(owner: Any, name: str) -> Any:
         ) from None
 
 
+def within_hdf5() -> bool:
+    """Whether a whole model is being saved to, or loaded from, the older HDF5 format."""
+    from keras.src.backend.common import global_state
+
+    return bool(_of(global_state, "get_global_attribute")("use_legacy_config", False))
+
+
 # Layers and their variables.
 
 

@@ -34,6 +34,7 @@ from keras_dwd.keras_private import (
     evaluates_within_fit,
     own_metrics,
     set_dtype_policy,
+    within_hdf5,
 )
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.saving import (
@@ -513,11 +514,8 @@ class DWDModel(CloneAware):
 
         With several workers rank 0 writes; with sharded state all of them must call it.
         """
-        if os.fspath(filepath).endswith((".h5", ".hdf5")) and self._consolidation.has_learned:
-            raise ValueError(
-                "`filepath` must end in '.keras': the older HDF5 format has no place for the "
-                f"consolidation state. Received: {filepath!r}"
-            )
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            self._refuse_hdf5()
         if not self.workers.leads:
             return self._give_state()
         return super().save(filepath, *args, **kwargs)
@@ -595,6 +593,8 @@ class DWDModel(CloneAware):
 
     def get_config(self) -> dict[str, Any]:
         """The configuration of the model, including its settings but not its state."""
+        if within_hdf5():  # by `keras.saving.save_model`
+            self._refuse_hdf5()
         # Not in the configuration of `compile`, which a plain model must accept.
         sharded = {"sharded": True} if self.workers.sharded else {}
         return super().get_config() | self._settings() | sharded
@@ -622,6 +622,13 @@ class DWDModel(CloneAware):
             "grouping": None if self.grouping is None else serialize(self.grouping),
             "task_graph": None if self.task_graph is None else serialize(self.task_graph),
         }
+
+    def _refuse_hdf5(self) -> None:
+        if self._consolidation.has_learned:
+            raise ValueError(
+                "`filepath` must end in '.keras': the older HDF5 format has no place for the "
+                "consolidation state. Received a path that ends in '.h5' or '.hdf5'."
+            )
 
     def _give_state(self) -> None:
         """Take part in saving a state that is divided among the workers."""

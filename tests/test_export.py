@@ -437,3 +437,34 @@ def test_a_model_from_a_file_is_the_first_task(tmp_path, make):
         np.testing.assert_array_equal(a, b)
     model.trainable_variables[0].assign_add(tf.ones(model.trainable_variables[0].shape))
     assert float(model.penalty()) > 0
+
+
+@keras.saving.register_keras_serializable("tests")
+class InAList(keras.Model):
+    """TensorFlow does not see layers in a list: their lookup tables must be found otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        text = layers.TextVectorization(vocabulary=["one", "two"], output_sequence_length=3)
+        self.steps = [text, layers.Embedding(4, 2), layers.Flatten(), layers.Dense(1)]
+
+    def call(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_tables_of_layers_in_a_list_are_exported(tmp_path):
+    words = tf.constant(["one two", "two three"])
+    plain = InAList()
+    expected = plain(words)
+    model = DWDModel.from_model(plain, keras.Input((), dtype="string"))
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(loaded.serve(words), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tf2onnx"), reason="tf2onnx is not installed")
+def test_a_model_that_was_never_called_is_exported_to_onnx(tmp_path):
+    DWDModel.from_model(mlp()).export(tmp_path / "model.onnx", "onnx", verbose=False)
+    assert (tmp_path / "model.onnx").stat().st_size > 0

@@ -53,6 +53,23 @@ def stepped(optimizer, gradients=((2.0, -4.0),)):
     return variable
 
 
+def test_within_hdf5(tmp_path):
+    class Noticing(keras.Model):
+        def get_config(self):
+            seen.append(keras_private.within_hdf5())
+            return super().get_config()
+
+    seen = []
+    inputs = keras.Input((2,))
+    model = Noticing(inputs, layers.Dense(1)(inputs))
+    keras.saving.save_model(model, tmp_path / "model.keras")
+    assert set(seen) == {False}
+    seen.clear()
+    keras.saving.save_model(model, tmp_path / "model.h5")
+    assert set(seen) == {True}
+    assert not keras_private.within_hdf5()
+
+
 def test_layers_within():
     model = network()
     found = keras_private.layers_within(model)

@@ -261,6 +261,8 @@ def test_a_format_without_room_for_the_state_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in '\.keras'"):
         model.save(tmp_path / "model.h5")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="no place for the"):
+        keras.saving.save_model(model, str(tmp_path / "model.h5"))
 
 
 def test_formats_are_told_apart():
