@@ -4,11 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import DEFAULTS, blobs, compiled, mlp, pass_statistics, state_of
+from cases import DEFAULTS, blobs, compiled, mlp, moved, pass_statistics, state_of
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
 from keras_dwd.curvature import fisher as fisher_module
+from keras_dwd.variables import by_path
 
 X, Y = blobs(24)
 W = np.linspace(0.5, 2.0, 24).astype("float32")
@@ -95,7 +96,10 @@ def drawn_labels(model, x, size):
 
 def trained(fisher, **settings):
     keras.utils.set_random_seed(4)
-    return compiled(mlp(), **{"fisher": fisher, "strength": 2.0, "grouping": None} | settings)
+    net = keras.Sequential(
+        [keras.Input((6,), name="x"), layers.Dense(8, "tanh", name="h"), layers.Dense(3, name="o")]
+    )
+    return compiled(net, **{"fisher": fisher, "strength": 2.0, "grouping": None} | settings)
 
 
 def precision(model):
@@ -103,10 +107,10 @@ def precision(model):
 
 
 def same(one, other, message=""):
-    assert one
+    assert any(np.any(array) for array in one.values())
     assert one.keys() == other.keys()
     for name, array in one.items():
-        np.testing.assert_allclose(other[name], array, rtol=1e-5, atol=1e-9, err_msg=message)
+        np.testing.assert_allclose(other[name], array, rtol=1e-4, atol=1e-6, err_msg=message)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,13 @@ def test_every_estimator_takes_the_drawn_labels_for_true_ones(fisher):
         labels = drawn_labels(labelled, X, 8)
         assert len(set(labels)) == 3
         labelled.consolidate(X, labels, weights, batch_size=8)
-        same(precision(labelled), precision(model))
+        same(pulls(labelled), pulls(model))
+
+
+def pulls(model):
+    """The gradients of the penalty away from the anchor, whatever the form of the precision."""
+    found = moved(model).regularizer.gradients(by_path(model))
+    return {path: np.asarray(pull) for path, pull in found.items()}
 
 
 class Batches(keras.utils.PyDataset):
@@ -152,19 +162,17 @@ def dataset(x=X):
 
 
 FORMS = {
-    "x, size": lambda m, name: m.consolidate(X, 8),
-    "data=": lambda m, name: m.consolidate(data=X, batch_size=8),
-    "(x,)": lambda m, name: m.consolidate((X,), batch_size=8),
-    "[x]": lambda m, name: m.consolidate([X], batch_size=8),
-    "dict": lambda m, name: m.consolidate({name: X}, batch_size=8),
-    "tensor": lambda m, name: m.consolidate(tf.constant(X), batch_size=8),
-    "frame": lambda m, name: m.consolidate(Frame(X), batch_size=8),
-    "dataset": lambda m, name: m.consolidate(dataset().batch(8)),
-    "dataset of dicts": lambda m, name: m.consolidate(dataset({name: X}).batch(8)),
-    "dataset of (x,)": lambda m, name: m.consolidate(dataset((X,)).batch(8)),
-    "pydataset": lambda m, name: m.consolidate(Batches(workers=1)),
-    "generator": lambda m, name: m.consolidate(parts()),
-    "list of (x,)": lambda m, name: m.consolidate([(x,) for x in parts()]),
+    "x, size": lambda m: m.consolidate(X, 8),
+    "data=": lambda m: m.consolidate(data=X, batch_size=8),
+    "(x,)": lambda m: m.consolidate((X,), batch_size=8),
+    "[x]": lambda m: m.consolidate([X], batch_size=8),
+    "tensor": lambda m: m.consolidate(tf.constant(X), batch_size=8),
+    "frame": lambda m: m.consolidate(Frame(X), batch_size=8),
+    "dataset": lambda m: m.consolidate(dataset().batch(8)),
+    "dataset of (x,)": lambda m: m.consolidate(dataset((X,)).batch(8)),
+    "pydataset": lambda m: m.consolidate(Batches(workers=1)),
+    "generator": lambda m: m.consolidate(parts()),
+    "list of (x,)": lambda m: m.consolidate([(x,) for x in parts()]),
 }
 
 
@@ -173,7 +181,7 @@ def test_all_forms_of_inputs_alone_give_the_same():
     model.consolidate(X, batch_size=8)
     for form, consolidate in FORMS.items():
         again = trained(DiagonalFisher("mc", None))
-        consolidate(again, again.inputs[0].name)
+        consolidate(again)
         same(precision(model), precision(again), form)
 
 
@@ -187,7 +195,8 @@ def test_a_tuple_or_list_of_two_has_labels_where_the_model_has_one_input():
 
 def test_a_list_of_as_many_arrays_as_inputs_is_inputs():
     states = []
-    for given in ([X, X], {"a": X, "b": X}, ((X, X),)):
+    inputs = {"a": X, "b": X}
+    for given in ([X, X], inputs, ((X, X),), dataset(inputs).batch(32)):
         keras.utils.set_random_seed(4)
         a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
         net = keras.Model([a, b], layers.Dense(3, name="dense")(layers.Add()([a, b])))

@@ -42,6 +42,8 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
     if y is not None:
         return _numpy((x, y) if sample_weight is None else (x, y, sample_weight))
     if _are_inputs(model, x):
+        if isinstance(x, list) and not tf.nest.is_nested(model.input):
+            (x,) = x
         return _numpy((x,) if sample_weight is None else (x, None, sample_weight))
     if sample_weight is not None:
         raise ValueError(
