@@ -72,7 +72,7 @@ class Consolidation:
 
     Attributes:
         workers: The workers that train together, and how they share the state.
-        head_gate: Records which heads of `TaskHeads` the current task uses.
+        head_gate: Records which heads, and other parts per task, the current task uses.
         tasks_learned: The number of tasks learned.
         groups: The groups of the last boundary.
         assignments: The group of each parameter at the last boundary, by block.

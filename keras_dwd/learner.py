@@ -7,6 +7,9 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
+# Methods that a model may override and that a model around it, or made of it, would not call.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
 
 class Learner(Protocol):
     """A compiled functional Keras model: its forward pass, its loss and its variables.
@@ -41,6 +44,17 @@ class Learner(Protocol):
 def has_own_loss(model: Learner) -> bool:
     """Whether the model's class overrides `compute_loss`, which may then need no `loss`."""
     return type(model).compute_loss is not keras.Model.compute_loss
+
+
+def overridden_steps(model: keras.Model) -> list[str]:
+    """The steps of training, evaluation and prediction that the model's class overrides."""
+    return [n for n in _STEPS if getattr(type(model), n) is not getattr(keras.Model, n)]
+
+
+def runs_its_graph(model: keras.Model) -> bool:
+    """Whether calling the model is running its graph of layers: it is functional or sequential."""
+    definer = next(c for c in type(model).__mro__ if "call" in vars(c))
+    return bool(getattr(model, "inputs", None)) and definer.__module__.startswith("keras.")
 
 
 def total_loss(

@@ -186,7 +186,8 @@ class DWDModel(CloneAware):
 
         Args:
             model: A functional, sequential or subclassed model that is built. If it is already
-                trained, call `consolidate` with its data to make this the first task.
+                trained, call `consolidate` with its data, or inputs alone, to make this the first
+                task.
             inputs: For a subclassed model, `keras.Input`s to call it on. By default they are
                 created from the shapes it was built with, as float32, in the structure of its
                 first argument: one input, or a list or dictionary of inputs.
@@ -304,25 +305,38 @@ class DWDModel(CloneAware):
         """End the current task, so that training on later tasks preserves what it learned.
 
         Called without data it uses the online estimate from training, which only `fit` and
-        `train_step` make. With data it estimates the Fisher information in one pass over it.
+        `train_step` make. With data it estimates the Fisher information in one pass over it. So a
+        model that someone else trained becomes the first task, even without labels:
+
+        ```python
+        model = DWDModel.from_model(pretrained)
+        model.compile("adam", "sparse_categorical_crossentropy")
+        model.consolidate(x)
+        model.fit(new_x, new_y)
+        ```
 
         Args:
             x: The task's training data, as in `fit`: arrays, with `y`; or, with the labels in it,
                 a batched `tf.data.Dataset`, a `PyDataset`, a generator that ends, or another
                 iterable of batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one
-                argument.
-            y: The labels, if they are not in `x`.
-            sample_weight: A weight for each example, with `y`. The class weights of `fit` are not
-                known here: pass sample weights instead.
+                argument. Any of them may also give inputs alone (several inputs as a list or a
+                dictionary). The labels are then drawn from the model's own predictions, for each
+                output on its own, which takes cross-entropies or mean squared errors as losses.
+                Every estimator takes these labels in place of true ones: `"empirical"` becomes
+                `"mc"`. Padding is then left out by a mask or by weights: no given label is of the
+                `ignore_class` of a loss.
+            y: The labels, if there are any and they are not in `x`.
+            sample_weight: A weight for each example, with the inputs as `x`. The class weights of
+                `fit` are not known here: pass sample weights instead.
             batch_size: The largest number of examples per batch in this pass; it is reduced where
                 memory requires it. An integer in place of `y` or `sample_weight` is taken for it.
             data: An earlier name of `x`.
 
         Raises:
             ValueError: If the weights have not changed since the last boundary; if the data is
-                empty, not finite, does not fit the model's inputs, has no labels or labels outside
-                the model's outputs; or if there is no online estimate. The model is not changed
-                then.
+                empty, not finite, does not fit the model's inputs, or has labels outside the
+                model's outputs; if there are no labels and a loss is no log-likelihood; or if
+                there is no online estimate. The model is not changed then.
         """
         if data is not None:
             if x is not None:

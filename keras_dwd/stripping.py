@@ -13,7 +13,7 @@ def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:
     """The plain Keras model inside a `DWDModel`; the inverse of `DWDModel.from_model`.
 
     The plain model shares layers and weights with `model`, which is not changed. Its `.keras` file
-    loads without `keras_dwd`, unless `TaskHeads` or `KWinners` are among the layers. Layers with a
+    loads without `keras_dwd`, unless layers of `keras_dwd.layers` are among its own. Layers with a
     `DWDRegularizer` of their own are not shared but copied, with their weights and without that
     regularizer.
 

@@ -6,10 +6,7 @@ from typing import Any
 import keras
 
 from keras_dwd.keras_private import layers_within
-
-# Methods that a subclassed model may override and that a model around it would not call.
-_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
-
+from keras_dwd.learner import overridden_steps, runs_its_graph
 
 # The largest integer up to which a floating-point dtype holds all of them.
 _EXACT = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53}
@@ -19,7 +16,7 @@ def wrapped(
     kind: type[keras.Model], model: keras.Model, inputs: Any, settings: dict[str, Any]
 ) -> Any:
     """A model of class `kind` around another model, see `DWDModel.from_model`."""
-    overridden = [n for n in _STEPS if getattr(type(model), n) is not getattr(keras.Model, n)]
+    overridden = overridden_steps(model)
     if overridden:
         raise ValueError(
             f"`model` has its own {', '.join(overridden)}, which would be lost: "
@@ -47,7 +44,7 @@ def wrapped(
                 f"shapes it was built with. Pass the `keras.Input`s to call it on. {error}"
             ) from error
         return kind(inputs, outputs, **settings)
-    if not _calls_of_keras(model):
+    if not runs_its_graph(model):
         raise ValueError(
             f"`model` has a `call` of its own, which would be lost: {type(model).__name__}. Pass "
             "`inputs`, the `keras.Input`s to call it on."
@@ -55,12 +52,6 @@ def wrapped(
     if isinstance(model, keras.Sequential):
         return kind(model.inputs[0], model.outputs[0], **settings)
     return kind(model.input, model.output, **settings)
-
-
-def _calls_of_keras(model: keras.Model) -> bool:
-    """Whether calling the model is running its graph of layers."""
-    definer = next(c for c in type(model).__mro__ if "call" in vars(c))
-    return definer.__module__.partition(".")[0] == "keras"
 
 
 def _inputs_as_built(model: keras.Model) -> Any:

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -17,7 +18,9 @@ from keras_dwd import DiagonalFisher, DWDOptimizer
 from keras_dwd.cli import app
 from keras_dwd.evaluation import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.files import write_json
+from keras_dwd.layers import TaskHeads, TaskNormalization
 
 
 @settings(max_examples=50, deadline=None)
@@ -314,3 +317,24 @@ def test_the_compared_methods_are_what_they_are_called():
         assert found[name]["fisher"]["gamma"] is None
         assert found[name]["grouping"] is None
         assert found[name]["boundary_pass"]
+
+
+def test_the_network_of_a_method_can_keep_the_statistics_of_each_task():
+    def build(scenario):
+        x, task = keras.Input((6,)), keras.Input((), dtype="int32", name="task")
+        h = keras.layers.BatchNormalization(name="norm")(keras.layers.Dense(4)(x))
+        return keras.Model([x, task], TaskHeads(3, 3)(h, task))
+
+    tasks = []
+    for t in range(3):
+        x, y = blobs(48, seed=t)
+        tasks.append((f"task {t}", *[((x, np.full(48, t, "int32")), y)] * 2))
+    given = Scenario.from_tasks(tasks, outputs=3, setting="task")
+    method = replace(method_named("dwd-online+task-norm"), settings=cheap)
+    assert method.configuration(1.0)["task_norm"] is True
+    result = run_sequence(build, given, method, epochs=2)
+    norm = result.model.get_layer("norm")
+    assert isinstance(norm, TaskNormalization)
+    assert len(np.unique(norm.moving_mean, axis=0)) == 3
+    with pytest.raises(ValueError, match=r"in the setting 'task'.*Received: 'domain'"):
+        run_sequence(build, scenario(), method)

@@ -122,10 +122,8 @@ def test_several_inputs():
 
 
 REFUSED = {
-    "inputs alone": ((X,), {}, "labels are missing"),
-    "a dictionary alone": (({"input": X},), {}, "labels are missing"),
     "labels alone": ((), {"y": Y}, "`y` was given without `x`"),
-    "weights alone": ((X,), {"sample_weight": W}, "`sample_weight` was given without `y`"),
+    "weights alone": ((), {"sample_weight": W}, "`sample_weight` was given without `x`"),
     "dataset and labels": ((data().batch(8), Y), {}, "`y` must not be given"),
     "generator and labels": ((generator(), Y), {}, "`y` must not be given"),
     "both names": ((X, Y), {"data": (X, Y)}, "not both"),
@@ -160,7 +158,7 @@ def test_what_is_no_data_is_refused_and_changes_nothing():
 
 def test_a_list_is_ambiguous_for_several_inputs():
     model = trained(two_inputs())
-    for given in ([X, X], [[X, X], Y], [[X, X], [Y, Y]]):
+    for given in ([[X, X], Y], [[X, X], [Y, Y]]):
         with pytest.raises(ValueError, match="does not tell which"):
             model.consolidate(given)
     assert model.tasks_learned == 0

@@ -575,7 +575,6 @@ def trained():
         (tf.data.Dataset.from_tensor_slices((X, Y)).take(0).batch(4), "empty"),
         ((X[:, :5], Y), r"shape \(5,\)"),
         ((X, Y[:5]), "as many labels"),
-        (tf.data.Dataset.from_tensor_slices(X).batch(4), "without labels"),
         ((X, Y, _with(np.ones(64), 2, np.inf)), "sample_weight"),
         (tf.data.Dataset.from_tensor_slices((X, Y)).repeat().batch(4), "must end"),
     ],

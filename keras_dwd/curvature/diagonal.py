@@ -18,7 +18,8 @@ class DiagonalFisher(Fisher):
     An example of weight two counts twice. With the reduction `"mean_with_sample_weight"` of a loss
     the weights are divided by their mean over the batch, as the loss divides by their sum. Weights
     of time steps are part of the loss of an example. Positions that are masked, or of the loss's
-    `ignore_class`, do not count.
+    `ignore_class`, do not count. Where `consolidate` is given no labels, every estimator takes
+    labels that are drawn as for `"mc"`; `"batch"` is not biased then.
 
     Args:
         estimator: How F̂ is computed from a batch of B examples.
@@ -35,7 +36,7 @@ class DiagonalFisher(Fisher):
             `"mc"` draws the labels from the model's predictive distribution: a Monte Carlo estimate
             of the true Fisher information, for the loss without label smoothing.
             `"negated"` takes the gradient at the negated logits. It needs a cross-entropy on a
-            single output; `"mc"` needs a cross-entropy or a mean squared error on a single output.
+            single output; `"mc"` needs a cross-entropy or a mean squared error on each output.
             `"adam"` is B times Adam's second moment: it costs no time and no memory, but is biased
             as `"batch"` is. It needs a `DWDOptimizer` around Adam or RMSprop, whose second moments
             do not include the pull; they do include L2 regularization and clipping. It cannot be

@@ -31,6 +31,7 @@ from keras_dwd.curvature.likelihood import (
     by_logits,
     counted_positions,
     example_weights,
+    needs_labels,
     negated,
     present,
     reductions,
@@ -310,7 +311,8 @@ class Fisher(FixedSettings):
         Args:
             model: A compiled model.
             variables: The variables to differentiate with respect to, by path.
-            batch: `(x, y, sample_weight)`; `sample_weight` may be `None`. One weight per example
+            batch: `(x, y, sample_weight)`, the last two of which may be `None`. Without labels
+                every estimator takes labels drawn from the model's output. One weight per example
                 multiplies its squared gradient: an example of weight two counts twice. Weights of
                 time steps or outputs are part of the example's loss. See `example_weights` for
                 losses that are weighted means.
@@ -349,15 +351,12 @@ class Fisher(FixedSettings):
                 outputs = model(x, training=False)
             loss_outputs = self._loss_outputs(model, outputs)
         masks = masks_of(outputs)
+        labels = self._labels(model, y, outputs, masks, first, *inner_weights)
+        y = labels if y is None else y
         counted = counted_positions(model, y, outputs, masks)
         if sample_weight is not None:
             given = example_weights(model, sample_weight, counted, not inner_weights)
             weights *= 1.0 if given is None else given
-        labels = y
-        if self.estimator == "mc":
-            if reductions(model) == {"weighted mean"}:  # weights of zero act as a mask
-                counted = counted_positions(model, y, outputs, masks, *inner_weights)
-            labels = sample_labels(model, y, outputs, first, counted[0])
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_loss_outputs = loss_gradients(model, of_loss, masks, scale)
         self._note_coupling(coupling(model, of_loss, by_loss_outputs, scale))
@@ -427,14 +426,42 @@ class Fisher(FixedSettings):
         known = {name: value for name, value in statistics.items() if name in shapes}
         return known | dict.fromkeys(self._margins(known), margin)
 
+    def _labels(
+        self,
+        model: Learner,
+        y: Any,
+        outputs: Any,
+        masks: dict[int, tf.Tensor],
+        first: tf.Tensor,
+        *weights: Any,
+    ) -> Any:
+        """The labels that the gradients are taken with: those given, or drawn from the model.
+
+        Args:
+            model: A compiled model.
+            y: The labels, or `None`.
+            outputs: The outputs of the model.
+            masks: Keras masks of the outputs, by index in the flat list of outputs.
+            first: The number of examples processed before.
+            *weights: Sample weights of positions, if there are any.
+        """
+        if self.estimator != "mc" and (y is not None or not needs_labels(model)):
+            return y
+        heeded = weights if reductions(model) == {"weighted mean"} else ()  # zeros act as a mask
+        counted = counted_positions(model, y, outputs, masks, *heeded)
+        return sample_labels(model, y, outputs, first, counted)
+
     def _mean_gradient_statistics(
         self, model: Learner, variables: Variables, batch: tuple[Any, Any, Any], scale: float
     ) -> Statistics:
         """The statistics of the estimator `batch`: B times the squared mean gradient."""
         x, y, sample_weight = batch
         examples = tf.cast(count_of(batch), "float32")
+        first = tf.cast(self.examples_seen.value, "int32")
         with tf.GradientTape() as tape:
-            loss = scale * data_loss(model, x, y, model(x, training=False), sample_weight)
+            outputs = model(x, training=False)
+            labels = self._labels(model, y, outputs, masks_of(outputs), first)
+            loss = scale * data_loss(model, x, labels, outputs, sample_weight)
         gradients = tape.gradient(
             loss, [v.value for v in variables.values()], unconnected_gradients="zero"
         )

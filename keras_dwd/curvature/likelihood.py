@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.keras_private import loss_arguments
-from keras_dwd.learner import Learner
+from keras_dwd.learner import Learner, has_own_loss
 
 _LOSSES = {
     "sparse": (
@@ -60,16 +60,35 @@ def _computes_as(loss: keras.losses.Loss, parent: type[keras.losses.Loss]) -> bo
     return same and "call" not in vars(loss)
 
 
-def _needed(model: Learner, estimator: str, kinds: tuple[str, ...]) -> _Known:
-    known = _OTHER if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
-    if known.kind not in kinds:
-        names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
+def needs_labels(model: Learner) -> bool:
+    """Whether a loss given to `compile` compares outputs with labels."""
+    return any(loss is not None for loss in losses_of(model)) and not has_own_loss(model)
+
+
+def check_likelihoods(model: Learner, unlabelled: bool) -> None:
+    """Raise `ValueError` unless labels can be drawn for every output that has a loss.
+
+    Args:
+        model: A compiled model.
+        unlabelled: Whether they are drawn because there are none, for the message.
+    """
+    known = ", ".join(as_class.__name__ for as_class, _ in _LOSSES.values())
+    losses = losses_of(model)
+    for name, loss in zip(output_names(model), losses, strict=True):
+        if _known(loss).kind or (loss is None and any(other is not None for other in losses)):
+            continue
+        given = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        received = f"The loss of {name!r} is {given}."
+        if unlabelled:
+            raise ValueError(
+                "Inputs without labels: the labels are then drawn from the model, whose losses "
+                f"must be log-likelihoods for this: {known}, with no `call` of their own. "
+                f"{received} Pass the labels: `consolidate(x, y)`."
+            )
         raise ValueError(
-            f"The estimator {estimator!r} needs one of the losses {names} on a single output, with "
-            f"no `call` of its own. The model's loss is {model.loss!r}. 'empirical' and "
-            "'influence' take any loss."
+            f"The estimator 'mc' needs one of the losses {known} at each output, with no `call` "
+            f"of its own. {received} 'empirical' and 'influence' take any loss."
         )
-    return known
 
 
 def by_logits(model: Learner, outputs: Any, gradients: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -100,7 +119,7 @@ def counted_positions(
 
     Args:
         model: A compiled model.
-        y: The labels.
+        y: The labels; `None` if there are none, so that none is of an ignored class.
         outputs: The outputs of the model.
         masks: Keras masks of the outputs, by index in the flat list of outputs.
         weights: Sample weights of positions; those of weight zero do not count either.
@@ -116,7 +135,7 @@ def counted_positions(
         shape = tf.shape(_classes_last(output, known.axis))[:-1]
         if index in masks:
             counted.append(_at_positions(tf.cast(masks[index], "bool"), shape, output))
-        if known.ignored is not None:
+        if known.ignored is not None and labels[index] is not None:
             kept = tf.cast(labels[index], "float32") != float(known.ignored)
             counted.append(tf.reshape(kept, shape))
         if each_weight[index] is not None:
@@ -199,40 +218,66 @@ def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None
 
 
 def sample_labels(
-    model: Learner, y: Any, outputs: Any, first: tf.Tensor, counted: tf.Tensor | None = None
-) -> tf.Tensor:
-    """Labels in the shape of `y`, drawn from the model's predictive distribution.
+    model: Learner, y: Any, outputs: Any, first: tf.Tensor, counted: Counted | None = None
+) -> Any:
+    """Labels drawn from the model's predictive distribution, for each output on its own.
 
-    The random seed depends only on `first`, the number of examples processed before: an
-    interrupted run that is resumed draws the same labels.
+    The random seed depends only on `first`, the number of examples processed before, and on the
+    place of the output: an interrupted run that is resumed draws the same labels.
 
     Args:
         model: A compiled model.
-        y: The labels. Those of a class to be ignored are kept.
+        y: The labels, whose shape and dtype the drawn ones get. Those of a class to be ignored are
+            kept. `None` if there are none.
         outputs: The outputs of the model.
         first: The number of examples processed before.
         counted: The positions that the loss counts, as `counted_positions` gives them.
+
+    Returns:
+        The labels in the structure of `outputs`; zeros for an output that has no loss.
+
+    Raises:
+        ValueError: If the loss of an output is no log-likelihood.
     """
-    known = _needed(model, "mc", tuple(_LOSSES))
-    outputs = tf.cast(tf.stop_gradient(outputs), "float32")
-    seed = tf.stack([first, 0])
+    check_likelihoods(model, unlabelled=y is None)
+    flat, losses = tf.nest.flatten(outputs), losses_of(model)
+    given, positions = _by_output(y, losses), counted or [None] * len(flat)
+    drawn = [
+        tf.zeros(tf.shape(output)[:1])
+        if loss is None
+        else _drawn(loss, labels, output, tf.stack([first, place]), where)
+        for place, (loss, labels, output, where) in enumerate(
+            zip(losses, given, flat, positions, strict=True)
+        )
+    ]
+    return tf.nest.pack_sequence_as(outputs, drawn) if tf.nest.is_nested(outputs) else drawn[0]
+
+
+def _drawn(
+    loss: Any, y: Any, output: tf.Tensor, seed: tf.Tensor, counted: tf.Tensor | None
+) -> tf.Tensor:
+    """Labels of one output, see `sample_labels`."""
+    known = _known(loss)
+    output = tf.cast(tf.stop_gradient(output), "float32")
+    shape = tf.shape(output if y is None else y)
+    dtype = tf.float32 if y is None else y.dtype
     if known.kind == "squares":
         # The mean of n squares is −log of a normal density of variance n / 2, up to a constant.
-        n = tf.cast(tf.size(outputs[0]), "float32")
-        last = tf.cast(tf.shape(_with_an_axis(outputs))[-1], "float32")
-        if reductions(model) == {"sum"}:  # of means over the last axis
+        n = tf.cast(tf.size(output[0]), "float32")
+        last = tf.cast(tf.shape(_with_an_axis(output))[-1], "float32")
+        if _reduction(loss) == "sum":  # of means over the last axis
             n = last
         elif counted is not None:
             n = last * tf.reduce_sum(_flat(counted), 1)
-            n = tf.reshape(n, [-1] + [1] * (len(outputs.shape) - 1))
-        sample = outputs + tf.sqrt(n / 2) * tf.random.stateless_normal(tf.shape(outputs), seed)
-        return tf.reshape(sample, tf.shape(y))
+            n = tf.reshape(n, [-1] + [1] * (len(output.shape) - 1))
+        sample = output + tf.sqrt(n / 2) * tf.random.stateless_normal(tf.shape(output), seed)
+        return tf.reshape(sample, shape)
     if known.kind == "binary":
-        chance = tf.sigmoid(outputs) if known.from_logits else outputs
-        drawn = tf.random.stateless_uniform(tf.shape(chance), seed) < chance
-        sample = tf.reshape(tf.cast(drawn, "float32"), tf.shape(y))
-        return _before_smoothing(sample, known.smoothing, 2, y.dtype)
-    logits = _classes_last(outputs if known.from_logits else _log(outputs), known.axis)
+        chance = tf.sigmoid(output) if known.from_logits else output
+        success = tf.random.stateless_uniform(tf.shape(chance), seed) < chance
+        sample = tf.reshape(tf.cast(success, "float32"), shape)
+        return _before_smoothing(sample, known.smoothing, 2, dtype)
+    logits = _classes_last(output if known.from_logits else _log(output), known.axis)
     classes = logits.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
     # Classes masked by −inf are not drawn; other values would give invalid labels.
@@ -240,9 +285,12 @@ def sample_labels(
     sample = tf.random.stateless_categorical(rows, 1, seed)[:, 0]
     if known.kind == "categorical":
         one_hot = tf.reshape(tf.one_hot(sample, classes), tf.shape(logits))
-        sample = tf.reshape(_classes_back(one_hot, known.axis), tf.shape(y))
-        return _before_smoothing(sample, known.smoothing, y.shape[-1], y.dtype)
-    sample = tf.reshape(tf.cast(sample, y.dtype), tf.shape(y))
+        sample = tf.reshape(_classes_back(one_hot, known.axis), shape)
+        width = (output if y is None else y).shape[-1]
+        return _before_smoothing(sample, known.smoothing, width, dtype)
+    if y is None:
+        return tf.reshape(sample, tf.shape(logits)[:-1])
+    sample = tf.reshape(tf.cast(sample, dtype), shape)
     if known.ignored is not None:
         sample = tf.where(tf.cast(y, "float32") == float(known.ignored), y, sample)
     return sample
@@ -257,7 +305,15 @@ def _before_smoothing(labels: tf.Tensor, smoothing: float, classes: int, dtype: 
 
 def negated(model: Learner, outputs: Any) -> tf.Tensor:
     """The outputs, as logits or probabilities, that belong to the negated logits."""
-    known = _needed(model, "negated", ("sparse", "categorical", "binary"))
+    known = _OTHER if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
+    kinds = ("sparse", "categorical", "binary")
+    if known.kind not in kinds:
+        names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
+        raise ValueError(
+            f"The estimator 'negated' needs one of the losses {names} on a single output, with no "
+            f"`call` of its own. The model's loss is {model.loss!r}. 'empirical' and 'influence' "
+            "take any loss."
+        )
     if known.from_logits:
         return -outputs
     if known.kind == "binary":
@@ -280,8 +336,11 @@ def reductions(model: Learner) -> set[str]:
 
     A weighted mean divides by the sum of the sample weights of the batch.
     """
-    given = (getattr(loss, "reduction", "mean") for loss in losses_of(model) if loss is not None)
-    return {_REDUCTIONS.get(reduction, "mean") for reduction in given}
+    return {_reduction(loss) for loss in losses_of(model) if loss is not None}
+
+
+def _reduction(loss: Any) -> str:
+    return _REDUCTIONS.get(getattr(loss, "reduction", "mean"), "mean")
 
 
 def sums_examples(model: Learner) -> bool:

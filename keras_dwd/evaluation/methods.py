@@ -35,6 +35,8 @@ class Method:
         decoupled: Whether the penalty is applied as a separate step by a `DWDOptimizer`.
         graph: μ of a `TaskGraph` with inputs of the first task as probe, or 0 for none.
         joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
+        task_norm: Whether the network keeps the statistics of batch normalization for each task,
+            see `with_task_normalization`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     decoupled: bool = False
     graph: float = 0.0
     joint: bool = False
+    task_norm: bool = False
 
     def configuration(self, strength: float) -> dict[str, Any]:
         """All settings of the model, including defaults, as they are written to result files."""
@@ -57,6 +60,7 @@ class Method:
             "boundary_pass": self.boundary_pass,
             **({"decoupled": True} if self.decoupled else {}),
             **({"task_graph": self.graph} if self.graph else {}),
+            **({"task_norm": True} if self.task_norm else {}),
         }
 
 
@@ -168,6 +172,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
+    "task-norm": lambda method: replace(method, task_norm=True),
 }
 """Variants of a method: functions that change one setting, by name."""
 

@@ -23,6 +23,7 @@ from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.files import FileError, checksum
 from keras_dwd.groupings.policy import GroupingPolicy
+from keras_dwd.layers.converting import with_task_normalization
 from keras_dwd.model import DWDModel
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.optimizer import DWDOptimizer
@@ -128,6 +129,11 @@ def run_sequence(
     arrays = all(isinstance(task.train, (tuple, list)) for task in scenario.tasks)
     if checkpoint_dir and not arrays:
         raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
+    if method.task_norm and scenario.setting != "task":
+        raise ValueError(
+            f"{method.name!r} needs a scenario in the setting 'task', in which each example comes "
+            f"with its task id. Received: {scenario.setting!r}"
+        )
     arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -135,7 +141,10 @@ def run_sequence(
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
         arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
-    model = DWDModel.from_model(build(scenario), **arguments)
+    network = build(scenario)
+    if method.task_norm:
+        network = with_task_normalization(network, len(scenario.tasks))
+    model = DWDModel.from_model(network, **arguments)
     if method.graph and strength > 0 and not checkpoint_dir:
         # The temporary folder is removed when the model is.
         weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)

@@ -9,7 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.curvature.examples import leaves, map_leaves, part_of
-from keras_dwd.curvature.likelihood import losses_of, output_names
+from keras_dwd.curvature.likelihood import (
+    check_likelihoods,
+    losses_of,
+    needs_labels,
+    output_names,
+)
 from keras_dwd.keras_private import (
     KerasChangedError,
     build_before_tracing,
@@ -18,7 +23,8 @@ from keras_dwd.keras_private import (
     layers_within,
 )
 from keras_dwd.layers.task_heads import TaskHeads
-from keras_dwd.learner import Learner, has_own_loss
+from keras_dwd.layers.task_normalization import TaskNormalization
+from keras_dwd.learner import Learner
 from keras_dwd.variables import Variables
 
 
@@ -73,10 +79,8 @@ def _with_any_batch_size(array: Any) -> Any:
 def check_batch(model: Learner, x: Any, y: Any, sample_weight: Any) -> None:
     """Raise `ValueError` if a batch of data is invalid or does not fit the model."""
     check_inputs(model, x)
-    if y is None and leaves(model.loss) and not has_own_loss(model):
-        raise ValueError(
-            "`data` must give (x, y) or (x, y, sample_weight). Received inputs without labels."
-        )
+    if y is None and needs_labels(model):
+        check_likelihoods(model, unlabelled=True)
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         check_finite(f"data: {name}", part)
     check_labels(model, y)
@@ -175,8 +179,9 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
 
     Args:
         data: `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset`, a
-            `PyDataset` or any other iterable of such batches. For a model without labels also one
-            array, or `(x,)`. Arrays may be sparse or ragged, and may be `None` where Keras allows.
+            `PyDataset` or any other iterable of such batches. Without labels `(x,)` or one array,
+            or `(x, None, sample_weight)`. Arrays may be sparse or ragged, and may be `None` where
+            Keras allows.
         batch_size: The largest number of examples per batch; larger batches are split.
     """
     endless = (
@@ -250,17 +255,22 @@ def _arrays(data: Any) -> list[np.ndarray]:
 
 
 def check_task_ids(model: Learner, x: Any) -> None:
-    """Raise `ValueError` if an array of task ids in `x` has an id without a head in `TaskHeads`."""
-    heads = [layer for layer in layers_within(model) if isinstance(layer, TaskHeads)]
-    tasks_by_input = {id(tensors[-1]): h.tasks for h in heads for tensors in inputs_of_calls(h)}
+    """Raise `ValueError` if an array of task ids in `x` has an id that a layer per task has not."""
+    per_task = [x for x in layers_within(model) if isinstance(x, (TaskHeads, TaskNormalization))]
+    known = {
+        id(tensor): (layer.tasks, type(layer).__name__)
+        for layer in per_task
+        for tensors in inputs_of_calls(layer)
+        for tensor in tensors[1:]
+    }
     arrays = [x.get(i.name) for i in model.inputs] if isinstance(x, dict) else tf.nest.flatten(x)
     for tensor, ids in zip(model.inputs, arrays, strict=False):
-        tasks = tasks_by_input.get(id(tensor))
-        if tasks is None or not isinstance(ids, (np.ndarray, tf.Tensor)) or not np.size(ids):
+        tasks, layer = known.get(id(tensor), (0, ""))
+        if not tasks or not isinstance(ids, (np.ndarray, tf.Tensor)) or not np.size(ids):
             continue
         low, high = int(np.min(ids)), int(np.max(ids))
         if low < 0 or high >= tasks:
             raise ValueError(
-                f"Task ids must be in [0, {tasks}), the number of tasks of `TaskHeads`. Received "
+                f"Task ids must be in [0, {tasks}), the number of tasks of `{layer}`. Received "
                 f"ids from {low} to {high} as the input {tensor.name!r}."
             )

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.learner import Learner, has_own_loss
+from keras_dwd.learner import Learner
 
 _HOW = "Pass `consolidate(x, y)`, or a dataset of batches."
 
@@ -17,28 +17,38 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
 
     Args:
         model: The model, whose inputs tell a list of inputs from `[x, y]`.
-        x: Inputs, or anything that has the labels in it.
-        y: Labels, if `x` has none.
-        sample_weight: A weight for each example, with `y`.
+        x: Inputs, or anything that may have the labels in it.
+        y: Labels, if `x` has none. Without labels, these are drawn from the model.
+        sample_weight: A weight for each example, with `x` as inputs.
 
     Returns:
-        `(x, y)` or `(x, y, sample_weight)`, or an iterable of such batches.
+        `(x, y)`, `(x, y, sample_weight)` or `(x,)`, or an iterable of such batches. `y` may be
+        `None` where there are weights.
 
     Raises:
-        ValueError: If labels are missing, given twice, or ambiguous.
+        ValueError: If labels or weights are given twice or without inputs, or if `x` is ambiguous.
     """
-    if y is not None:
+    for name, given in (("y", y), ("sample_weight", sample_weight)):
+        if given is None:
+            continue
         if x is None:
-            raise ValueError("`y` was given without `x`.")
+            raise ValueError(f"`{name}` was given without `x`.")
         if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)) or _is_iterator(x):
+            what = "labels" if name == "y" else "weights"
             raise ValueError(
-                f"`y` must not be given with `x` of type {type(x).__name__}, which has to give "
-                "the labels with the inputs."
+                f"`{name}` must not be given with `x` of type {type(x).__name__}, which has to "
+                f"give the {what} with the inputs."
             )
+    if y is not None:
         return _numpy((x, y) if sample_weight is None else (x, y, sample_weight))
+    if _are_inputs(model, x):
+        if isinstance(x, list) and not tf.nest.is_nested(model.input):
+            (x,) = x
+        return _numpy((x,) if sample_weight is None else (x, None, sample_weight))
     if sample_weight is not None:
         raise ValueError(
-            "`sample_weight` was given without `y`. Pass `consolidate(x, y, sample_weight)`."
+            "`sample_weight` was given beside inputs and labels in one argument. Pass "
+            "`consolidate(x, y, sample_weight)`."
         )
     if isinstance(x, list):
         return _of_list(model, x)
@@ -46,13 +56,16 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
         return _numpy(x)
     if isinstance(x, tf.data.Dataset):
         _check_batched(model, x.element_spec)
-    elif isinstance(x, dict) or hasattr(x, "shape"):
-        if has_own_loss(model) or model.loss is None:  # may need no labels
-            return (x,)
-        raise ValueError(f"The labels are missing: `x` was given without `y`. {_HOW}")
     elif isinstance(x, (str, bytes)) or not isinstance(x, (Iterable, keras.utils.PyDataset)):
         raise ValueError(f"`x` must be arrays or a dataset of batches. {_HOW} Received: {x!r}")
     return x
+
+
+def _are_inputs(model: Learner, x: Any) -> bool:
+    """Whether this is certain to be inputs alone: an array, a dictionary, or a list as long."""
+    if isinstance(x, list):
+        return len(x) == len(model.inputs) and all(hasattr(part, "shape") for part in x)
+    return isinstance(x, dict) or hasattr(x, "shape")
 
 
 def _of_list(model: Learner, given: list[Any]) -> Any:

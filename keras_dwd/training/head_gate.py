@@ -1,4 +1,4 @@
-"""Keeps training from changing heads of `TaskHeads` that the current task does not use."""
+"""Keeps training from changing what other tasks have of their own, such as heads."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class HeadGate:
         self.in_use: dict[str, keras.Variable] = {}
 
     def build(self, variables: Variables) -> None:
-        """Create one flag per head for the variables that belong to a `TaskHeads`."""
+        """Create one flag per head for the variables that have a part for each task."""
         for path, variable in variables.items():
             if getattr(variable, "per_task", False) and path not in self.in_use:
                 self.in_use[path] = keras.Variable(
