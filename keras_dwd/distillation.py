@@ -507,7 +507,8 @@ def _alike(stored: keras.Variable | None, variable: keras.Variable) -> bool:
 
 
 def _equal(anchor: keras.Variable, variable: keras.Variable) -> bool:
-    return np.array_equal(*(np.asarray(v).astype("float64") for v in (anchor, variable)))
+    one, other = (np.asarray(v).astype("float64") for v in (anchor, variable))
+    return np.array_equal(one, other)
 
 
 def _add(flags: keras.Variable, now: np.ndarray) -> None:

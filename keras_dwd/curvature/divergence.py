@@ -82,7 +82,7 @@ class Divergence:
             if counted is not None:
                 valid &= tf.reshape(counted, (-1,)) > 0
             labels = tf.where(valid, labels, -1)  # which are not counted
-            return tf.math.unsorted_segment_sum(tf.ones_like(labels), labels, size) > 0
+            return tf.math.unsorted_segment_sum(tf.ones_like(labels, "float32"), labels, size) > 0
         # Smoothed labels are above zero at all classes.
         least = 0.5 if self._kind == "binary" else 1 / size
         labels = classes_last(tf.reshape(y, tf.shape(output)), self._known.axis)

@@ -1,7 +1,6 @@
 """The training step of Keras, plus the pull, distillation and the Fisher information's update."""
 
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +122,7 @@ class TrainingStep:
         # First, as running the model forgets the losses that its layers added before.
         taught = distillation and distillation.teach(model, x, self.anchors)
         with tf.GradientTape(persistent=True) as tape:
-            with recorded_heads() if distillation else nullcontext([]) as calls:
+            with recorded_heads() as calls:
                 y_pred = model(x, training=True)
             loss = total_loss(model, x, y, y_pred, sample_weight, training=True)
             added = added_loss(model, loss)
