@@ -17,6 +17,7 @@ from keras_dwd import DiagonalFisher, DWDOptimizer
 from keras_dwd.cli import app
 from keras_dwd.evaluation import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.files import write_json
 
 
