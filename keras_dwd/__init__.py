@@ -13,6 +13,7 @@ from keras_dwd.communicator import Communicator
 from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
+from keras_dwd.distillation import Distillation
 from keras_dwd.distributed.horovod import HorovodCommunicator
 from keras_dwd.files import FileError
 from keras_dwd.model import DWDModel
@@ -30,6 +31,7 @@ __all__ = [
     "DWDOptimizer",
     "DWDRegularizer",
     "DiagonalFisher",
+    "Distillation",
     "FileError",
     "HorovodCommunicator",
     "KroneckerFisher",

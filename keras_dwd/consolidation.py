@@ -13,6 +13,9 @@ from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.curvature.likelihood import sums_examples
 from keras_dwd.curvature.rules import places_of
+from keras_dwd.distillation import NAMES as DISTILLATION_ARRAYS
+from keras_dwd.distillation import PREFIX as DISTILLATION
+from keras_dwd.distillation import Distillation, grown_flags
 from keras_dwd.distributed.workers import Workers, block_sizes
 from keras_dwd.files import FileError
 from keras_dwd.groupings.assignment import assignment_of
@@ -69,6 +72,7 @@ class Consolidation:
         fisher: Estimates the Fisher information of the current task.
         grouping: Sets the strengths λ_k of groups of parameters, or `None`.
         task_graph: Compares tasks, to pull towards similar ones, or `None`.
+        distillation: Keeps the outputs close to those at the last boundary, or `None`.
 
     Attributes:
         workers: The workers that train together, and how they share the state.
@@ -86,16 +90,23 @@ class Consolidation:
         fisher: Fisher,
         grouping: Grouping | None,
         task_graph: TaskGraph | None,
+        distillation: Distillation | None = None,
     ):
         if regularizer.anchor == "folded" and isinstance(fisher, KroneckerFisher):
             raise ValueError(
                 "`anchor` 'folded' is the exact sum over tasks, which only a diagonal has. Use "
                 "`fisher=DiagonalFisher(...)` with it."
             )
+        if distillation is not None and fisher.estimator == "adam":
+            raise ValueError(
+                "`distillation` does not work with the estimator 'adam', the optimizer's second "
+                "moment, which has the gradient of the distillation in it. Use another estimator."
+            )
         self.regularizer = regularizer
         self.fisher = fisher
         self.grouping = grouping
         self.task_graph = task_graph
+        self.distillation = distillation
         self.head_gate = HeadGate()
         self.workers = Workers()
         self.tasks_learned = 0
@@ -114,7 +125,8 @@ class Consolidation:
 
     def is_built(self, model: Learner) -> bool:
         """Whether `build` was called since the last change of which variables have a strength."""
-        return self._held_paths(model) == self._built_for
+        distils = self.distillation is None or self.distillation.is_built(model)
+        return distils and self._held_paths(model) == self._built_for
 
     def _held_paths(self, model: Learner) -> set[str]:
         """Paths of all variables that have a strength, trainable or not."""
@@ -122,6 +134,8 @@ class Consolidation:
 
     def build(self, model: Learner) -> None:
         """Create the slots that the training step updates, and drop those no longer needed."""
+        if self.distillation is not None:
+            self.distillation.build(model, self._whole_anchors())
         self._built_for = self._held_paths(model)
         pulled = self.pulled_variables(model)
         if self.fisher.online and pulled:
@@ -129,6 +143,11 @@ class Consolidation:
             shapes = self.local_shard(model, self.fisher.shapes(model, pulled))
             self.fisher.build(shapes, optimizer.find(model.optimizer))
         self.head_gate.build(trainable_by_path(model))
+
+    def _whole_anchors(self) -> Variables:
+        """The anchors, by path, if this worker has all of them and they are of the last task."""
+        whole = self.regularizer.anchor == "latest" and not self.workers.sharded
+        return self.regularizer.anchors if whole else {}
 
     def training_step(self, model: Learner) -> TrainingStep:
         """The training step for `DWDModel.train_step`."""
@@ -140,6 +159,8 @@ class Consolidation:
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,
             self.workers,
+            self.distillation,
+            self._whole_anchors(),
         )
 
     def penalty(self, model: Learner) -> tf.Tensor:
@@ -176,12 +197,19 @@ class Consolidation:
         adjusted: dict[str, int] = {}
         if self.grouping is not None and self.grouping.budget is not None:
             adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
-        commit = self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)
+        commits = [self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)]
+        if self.distillation is not None:
+            commits.append(
+                self.distillation.prepare_task(
+                    model, self._whole_anchors(), self.head_gate.in_use, self.workers.communicator
+                )
+            )
         if self.task_graph is not None:
             self.task_graph.add(model, digest)
 
-        layout = self.regularizer.layout()
-        commit()
+        layout = self._layout()
+        for commit in commits:
+            commit()
         if adjusted:
             for group in result.groups:
                 group["strength"] = float(self.regularizer.budget_strengths.values[group["group"]])
@@ -196,8 +224,13 @@ class Consolidation:
         try:
             self.update_task_graph(model)
         finally:
-            if self.regularizer.layout() != layout:
+            if self._layout() != layout:
                 _retrace(model)
+
+    def _layout(self) -> Any:
+        """What the traced training step is made of: if it changes, it must be traced again."""
+        distillation = None if self.distillation is None else self.distillation.layout()
+        return self.regularizer.layout(), distillation
 
     def update_task_graph(self, model: Learner) -> None:
         """Compute the edge weights to the current task, and the anchor that follows from them."""
@@ -264,8 +297,10 @@ class Consolidation:
 
     @property
     def has_learned(self) -> bool:
-        """Whether there is anything to save: a task learned or an online estimate."""
-        return bool(self.tasks_learned or self.fisher.slots or float(self.fisher.weight))
+        """Whether there is anything to save: a task learned or what training notes of one."""
+        distils = self.distillation is not None and self.distillation.has_state
+        estimated = self.fisher.slots or float(self.fisher.weight)
+        return bool(self.tasks_learned or estimated or distils)
 
     def state(self, model: Learner) -> Arrays:
         """The state that this worker keeps, by `NAME/PATH` or `NAME`; empty if there is none."""
@@ -273,7 +308,10 @@ class Consolidation:
         if not (self.has_learned or unsaved):
             return {}
         grouping = {} if self.grouping is None else self.grouping.state()
+        # Of a sharded state the teacher is whole on each worker.
+        distils = self.distillation is not None and (self.workers.leads or not self.workers.sharded)
         return {
+            **(self.distillation.state() if self.distillation and distils else {}),
             **self.regularizer.state(),
             **self.fisher.state(),
             **self.head_gate.state(),
@@ -321,6 +359,24 @@ class Consolidation:
         ]
         if self.grouping is not None:
             commits.append(self.grouping.prepare_state(grouping))
+        if self.distillation is not None:
+            anchors = {
+                key.removeprefix("anchor/"): array
+                for key, array in parts["regularizer"].items()
+                if key.startswith("anchor/")
+            }
+            commits.append(
+                self.distillation.prepare_state(
+                    model,
+                    parts["distillation"],
+                    {
+                        n.removeprefix(DISTILLATION): a
+                        for n, a in scalars.items()
+                        if n.startswith(DISTILLATION)
+                    },
+                    anchors if self._whole_anchors() is not self.regularizer.anchors else {},
+                )
+            )
         self.local_shard(model, {})  # gives blocks an owner, before parts ask which ones to keep
         for commit in commits:
             commit()
@@ -418,7 +474,7 @@ class Consolidation:
                 places_of(model),
                 {f"{_GROUPING}{name}" for name in grouping_arrays},
             )
-            self.load_state(model, grown)
+            self.load_state(model, grown_flags(grown, previous, model, names))
         at_boundary = bool(state) and learned.weights_digest == digest_of(old)
         for path, value in values.items():
             new[path].assign(value)
@@ -454,7 +510,7 @@ def _check_names(state: Arrays, variables: Variables) -> Arrays:
             f"The consolidation state was saved by a newer version of keras_dwd, in format "
             f"{version}: this one reads formats up to {FORMAT}. Install that version. {UNCHANGED}"
         )
-    names = {name for name in scalars if not name.startswith(_GROUPING)}
+    names = {name for name in scalars if not name.startswith((_GROUPING, DISTILLATION))}
     invalid = {
         name
         for name in names - _BYTES
@@ -481,6 +537,7 @@ def _by_owner(state: Arrays) -> dict[str, Arrays]:
         "regularizer": REGULARIZER_ARRAYS,
         "fisher": STATISTICS,
         "head_gate": {"in_use"},
+        "distillation": DISTILLATION_ARRAYS,
         "own": _OWN,
     }
     scalars = {"regularizer": REGULARIZER_SCALARS, "fisher": FISHER_SCALARS}

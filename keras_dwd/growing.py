@@ -110,6 +110,7 @@ def grown_state(
     """
     new_state: Arrays = {}
     block_arrays: Arrays = {}
+    distils = bool(state.get("distillation.boundaries", 0))
     for key, array in state.items():
         name, _, path = key.partition("/")
         if path and (path not in names or name in _NOT_INHERITED):
@@ -120,6 +121,14 @@ def grown_state(
             anchor = values[names[path]].astype("float32")
             anchor[corner(array.shape)] = array
             new_state[key] = anchor
+            # The teacher of a distillation has these values where it has none of its own. Its new
+            # elements are zero, so that it gives the outputs of the previous model.
+            teacher = f"teacher/{path}"
+            if distils and teacher not in state and anchor.shape != array.shape:
+                new_state[teacher] = _with_zeros(array, anchor.shape)
+        elif name in ("teacher", "old_heads"):
+            shape = values[names[path]].shape
+            new_state[key] = _with_zeros(array, shape[: array.ndim])
         else:
             new_state[key] = array
     for path, arrays in arrays_by_path(block_arrays).items():
@@ -142,6 +151,13 @@ def grown_state(
     }
     new_state |= zeros | {"groups": json_array([g for g in groups if g["size"]])}
     return renamed(new_state, names)
+
+
+def _with_zeros(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in the corner of a larger one of zeros."""
+    grown = np.zeros(shape, array.dtype)
+    grown[corner(array.shape)] = array
+    return grown
 
 
 def _fits(old: keras.Variable, new: keras.Variable) -> bool:

@@ -170,6 +170,12 @@ def loss_metric(model: keras.Model) -> keras.metrics.Metric:
     return metrics[0]
 
 
+def loss_weights(model: keras.Model) -> Any:
+    """The argument `loss_weights` of `compile`, which the public API does not give back."""
+    loss = _of(model, "_compile_loss")
+    return None if loss is None else _of(loss, "_user_loss_weights")
+
+
 def build_before_tracing(model: keras.Model, batch: Any) -> None:
     """Create the variables of the metrics, the loss and the optimizer before the first step.
 

@@ -34,6 +34,13 @@ class Learner(Protocol):
     train_function: Any
 
     def __call__(self, inputs: Any, training: bool = False) -> Any: ...
+    def stateless_call(
+        self,
+        trainable_variables: Sequence[Any],
+        non_trainable_variables: Sequence[Any],
+        inputs: Any,
+        training: bool = False,
+    ) -> tuple[Any, Any]: ...
     def compute_loss(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True
     ) -> Any: ...

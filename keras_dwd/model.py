@@ -18,6 +18,7 @@ from keras_dwd.communicator import Communicator
 from keras_dwd.consolidation import Consolidation
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.distillation import Distillation
 from keras_dwd.distributed.fitting import (
     check_compile,
     metrics_result,
@@ -73,6 +74,7 @@ class DWDModel(CloneAware):
     | EWC | `**keras_dwd.ewc(λ)` |
     | online EWC | `**keras_dwd.online_ewc(λ)` |
     | DWD | the defaults |
+    | Learning without Forgetting | `strength=0, distillation=Distillation()` |
 
     The pull is part of the training step, not of the loss: neither `model.losses` nor `evaluate`
     has it. Where you write the training loop yourself, either call `train_on_batch` or
@@ -93,6 +95,8 @@ class DWDModel(CloneAware):
         grouping: A `Grouping`, which gives groups of parameters their strengths; `"gmm"` for the
             default `GaussianMixtureGrouping`, `None` for one strength for all parameters.
         task_graph: A `TaskGraph`, which pulls towards tasks that resemble the current one.
+        distillation: A `Distillation`, which keeps the outputs for earlier tasks close to those of
+            the model at the last boundary; `None`, the default, for none.
         **kwargs: Arguments of `keras.Model`. `dtype` is the dtype policy of the model, by which
             `compile` decides whether to scale the loss; by default the global one.
 
@@ -115,6 +119,7 @@ class DWDModel(CloneAware):
         fisher: Fisher | None = None,
         grouping: Grouping | Literal["gmm"] | None = "gmm",
         task_graph: TaskGraph | None = None,
+        distillation: Distillation | None = None,
         **kwargs: Any,
     ):
         if not (args or "inputs" in kwargs):
@@ -132,14 +137,14 @@ class DWDModel(CloneAware):
             raise TypeError(
                 f"{type(self).__name__} has no argument {', '.join(map(repr, unknown))}. "
                 f"{' '.join(filter(None, (_hint(type(self), name) for name in unknown)))} Its "
-                "settings are strength, regularizer, fisher, grouping and task_graph.".replace(
-                    "  ", " "
-                )
+                "settings are strength, regularizer, fisher, grouping, task_graph and "
+                "distillation.".replace("  ", " ")
             )
         clone = cloned_settings(args[1:])
         if clone:
-            regularizer, fisher, grouping, task_graph = (
-                clone[name] for name in ("regularizer", "fisher", "grouping", "task_graph")
+            regularizer, fisher, grouping, task_graph, distillation = (
+                clone[name]
+                for name in ("regularizer", "fisher", "grouping", "task_graph", "distillation")
             )
             kwargs["dtype"] = clone["dtype"]
         if strength is not None:
@@ -151,6 +156,7 @@ class DWDModel(CloneAware):
         default = GaussianMixtureGrouping() if grouping == "gmm" else grouping
         own_grouping = copied("grouping", default, Grouping)
         own_graph = copied("task_graph", task_graph, TaskGraph)
+        own_distillation = copied("distillation", distillation, Distillation)
         dtype = kwargs.pop("dtype", None)
         super().__init__(*args, **kwargs)
         if dtype is not None:
@@ -160,6 +166,7 @@ class DWDModel(CloneAware):
             own_fisher or KroneckerFisher(),
             own_grouping,
             own_graph,
+            own_distillation,
         )
         keep_in_files(self, self._consolidation)
         self._in_step = False
@@ -179,6 +186,7 @@ class DWDModel(CloneAware):
         fisher: Fisher | None = None,
         grouping: Grouping | Literal["gmm"] | None = "gmm",
         task_graph: TaskGraph | None = None,
+        distillation: Distillation | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -196,6 +204,7 @@ class DWDModel(CloneAware):
             fisher: See `DWDModel`.
             grouping: See `DWDModel`.
             task_graph: See `DWDModel`.
+            distillation: See `DWDModel`.
             name: Name of the new model; by default the name of `model`.
             **kwargs: Arguments of `keras.Model`, or of the subclass of `DWDModel`. The default of
                 `dtype` is the dtype policy of `model`.
@@ -222,6 +231,7 @@ class DWDModel(CloneAware):
             "fisher": fisher,
             "grouping": grouping,
             "task_graph": task_graph,
+            "distillation": distillation,
             "name": name or model.name,
         }
         return wrapped(cls, model, inputs, settings | kwargs)
@@ -272,6 +282,11 @@ class DWDModel(CloneAware):
         elif not isinstance(task_graph, TaskGraph):
             raise ValueError(f"`task_graph` must be a TaskGraph or None. Received: {task_graph!r}")
         self._consolidation.task_graph = task_graph
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The distillation from the model at the last boundary, or `None`."""
+        return self._consolidation.distillation
 
     @property
     def tasks_learned(self) -> int:
@@ -482,7 +497,7 @@ class DWDModel(CloneAware):
         """`keras.Model.train_step`, plus the pull and the update of the Fisher information.
 
         The gradient of the loss is exactly that of Keras. Before the first boundary the optimizer
-        gets it unchanged.
+        gets it unchanged; after it there is that of the distillation as well, if there is one.
         """
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise RuntimeError(
@@ -635,6 +650,7 @@ class DWDModel(CloneAware):
             "fisher": serialize(self.fisher),
             "grouping": None if self.grouping is None else serialize(self.grouping),
             "task_graph": None if self.task_graph is None else serialize(self.task_graph),
+            "distillation": None if self.distillation is None else serialize(self.distillation),
         }
 
     def _refuse_hdf5(self) -> None:

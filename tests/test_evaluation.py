@@ -338,3 +338,18 @@ def test_the_network_of_a_method_can_keep_the_statistics_of_each_task():
     assert len(np.unique(norm.moving_mean, axis=0)) == 3
     with pytest.raises(ValueError, match=r"in the setting 'task'.*Received: 'domain'"):
         run_sequence(build, scenario(), method)
+
+
+def test_distillation_is_a_method_of_its_own_and_a_variant_of_others():
+    distillation = {"weight": 1.0, "temperature": 2.0}
+    lwf = method_named("lwf")
+    found = lwf.configuration(3.0)
+    assert found["regularizer"]["strength"] == 0
+    assert found["distillation"] == distillation | {"weight": 3.0}
+    assert (lwf.strength, lwf.strength_in(found)) == (1.0, 3.0)
+    for name in ("dwd+distill", "dwd-online+distill"):
+        found = method_named(name).configuration(7.0)
+        assert found["distillation"] == distillation
+        assert method_named(name).strength_in(found) == found["regularizer"]["strength"] == 7.0
+    with pytest.raises(ValueError, match=r"Unknown method 'lwf\+graph'"):
+        method_named("lwf+graph")

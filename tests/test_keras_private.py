@@ -271,6 +271,14 @@ def test_loss_arguments():
     assert keras_private.loss_arguments(smooth)["label_smoothing"] == 0.1
 
 
+def test_loss_weights():
+    model = network()
+    model.compile(loss="mse", loss_weights=0.5)
+    assert keras_private.loss_weights(model) == 0.5
+    model.compile(loss="mse")
+    assert keras_private.loss_weights(model) is None
+
+
 def test_class_axis():
     assert keras_private.class_axis(keras.losses.SparseCategoricalCrossentropy()) == -1
     other = keras.losses.SparseCategoricalCrossentropy(axis=1)

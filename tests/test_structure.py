@@ -21,7 +21,7 @@ FLOORS = [
     ["groupings", "layers"],
     ["regularizer"],
     ["training"],
-    ["task_graph", "distributed"],
+    ["task_graph", "distributed", "distillation"],
     ["training.step"],
     ["growing", "consolidation"],
     ["distributed.fitting"],

@@ -20,7 +20,7 @@ import tensorflow as tf
 if __name__ == "__main__":  # before TensorFlow is used
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
-from keras_dwd import DiagonalFisher, DWDModel, DWDRegularizer, KroneckerFisher
+from keras_dwd import DiagonalFisher, Distillation, DWDModel, DWDRegularizer, KroneckerFisher
 from keras_dwd.callbacks import LearningRateWarmup
 from keras_dwd.distributed import data as data_module
 from keras_dwd.distributed.horovod import HorovodCommunicator, detect_communicator
@@ -102,6 +102,16 @@ CASES = {
         "fisher": lambda: DiagonalFisher("empirical", every=1),
     },
     "shuffled": {"shuffle": True, "fisher": lambda: DiagonalFisher("empirical", every=1)},
+    "distilled": {
+        "distillation": Distillation,
+        # Never at the last batch of an epoch, in which workers have examples that only fill it up.
+        "fisher": lambda: DiagonalFisher("batch", every=4),
+    },
+    "distilled sharded": {
+        "sharded": True,
+        "distillation": Distillation,
+        "fisher": lambda: DiagonalFisher("empirical", every=1),
+    },
     "half": {
         "communicator": lambda: HorovodCommunicator("fp16"),
         "fisher": lambda: DiagonalFisher("empirical", every=1),

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.keras_private import loss_arguments
+from keras_dwd.keras_private import loss_arguments, loss_weights
 from keras_dwd.learner import Learner, has_own_loss
 
 _LOSSES = {
@@ -23,7 +23,7 @@ _LOSSES = {
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownLoss:
     """A loss of Keras that is a log-likelihood: its kind in `_LOSSES`, and its arguments."""
 
     kind: str = ""
@@ -33,17 +33,17 @@ class _Known:
     smoothing: float = 0.0
 
 
-_OTHER = _Known()
+_OTHER = KnownLoss()
 
 
-def _known(loss: Any) -> _Known:
+def known_loss(loss: Any) -> KnownLoss:
     """What is known of a loss; `_OTHER` for one that is none of Keras's own log-likelihoods."""
     for kind, (as_class, as_function) in _LOSSES.items():
         if loss is as_function:
-            return _Known(kind, from_logits=False)
-        if isinstance(loss, as_class) and _computes_as(loss, as_class):
+            return KnownLoss(kind, from_logits=False)
+        if isinstance(loss, as_class) and computes_as(loss, as_class):
             given = loss_arguments(loss)
-            return _Known(
+            return KnownLoss(
                 kind,
                 bool(given.get("from_logits", False)),
                 int(given.get("axis", -1)),
@@ -53,7 +53,7 @@ def _known(loss: Any) -> _Known:
     return _OTHER
 
 
-def _computes_as(loss: keras.losses.Loss, parent: type[keras.losses.Loss]) -> bool:
+def computes_as(loss: keras.losses.Loss, parent: type[keras.losses.Loss]) -> bool:
     """Whether a loss runs the code of `parent`: a subclass with a `call` of its own does not."""
     names = ("call", "__call__")
     same = all(getattr(type(loss), name) is getattr(parent, name) for name in names)
@@ -75,7 +75,7 @@ def check_likelihoods(model: Learner, unlabelled: bool) -> None:
     known = ", ".join(as_class.__name__ for as_class, _ in _LOSSES.values())
     losses = losses_of(model)
     for name, loss in zip(output_names(model), losses, strict=True):
-        if _known(loss).kind or (loss is None and any(other is not None for other in losses)):
+        if known_loss(loss).kind or (loss is None and any(other is not None for other in losses)):
             continue
         given = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
         received = f"The loss of {name!r} is {given}."
@@ -98,7 +98,7 @@ def by_logits(model: Learner, outputs: Any, gradients: list[tf.Tensor]) -> list[
     """
     converted = []
     for loss, output, g in zip(losses_of(model), tf.nest.flatten(outputs), gradients, strict=True):
-        known = _known(loss)
+        known = known_loss(loss)
         p = tf.cast(output, g.dtype)
         if known.kind == "binary" and not known.from_logits:
             g = p * (1 - p) * g
@@ -129,10 +129,10 @@ def counted_positions(
     """
     found: Counted = []
     flat, losses = [_with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
-    labels, each_weight = (_by_output(values, losses) for values in (y, weights))
+    labels, each_weight = (by_output(values, losses) for values in (y, weights))
     for index, (loss, output) in enumerate(zip(losses, flat, strict=True)):
-        known, counted = _known(loss), []
-        shape = tf.shape(_classes_last(output, known.axis))[:-1]
+        known, counted = known_loss(loss), []
+        shape = tf.shape(classes_last(output, known.axis))[:-1]
         if index in masks:
             counted.append(_at_positions(tf.cast(masks[index], "bool"), shape, output))
         if known.ignored is not None and labels[index] is not None:
@@ -146,7 +146,7 @@ def counted_positions(
     return found
 
 
-def _by_output(values: Any, losses: list[Any]) -> list[Any]:
+def by_output(values: Any, losses: list[Any]) -> list[Any]:
     """Labels or weights for each output, given for all, for those with a loss, or once."""
     flat = tf.nest.flatten(values)
     if len(flat) == 1:
@@ -193,14 +193,14 @@ def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None
     for loss, output, where in zip(
         losses_of(model), flat, counted or [None] * len(flat), strict=True
     ):
-        known = _known(loss)
+        known = known_loss(loss)
         output = tf.cast(tf.stop_gradient(_with_an_axis(output)), "float32")
-        output = _classes_last(output, known.axis)
+        output = classes_last(output, known.axis)
         if known.kind == "binary":
-            logits = output if known.from_logits else _log(output) - _log(1 - output)
+            logits = output if known.from_logits else log_of(output) - log_of(1 - output)
             squares = tf.reduce_mean(logits**2, -1)
         elif known.kind in ("sparse", "categorical") and output.shape[-1] > 1:
-            highest = tf.math.top_k(output if known.from_logits else _log(output), 2).values
+            highest = tf.math.top_k(output if known.from_logits else log_of(output), 2).values
             squares = (highest[..., 0] - highest[..., 1]) ** 2
         else:
             continue
@@ -241,7 +241,7 @@ def sample_labels(
     """
     check_likelihoods(model, unlabelled=y is None)
     flat, losses = tf.nest.flatten(outputs), losses_of(model)
-    given, positions = _by_output(y, losses), counted or [None] * len(flat)
+    given, positions = by_output(y, losses), counted or [None] * len(flat)
     drawn = [
         tf.zeros(tf.shape(output)[:1])
         if loss is None
@@ -257,7 +257,7 @@ def _drawn(
     loss: Any, y: Any, output: tf.Tensor, seed: tf.Tensor, counted: tf.Tensor | None
 ) -> tf.Tensor:
     """Labels of one output, see `sample_labels`."""
-    known = _known(loss)
+    known = known_loss(loss)
     output = tf.cast(tf.stop_gradient(output), "float32")
     shape = tf.shape(output if y is None else y)
     dtype = tf.float32 if y is None else y.dtype
@@ -277,7 +277,7 @@ def _drawn(
         success = tf.random.stateless_uniform(tf.shape(chance), seed) < chance
         sample = tf.reshape(tf.cast(success, "float32"), shape)
         return _before_smoothing(sample, known.smoothing, 2, dtype)
-    logits = _classes_last(output if known.from_logits else _log(output), known.axis)
+    logits = classes_last(output if known.from_logits else log_of(output), known.axis)
     classes = logits.shape[-1]
     rows = tf.reshape(logits, (-1, classes))
     # Classes masked by −inf are not drawn; other values would give invalid labels.
@@ -305,7 +305,7 @@ def _before_smoothing(labels: tf.Tensor, smoothing: float, classes: int, dtype: 
 
 def negated(model: Learner, outputs: Any) -> tf.Tensor:
     """The outputs, as logits or probabilities, that belong to the negated logits."""
-    known = _OTHER if tf.nest.is_nested(model.output) else _known(losses_of(model)[0])
+    known = _OTHER if tf.nest.is_nested(model.output) else known_loss(losses_of(model)[0])
     kinds = ("sparse", "categorical", "binary")
     if known.kind not in kinds:
         names = ", ".join(_LOSSES[kind][0].__name__ for kind in kinds)
@@ -318,7 +318,7 @@ def negated(model: Learner, outputs: Any) -> tf.Tensor:
         return -outputs
     if known.kind == "binary":
         return 1 - outputs
-    return tf.cast(tf.nn.softmax(-_log(outputs), known.axis), outputs.dtype)
+    return tf.cast(tf.nn.softmax(-log_of(outputs), known.axis), outputs.dtype)
 
 
 _REDUCTIONS = {
@@ -406,14 +406,14 @@ def _with_an_axis(x: tf.Tensor) -> tf.Tensor:
     return x[:, None] if len(x.shape) == 1 else x
 
 
-def _classes_last(x: tf.Tensor, axis: int) -> tf.Tensor:
+def classes_last(x: tf.Tensor, axis: int) -> tf.Tensor:
     """Move the axis of the classes to the end."""
     order = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
     return x if axis in (-1, len(x.shape) - 1) else tf.transpose(x, [*order, axis % len(x.shape)])
 
 
 def _classes_back(x: tf.Tensor, axis: int) -> tf.Tensor:
-    """The inverse of `_classes_last`."""
+    """The inverse of `classes_last`."""
     order = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
     order.append(axis % len(x.shape))
     return tf.transpose(x, np.argsort(order))
@@ -423,7 +423,8 @@ def _flat(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, (tf.shape(x)[0], -1))
 
 
-def _log(probabilities: tf.Tensor) -> tf.Tensor:
+def log_of(probabilities: tf.Tensor) -> tf.Tensor:
+    """The logarithm of probabilities, as float32, from the smallest that losses of Keras take."""
     return tf.math.log(tf.maximum(tf.cast(probabilities, "float32"), keras.config.epsilon()))
 
 
@@ -441,3 +442,11 @@ def losses_of(model: Learner) -> list[Any]:
         losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
     losses += [losses[-1] if len(losses) == 1 else None] * (len(model.outputs) - len(losses))
     return [keras.losses.get(item) if isinstance(item, str) else item for item in losses]
+
+
+def loss_weights_of(model: Learner) -> list[float]:
+    """The factor of the loss of each output, in the order of `model.outputs`."""
+    given, losses = loss_weights(model), losses_of(model)
+    if isinstance(given, dict):
+        return [float(given.get(name, 1.0)) for name in output_names(model)]
+    return [1.0 if weight is None else float(weight) for weight in by_output(given, losses)]

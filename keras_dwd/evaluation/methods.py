@@ -10,6 +10,7 @@ import keras
 from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.fisher import EARLIER_NAMES, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.distillation import Distillation
 from keras_dwd.groupings.fixed import LayerGrouping, SingleGroup
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping
@@ -29,7 +30,8 @@ class Method:
         name: Name in reports.
         settings: Function that returns the keyword arguments of `DWDModel`. It takes the strength
             and, for a method with a Fisher estimate, optionally an `estimator`.
-        strength: Default λ.
+        strength: Default λ; for a method without a penalty, the default weight of its
+            distillation.
         boundary_pass: Whether the Fisher information is estimated by a pass over the task's data at
             the task boundary instead of during training.
         decoupled: Whether the penalty is applied as a separate step by a `DWDOptimizer`.
@@ -61,11 +63,22 @@ class Method:
             **({"decoupled": True} if self.decoupled else {}),
             **({"task_graph": self.graph} if self.graph else {}),
             **({"task_norm": True} if self.task_norm else {}),
+            **({"distillation": model.distillation.get_config()} if model.distillation else {}),
         }
+
+    def strength_in(self, configuration: dict[str, Any]) -> float:
+        """The strength with which `configuration` has made a configuration."""
+        if self.settings is _lwf:
+            return float(configuration["distillation"]["weight"])
+        return float(configuration["regularizer"]["strength"])
 
 
 def _plain(strength: float) -> dict[str, Any]:
     return {"strength": 0.0}
+
+
+def _lwf(strength: float) -> dict[str, Any]:
+    return {"strength": 0.0, "distillation": Distillation(strength)}
 
 
 def _ewc(strength: float, estimator: str = "empirical") -> dict[str, Any]:
@@ -97,6 +110,7 @@ METHODS: dict[str, Method] = {
         Method("dwd", _dwd, strength=200.0, boundary_pass=True),
         Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
+        Method("lwf", _lwf, strength=1.0),
         Method("joint", _plain, joint=True),
     )
 }
@@ -173,6 +187,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
     "task-norm": lambda method: replace(method, task_norm=True),
+    "distill": _with(distillation=lambda before: Distillation()),
 }
 """Variants of a method: functions that change one setting, by name."""
 
@@ -205,7 +220,7 @@ def method_named(name: str) -> Method:
     plain, *variants = name.split("+")
     base, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
-    fixed = method is not None and method.settings is _plain
+    fixed = method is not None and method.settings in (_plain, _lwf)
     if method is None or (fixed and (colon or variants)):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
     if colon:

@@ -193,7 +193,7 @@ class _Bench:
         if not name.endswith(UNTOUCHED) and method.strength > 0:
             earlier = result.get("settings")
             if earlier and not same_settings(
-                earlier, method.configuration(earlier["regularizer"]["strength"])
+                earlier, method.configuration(method.strength_in(earlier))
             ):
                 known = {}  # the method has changed since
             tried = self._tune(name, tuple(grid(name)), {float(s): a for s, a in known.items()})

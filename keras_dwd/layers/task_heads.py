@@ -1,5 +1,9 @@
 """One output layer per task, chosen by a task id."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -92,10 +96,26 @@ class TaskHeads(keras.layers.Layer):
         task = ops.reshape(ops.cast(task, "int32"), (-1, 1))
         # Compute the outputs of all heads in one matrix product, then select each example's head:
         # cheaper than gathering a kernel per example, and other heads get exactly zero gradient.
-        kernel = ops.reshape(ops.transpose(self.kernel, (1, 0, 2)), (features.shape[-1], -1))
-        outputs = ops.matmul(features, kernel) + ops.reshape(self.bias, (-1,))
-        outputs = ops.reshape(outputs, (-1, self.tasks, self.units))
-        return self.activation(ops.take_along_axis(outputs, task[:, :, None], axis=1)[:, 0])
+        outputs = self._logits_of_all(features, self.kernel, self.bias)
+        outputs = self.activation(ops.take_along_axis(outputs, task[:, :, None], axis=1)[:, 0])
+        for calls in getattr(_RECORDING, "open", ()):
+            calls.append(HeadsCall(self, features, outputs))
+        return outputs
+
+    def outputs_of_all(self, features: Any, kernel: Any, bias: Any) -> Any:
+        """The outputs of all heads for each example, `(batch, tasks, units)`. Graph code.
+
+        Args:
+            features: `(batch, features)`, float32 as `kernel` and `bias`.
+            kernel: A value of the layer's `kernel`.
+            bias: A value of its `bias`.
+        """
+        return self.activation(self._logits_of_all(features, kernel, bias))
+
+    def _logits_of_all(self, features: Any, kernel: Any, bias: Any) -> Any:
+        kernel = ops.reshape(ops.transpose(kernel, (1, 0, 2)), (features.shape[-1], -1))
+        outputs = ops.matmul(features, kernel) + ops.reshape(bias, (-1,))
+        return ops.reshape(outputs, (-1, self.tasks, self.units))
 
     def compute_output_shape(self, features_shape: Any, task_shape: Any = None) -> Any:
         return (features_shape[0], self.units)
@@ -108,6 +128,37 @@ class TaskHeads(keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
+
+
+@dataclass(frozen=True)
+class HeadsCall:
+    """A call of a `TaskHeads`.
+
+    Attributes:
+        layer: The layer.
+        features: What it was called on, without the task ids.
+        outputs: What it returned.
+    """
+
+    layer: TaskHeads
+    features: Any
+    outputs: Any
+
+
+_RECORDING = threading.local()  # other threads may run the model too
+
+
+@contextmanager
+def recorded_heads() -> Iterator[list[HeadsCall]]:
+    """A context with a list of the calls of all `TaskHeads` in this thread. Graph code."""
+    if not hasattr(_RECORDING, "open"):
+        _RECORDING.open = []
+    calls: list[HeadsCall] = []
+    _RECORDING.open.append(calls)
+    try:
+        yield calls
+    finally:
+        _RECORDING.open.pop()
 
 
 @register_rule(TaskHeads)

@@ -1,4 +1,4 @@
-"""The training step: that of Keras, plus the pull and the update of the Fisher information."""
+"""The training step of Keras, plus the pull, distillation and the Fisher information's update."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ import tensorflow as tf
 
 from keras_dwd.curvature.examples import carried_states, count_of, kept, states_of
 from keras_dwd.curvature.fisher import Fisher, mean_gradient_statistics
+from keras_dwd.distillation import Distillation
 from keras_dwd.distributed.workers import Workers
 from keras_dwd.groupings.strength import Budget
 from keras_dwd.keras_private import loss_metric
+from keras_dwd.layers.task_heads import recorded_heads
 from keras_dwd.learner import Learner, added_loss, total_loss
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.training.boundary_pass import batch_statistics
@@ -27,7 +29,9 @@ class Gradients:
 
     Attributes:
         variables: The trainable variables, by path.
-        total: The gradient of the whole loss with respect to each variable, or `None`.
+        total: The gradient of the whole loss, and of the distillation unless that is in
+            `distilled`, with respect to each variable, or `None`.
+        distilled: The gradient of the distillation, `None` where there is none or is in `total`.
         added: The sum of the losses that layers add; `None` if they add none.
         scale: The loss scale (mixed precision); `None` if the loss was not scaled.
         tape: A persistent tape that has recorded the losses.
@@ -35,18 +39,30 @@ class Gradients:
 
     variables: Variables
     total: list[Any]
+    distilled: list[Any]
     added: tf.Tensor | None
     scale: tf.Tensor | None
     tape: tf.GradientTape
 
     def of_data(self) -> list[Any]:
-        """The gradients of the data loss alone, unscaled."""
+        """The gradients of the data loss, unscaled, with the distillation that is in `total`."""
         if self.added is None and self.scale is None:
             return self.total
         from_added = [None] * len(self.total)
         if self.added is not None:
             from_added = self.tape.gradient(self.added, list(self.variables.values()))
         return data_gradients(self.total, self.scale, from_added)
+
+    def with_distillation(self) -> None:
+        """Add the gradient of the distillation to `total`."""
+        self.total = [
+            g
+            if d is None
+            else d
+            if g is None
+            else tf.convert_to_tensor(g) + tf.convert_to_tensor(d)
+            for g, d in zip(self.total, self.distilled, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,8 @@ class TrainingStep:
         budget: The rule that adjusts λ_k, if there is one.
         head_gate: Leaves heads that are not in use unchanged.
         workers: The workers that train together.
+        distillation: The distillation from the last boundary; `None` for none.
+        anchors: The anchors that distillation may use as values of the teacher, by path.
     """
 
     regularizer: DWDRegularizer
@@ -68,6 +86,8 @@ class TrainingStep:
     budget: Budget | None
     head_gate: HeadGate
     workers: Workers
+    distillation: Distillation | None
+    anchors: Variables
 
     def __call__(self, model: Learner, data: Any) -> dict[str, Any]:
         """`keras.Model.train_step`. Graph code."""
@@ -84,6 +104,7 @@ class TrainingStep:
             self._update_fisher(
                 model, self.fisher, batch, gradients, of_data, total_examples, before
             )
+        gradients.with_distillation()
         if gradients.variables:
             active = self.head_gate.mark_active(gradients.variables, of_data)
             self._update_weights(model, gradients)
@@ -95,17 +116,34 @@ class TrainingStep:
     def _differentiate(
         self, model: Learner, x: Any, y: Any, sample_weight: Any
     ) -> tuple[Any, tf.Tensor, Gradients]:
-        """The outputs, loss and gradients, exactly as Keras computes them."""
+        """The outputs, loss and gradients, exactly as Keras computes them, plus distillation."""
         variables = trainable_by_path(model)
+        distillation, targets = self.distillation, []
+        # First, as running the model forgets the losses that its layers added before.
+        taught = distillation and distillation.teach(model, x, self.anchors)
         with tf.GradientTape(persistent=True) as tape:
-            y_pred = model(x, training=True)
+            with recorded_heads() as calls:
+                y_pred = model(x, training=True)
             loss = total_loss(model, x, y, y_pred, sample_weight, training=True)
             added = added_loss(model, loss)
             scaled_loss = model.optimizer.scale_loss(loss)
-        total = tape.gradient(scaled_loss, list(variables.values()))
+            if distillation and taught:
+                distilled = distillation.loss(model, taught, y, y_pred, sample_weight, calls)
+                targets.append(model.optimizer.scale_loss(distilled))
+        if distillation:
+            distillation.note(model, y, y_pred, sample_weight, calls)
+        of_distillation: list[Any] = [None] * len(variables)
+        if targets and self._takes_gradients:  # which must not have distillation in them
+            of_distillation = tape.gradient(targets.pop(), list(variables.values()))
+        total = tape.gradient([scaled_loss, *targets], list(variables.values()))
         # `scaled_loss` is `loss` unless the optimizer scales it, which scales the gradients too.
         scale = model.optimizer.scale_loss(tf.ones(())) if scaled_loss is not loss else None
-        return y_pred, loss, Gradients(variables, total, added, scale, tape)
+        return y_pred, loss, Gradients(variables, total, of_distillation, added, scale, tape)
+
+    @property
+    def _takes_gradients(self) -> bool:
+        """Whether the online estimate is made of the gradients of this step."""
+        return self.fisher is not None and self.fisher.estimator == "batch"
 
     def _average(self, model: Learner, gradients: Gradients, loss: tf.Tensor) -> None:
         """Average the gradients over the workers; with sharded state, add the pull first."""
@@ -120,7 +158,10 @@ class TrainingStep:
             times = workers.communicator.size * (tf.ones(()) if scale is None else scale)
             gradients.total = self.regularizer.added(pulls, gradients.variables, named, times)
         step = model.optimizer.iterations
-        gradients.total = workers.averaged(gradients.total, loss, step, scaled=scale is not None)
+        both = [*gradients.total, *gradients.distilled]
+        averaged = workers.averaged(both, loss, step, scaled=scale is not None)
+        count = len(gradients.total)
+        gradients.total, gradients.distilled = averaged[:count], averaged[count:]
 
     def _update_fisher(
         self,
