@@ -2,6 +2,7 @@
 
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.evaluation.recipe import Recipe
 from keras_dwd.evaluation.runner import SequenceResult, run_sequence
 from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.task_graph.similarity import linear_cka
@@ -10,6 +11,7 @@ __all__ = [
     "METHODS",
     "AccuracyMatrix",
     "Method",
+    "Recipe",
     "Scenario",
     "SequenceResult",
     "Task",
