@@ -1,5 +1,6 @@
 """The methods that are compared, each a configuration of `DWDModel`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,9 +8,19 @@ from typing import Any
 
 import keras
 
+from keras_dwd.checks import number
 from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.fisher import EARLIER_NAMES, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
+from keras_dwd.evaluation.peers import (
+    L2,
+    AveragedGEM,
+    DarkExperienceReplay,
+    ExperienceReplay,
+    MemoryAwareSynapses,
+    SynapticIntelligence,
+)
+from keras_dwd.evaluation.technique import Technique, held_by_importance
 from keras_dwd.groupings.fixed import LayerGrouping, SingleGroup
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping
@@ -35,6 +46,8 @@ class Method:
         decoupled: Whether the penalty is applied as a separate step by a `DWDOptimizer`.
         graph: μ of a `TaskGraph` with inputs of the first task as probe, or 0 for none.
         joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
+        technique: Function that returns what the method adds to training, see `Technique`, for a
+            strength.
     """
 
     name: str
@@ -44,12 +57,14 @@ class Method:
     decoupled: bool = False
     graph: float = 0.0
     joint: bool = False
+    technique: Callable[[float], Technique] | None = None
 
     def configuration(self, strength: float) -> dict[str, Any]:
         """All settings of the model, including defaults, as they are written to result files."""
         inputs = keras.Input((8,))
         model = DWDModel(inputs, keras.layers.Dense(8)(inputs), **self.settings(strength))
         grouping = model.grouping
+        technique = self.technique and self.technique(strength)
         return {
             "regularizer": model.regularizer.get_config(),
             "fisher": model.fisher.get_config(),
@@ -57,6 +72,7 @@ class Method:
             "boundary_pass": self.boundary_pass,
             **({"decoupled": True} if self.decoupled else {}),
             **({"task_graph": self.graph} if self.graph else {}),
+            **({"technique": technique.get_config(), "strength": strength} if technique else {}),
         }
 
 
@@ -84,6 +100,10 @@ def _dwd_diagonal(strength: float, estimator: str = "empirical") -> dict[str, An
     return {**dwd(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
+def _l2(strength: float) -> dict[str, Any]:
+    return held_by_importance(strength, decay=0.0)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -93,6 +113,12 @@ METHODS: dict[str, Method] = {
         Method("dwd", _dwd, strength=200.0, boundary_pass=True),
         Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
+        Method("l2", _l2, strength=1.0, technique=lambda strength: L2()),
+        Method("mas", held_by_importance, strength=1.0, technique=lambda _: MemoryAwareSynapses()),
+        Method("si", held_by_importance, strength=1.0, technique=lambda _: SynapticIntelligence()),
+        Method("er", _plain, technique=lambda _: ExperienceReplay()),
+        Method("der++", _plain, strength=0.1, technique=DarkExperienceReplay),
+        Method("a-gem", _plain, technique=lambda _: AveragedGEM()),
         Method("joint", _plain, joint=True),
     )
 }
@@ -135,6 +161,13 @@ def _estimated(**arguments: Any) -> Callable[[Method], Method]:
     return _with(fisher=fisher)
 
 
+def _replaying(method: Method) -> Method:
+    """The method with experience replay."""
+    if method.technique is not None:
+        raise ValueError(f"{method.name!r} has a technique of its own: it takes no `+er`.")
+    return replace(method, technique=lambda strength: ExperienceReplay())
+
+
 VARIANTS: dict[str, Callable[[Method], Method]] = {
     "no-groups": _grouped(lambda: None),
     "layers": _grouped(LayerGrouping),
@@ -168,8 +201,15 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "pass": lambda method: replace(_estimated(gamma=None)(method), boundary_pass=True),
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
+    "er": _replaying,
 }
 """Variants of a method: functions that change one setting, by name."""
+
+
+def strength_of(configuration: dict[str, Any]) -> float:
+    """The strength of a method in its `Method.configuration`."""
+    own = configuration.get("strength", configuration["regularizer"]["strength"])
+    return number("strength", own, 0)
 
 
 def same_settings(one: Any, other: Any) -> bool:
@@ -197,12 +237,17 @@ def method_named(name: str) -> Method:
     Raises:
         ValueError: If a part of the name is unknown; lists the known names.
     """
-    plain, *variants = name.split("+")
-    base, colon, estimator = plain.partition(":")
+    # The names of some methods have a "+" in them.
+    named = [m for m in METHODS if name == m or name.startswith((f"{m}:", f"{m}+"))]
+    base = max(named, key=len, default="")
+    plain, *variants = name[len(base) :].split("+")
+    _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings is _plain
     if method is None or (fixed and (colon or variants)):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
+    if colon and "estimator" not in inspect.signature(method.settings).parameters:
+        raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")
     if colon:
         method = replace(method, settings=partial(method.settings, estimator=estimator))
         if estimator == "adam":  # can only be estimated during training

@@ -27,6 +27,7 @@ from keras_dwd.evaluation.recipe import (
     cropped_and_flipped,
 )
 from keras_dwd.evaluation.scenario import Scenario, Task
+from keras_dwd.evaluation.technique import TechniqueModel
 from keras_dwd.files import FileError, checksum
 from keras_dwd.groupings.policy import GroupingPolicy
 from keras_dwd.model import DWDModel
@@ -151,7 +152,13 @@ def run_sequence(
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
         probe, _ = _sample(scenario.tasks[0].train, _PROBES)
         arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
-    model = DWDModel.from_model(build(scenario), **arguments)
+    technique = method.technique and method.technique(strength)
+    kind = TechniqueModel if technique else DWDModel
+    model = kind.from_model(build(scenario), **arguments)
+    if isinstance(model, TechniqueModel):
+        model.technique = technique
+    if technique and recipe.augment:
+        technique.augment = cropped_and_flipped
     if method.graph and strength > 0 and not checkpoint_dir:
         # The temporary folder is removed when the model is.
         weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
@@ -167,6 +174,8 @@ def run_sequence(
         "sharded": sharded,
     }
     model.compile(**(settings | (compile_settings or {})))
+    if technique and model.workers.several:
+        raise ValueError(f"{method.name!r} works with one worker only.")
     model.optimizer.build(model.trainable_variables)
     fresh = [np.asarray(v) for v in model.optimizer.variables]
     tests = [_as_batches(task.test) for task in scenario.tasks]
@@ -203,13 +212,17 @@ def run_sequence(
             # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
             for variable, value in zip(model.optimizer.variables, fresh, strict=True):
                 variable.assign(value)
+            if technique:
+                technique.begin_task(model)
+        if technique:
+            technique.start(_drawn(seed, t))
         if isinstance(rate, CosineOfTask):
             size = model.workers.communicator.size
             rate.steps.assign(epochs * _batches(task.train, batch_size, size))
         progress.begin()
         if progress.epoch < epochs:
             ordered = checkpoint_dir or model.workers.several or recipe.augment
-            order = int(np.random.default_rng([seed, t]).integers(2**31 - 1)) if ordered else None
+            order = _drawn(seed, t) if ordered else None
             data, own = _fit_arguments(model, task.train, batch_size, order, recipe.augment)
             shown = callbacks(t, task) if callbacks else []
             model.fit(
@@ -227,6 +240,9 @@ def run_sequence(
         if policy is not None:
             policy.reward(_accuracies(model, held_back[: t + 1]).tolist())
         sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
+        if isinstance(model, TechniqueModel):
+            rng = np.random.default_rng([seed, t, 1])
+            model.end_task(task.train, _sample(task.train, fisher_examples), rng)
         model.consolidate(sample, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
@@ -261,6 +277,11 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
                 f"{task.name!r} does not tell its length: give it one by "
                 "`tf.data.experimental.assert_cardinality`."
             )
+
+
+def _drawn(seed: int, task: int) -> int:
+    """A seed that depends on those of the run and on the task."""
+    return int(np.random.default_rng([seed, task]).integers(2**31 - 1))
 
 
 def _batches(data: Any, batch_size: int, workers: int) -> int:
