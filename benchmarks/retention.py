@@ -14,14 +14,16 @@ Usage: python benchmarks/retention.py [--scenario NAME ...] [--methods NAME ...]
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from keras_dwd.evaluation.ablation import parts
+from keras_dwd.evaluation.methods import METHODS as METHODS_OF_PACKAGE
 from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.report import table
-from keras_dwd.evaluation.tuning import UNTOUCHED, tune
+from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
 
 SCENARIOS = {
     "permuted-digits": {"scenario": "permuted:digits", "tasks": 5},
@@ -88,6 +90,14 @@ METHODS = (
 DEFAULT = f"dwd-online{UNTOUCHED}"
 
 
+def values_of(scenario, method):
+    """The values of λ to try for a method; those with a technique of their own have one default."""
+    known = METHODS_OF_PACKAGE.get(method)
+    if known is not None and known.technique is not None:
+        return grid_around(known.strength, len(GRIDS[scenario]["diagonal"]))
+    return GRIDS[scenario][grid_of(method)]
+
+
 def grid_of(method):
     """Name of the grid for a method, by its curvature and estimator."""
     fisher = method_named(method).configuration(1.0)["fisher"]
@@ -117,7 +127,7 @@ def main():
         results = tune(
             SCENARIOS[name] | {"data_dir": options.data_dir},
             ["finetune", *methods, DEFAULT, "joint"],
-            grid=lambda method, name=name: GRIDS[name][grid_of(method)],
+            grid=partial(values_of, name),
             seeds=options.seeds,
             tuning_seeds=TUNING_SEEDS[name],
             out=options.out / f"retention_{name}.json",

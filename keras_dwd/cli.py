@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from keras_dwd.evaluation import plan as planning
 from keras_dwd.evaluation.experiment import Experiment, Observer
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
+from keras_dwd.evaluation.recipe import OPTIMIZERS
 from keras_dwd.evaluation.report import plan_table, table
 from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.files import FileError, write_json
@@ -68,6 +70,32 @@ _Epochs = Annotated[int | None, typer.Option(help="Epochs per task; by default o
 _Profile = Annotated[
     str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
 ]
+_Images = Annotated[
+    int | None,
+    typer.Option(help="Training images per class; by default of the profile."),
+]
+_Optimizer = Annotated[
+    str | None, typer.Option(help=f"{' or '.join(OPTIMIZERS)}; by default of the profile.")
+]
+_LearningRate = Annotated[
+    float | None,
+    typer.Option(help="Learning rate; by default of the profile, or of another --optimizer."),
+]
+_Schedule = Annotated[
+    str | None,
+    typer.Option(help="constant, or cosine: to 0 in each task; by default of the profile."),
+]
+_WeightDecay = Annotated[
+    float | None, typer.Option(help="Weight decay; by default of the profile.")
+]
+_Augment = Annotated[
+    bool | None,
+    typer.Option(
+        "--augment/--no-augment",
+        help="Crop and flip training images at random; by default of the profile.",
+        show_default=False,
+    ),
+]
 _DataDir = Annotated[
     Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
 ]
@@ -107,6 +135,12 @@ def run(
         ),
     ] = None,
     profile: _Profile = "cpu",
+    images_per_class: _Images = None,
+    optimizer: _Optimizer = None,
+    learning_rate: _LearningRate = None,
+    schedule: _Schedule = None,
+    weight_decay: _WeightDecay = None,
+    augment: _Augment = None,
     data_dir: _DataDir = None,
     workers: _Workers = 1,
     sharded: Annotated[
@@ -124,9 +158,7 @@ def run(
 ) -> None:
     """Train several methods on a sequence of tasks and compare accuracy and forgetting."""
     console = Console(stderr=as_json)
-    experiment = Experiment(
-        **_settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
-    )
+    experiment = Experiment(**_settings(context))
     names = _names(methods)
     strengths = _strengths(strength, names)
     _check_out(out)
@@ -164,13 +196,16 @@ def _again(context: typer.Context, **changed: Any) -> list[str]:
         value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
         if value is True:
             words.append(parameter.opts[0])
-        elif value is not None and value is not False:
+        elif value is False:
+            words += parameter.secondary_opts[:1]
+        elif value is not None:
             words += [parameter.opts[0], str(value)]
     return words
 
 
 @app.command()
 def tune(
+    context: typer.Context,
     scenario: _Scenario = "permuted:digits",
     methods: _Methods = "finetune,ewc,dwd,joint",
     tasks: _Tasks = 5,
@@ -181,6 +216,12 @@ def tune(
     points: _Points = 7,
     epochs: _Epochs = None,
     profile: _Profile = "cpu",
+    images_per_class: _Images = None,
+    optimizer: _Optimizer = None,
+    learning_rate: _LearningRate = None,
+    schedule: _Schedule = None,
+    weight_decay: _WeightDecay = None,
+    augment: _Augment = None,
     data_dir: _DataDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
@@ -191,12 +232,13 @@ def tune(
     Each method that has a λ is tuned with the same number of values around its default, the same
     seeds and the same epochs.
     """
-    settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
+    settings = _settings(context)
     _tuned(settings, _names(methods), seeds, tuning_seeds, points, processes, out, as_json)
 
 
 @app.command()
 def ablate(
+    context: typer.Context,
     scenario: _Scenario = "permuted:digits",
     parts: Annotated[
         str,
@@ -213,6 +255,12 @@ def ablate(
     points: _Points = 7,
     epochs: _Epochs = None,
     profile: _Profile = "cpu",
+    images_per_class: _Images = None,
+    optimizer: _Optimizer = None,
+    learning_rate: _LearningRate = None,
+    schedule: _Schedule = None,
+    weight_decay: _WeightDecay = None,
+    augment: _Augment = None,
     data_dir: _DataDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
@@ -225,7 +273,7 @@ def ablate(
     """
     words = [word.strip() for word in parts.split(",") if word.strip()]
     chosen = ablation.parts(words)
-    settings = _settings(scenario, tasks, setting, class_order_seed, profile, epochs, data_dir)
+    settings = _settings(context)
     names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
     _tuned(settings, names, seeds, tuning_seeds, points, processes, out, as_json)
 
@@ -279,10 +327,10 @@ def plan(
     Console().print(plan_table(estimate, curvature, replicated))
 
 
-def _settings(*values: Any) -> dict[str, Any]:
-    """The arguments of `Experiment` by name, from values in this order."""
-    names = ("scenario", "tasks", "setting", "class_order_seed", "profile", "epochs", "data_dir")
-    return dict(zip(names, values, strict=True))
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """The options of a command that are arguments of `Experiment`."""
+    names = {field.name for field in fields(Experiment)}
+    return {name: value for name, value in context.params.items() if name in names}
 
 
 def _tuned(

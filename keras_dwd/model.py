@@ -49,6 +49,7 @@ from keras_dwd.saving import (
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
 from keras_dwd.training.given import batch_size_of, data_of
+from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
 from keras_dwd.wrapping import copied, wrapped
 
@@ -506,7 +507,10 @@ class DWDModel(CloneAware):
         if not self._consolidation.is_built(self):  # called in a loop of the user's own
             with tf.init_scope():
                 self._consolidation.build(self)
-        return self._consolidation.training_step(self)(self, data)
+        return self._training_step()(self, data)
+
+    def _training_step(self) -> TrainingStep:
+        return self._consolidation.training_step(self)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

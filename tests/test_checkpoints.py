@@ -122,8 +122,15 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
             "dwd:sampled",
             "dwd-online+one-budget",
             "ewc",
+            "si",
+            "er",
+            "der++",
+            "a-gem",
+            "dwd+er",
         ],
         "dwd-online+decoupled",
+        "si",
+        "er",
     ),
 )
 def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):

@@ -18,7 +18,7 @@ from keras_dwd import DiagonalFisher, DWDOptimizer
 from keras_dwd.cli import app
 from keras_dwd.evaluation import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
-from keras_dwd.evaluation.methods import method_named
+from keras_dwd.evaluation.methods import method_named, strength_of
 from keras_dwd.files import write_json
 from keras_dwd.layers import TaskHeads, TaskNormalization
 
@@ -346,10 +346,10 @@ def test_distillation_is_a_method_of_its_own_and_a_variant_of_others():
     found = lwf.configuration(3.0)
     assert found["regularizer"]["strength"] == 0
     assert found["distillation"] == distillation | {"weight": 3.0}
-    assert (lwf.strength, lwf.strength_in(found)) == (1.0, 3.0)
+    assert (lwf.strength, strength_of(found)) == (1.0, 3.0)
     for name in ("dwd+distill", "dwd-online+distill"):
         found = method_named(name).configuration(7.0)
         assert found["distillation"] == distillation
-        assert method_named(name).strength_in(found) == found["regularizer"]["strength"] == 7.0
+        assert strength_of(found) == found["regularizer"]["strength"] == 7.0
     with pytest.raises(ValueError, match=r"Unknown method 'lwf\+graph'"):
         method_named("lwf+graph")

@@ -1,5 +1,6 @@
 """Division of training and evaluation data among workers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,13 +22,21 @@ class TrainingArrays(keras.callbacks.Callback):
         rank: Rank of this worker.
         size: Number of workers.
         seed: Seed of the order; `None` keeps the order of the examples.
+        augment: Graph code that changes the inputs `x` of a batch at random, called with `x` and a
+            seed of two integers, which depends on `seed`, the epoch, the step and the rank only.
 
     Attributes:
         batches: The batches of one epoch, a `tf.data.Dataset`.
     """
 
     def __init__(
-        self, parts: tuple[Any, ...], batch_size: int, rank: int, size: int, seed: int | None
+        self,
+        parts: tuple[Any, ...],
+        batch_size: int,
+        rank: int,
+        size: int,
+        seed: int | None,
+        augment: Callable[[Any, tf.Tensor], Any] | None = None,
     ):
         super().__init__()
         parts = tf.nest.map_structure(tf.convert_to_tensor, parts)
@@ -47,6 +56,9 @@ class TrainingArrays(keras.callbacks.Callback):
 
         def batch(chosen: tf.Tensor, weights: tf.Tensor) -> tuple[Any, ...]:
             picked = tf.nest.map_structure(lambda a: tf.gather(a, chosen), parts)
+            if augment is not None:  # no two batches of an epoch begin with the same example
+                drawn = tf.random.experimental.stateless_fold_in((seed or 0, epoch), chosen[0])
+                picked = (augment(picked[0], drawn), *picked[1:])
             return picked if count % size == 0 else _weighted(picked, weights)
 
         batches = tf.data.Dataset.range(1).flat_map(ordered).map(batch)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_dwd.evaluation.methods import same_settings
+from keras_dwd.evaluation.technique import Technique, TechniqueModel
 from keras_dwd.files import FileError, read_arrays, remove_unfinished, write_arrays
 from keras_dwd.model import DWDModel
 from keras_dwd.variables import Arrays, by_path
@@ -17,7 +18,7 @@ from keras_dwd.variables import Arrays, by_path
 _VERSION = 2
 _MAX_TO_KEEP = 2
 _NAME = "checkpoint-*.safetensors"
-_PARTS = ("weights", "optimizer", "learned", "progress")
+_PARTS = ("weights", "optimizer", "learned", "progress", "technique")
 
 
 def _print_to_stderr(line: str) -> None:
@@ -53,7 +54,9 @@ class Checkpoints:
         learned = model._consolidation.save(model)
         if not model.workers.leads:
             return
-        contents = (_weights(model), _optimizer(model), learned, progress)
+        technique = _technique(model)
+        added = {} if technique is None else technique.state()
+        contents = (_weights(model), _optimizer(model), learned, progress, added)
         parts = dict(zip(_PARTS, contents, strict=True))
         arrays = {
             f"{part}/{name}": np.asarray(array)
@@ -116,11 +119,15 @@ class Checkpoints:
             shapes = ({n: tuple(v.shape) for n, v in e.items()} for e in (parts[part], expected))
             self._check(part, *shapes)
         check(parts["progress"])
+        technique = _technique(model)
+        commit = None if technique is None else technique.prepare_state(parts["technique"])
         if parts["learned"]:
             model._consolidation.load(model, parts["learned"])
         for part, variables in (("weights", weights), ("optimizer", optimizer)):
             for name, variable in variables.items():
                 variable.assign(parts[part][name])
+        if commit is not None:
+            commit()
         return parts["progress"]
 
     def _check(self, part: str, saved: Any, expected: Any) -> None:
@@ -174,6 +181,10 @@ def _difference(saved: Any, asked: dict[str, Any]) -> str:
 def _weights(model: DWDModel) -> dict[str, Any]:
     """The model's variables by position, as automatic layer names differ when it is built again."""
     return {str(i): v for i, v in enumerate(by_path(model).values())}
+
+
+def _technique(model: DWDModel) -> Technique | None:
+    return model.technique if isinstance(model, TechniqueModel) else None
 
 
 def _optimizer(model: DWDModel) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import sklearn
 import tensorflow as tf
 
+from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.profiles import Profile, profile_for
@@ -42,6 +43,12 @@ class Experiment:
         data_dir: Folder of prepared tfds data sets.
         validation: Fraction of the training data to hold back and evaluate on in place of the test
             data.
+        images_per_class: Number of training images per class; the number of the profile if `None`.
+        optimizer: See `Recipe`, as the following; that of the profile if `None`.
+        learning_rate: By default of the profile, or of `optimizer` if the profile has another one.
+        schedule: By default of the profile.
+        weight_decay: By default of the profile.
+        augment: By default of the profile.
     """
 
     scenario: str = "permuted:digits"
@@ -52,6 +59,12 @@ class Experiment:
     epochs: int | None = None
     data_dir: Path | None = None
     validation: float | None = None
+    images_per_class: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    schedule: str | None = None
+    weight_decay: float | None = None
+    augment: bool | None = None
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")
@@ -63,12 +76,27 @@ class Experiment:
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs}")
+        if self.augment and kind == "permuted":
+            raise ValueError("`augment` must be off for permuted pixels: these are no images.")
+        if self.images_per_class is not None:
+            integer("images_per_class", self.images_per_class, 1)
         if self.setting is None:
             self.setting = "task" if kind == "split" else "domain"
         data = datasets.load(name, self.data_dir)
         if self.class_order_seed is None:
             self.class_order_seed = _CLASS_ORDER_SEEDS.get(name) if kind == "split" else 0
-        self.protocol: Profile = profile_for(data.x_train.shape[1:], kind, self.profile)
+        profile = profile_for(data.x_train.shape[1:], kind, self.profile)
+        self.protocol: Profile = replace(
+            profile,
+            images_per_class=self.images_per_class or profile.images_per_class,
+            recipe=profile.recipe.changed(
+                optimizer=self.optimizer,
+                learning_rate=self.learning_rate,
+                schedule=self.schedule,
+                weight_decay=self.weight_decay,
+                augment=self.augment,
+            ),
+        )
         images = self.protocol.images_per_class
         if kind == "split":
             self.built = split(data, self.tasks, self.setting, self.class_order_seed, images)
@@ -104,7 +132,7 @@ class Experiment:
             strength=strength,
             epochs=epochs,
             batch_size=self.protocol.batch_size,
-            learning_rate=self.protocol.learning_rate,
+            recipe=self.protocol.recipe,
             seed=seed,
             callbacks=callbacks,
             checkpoint_dir=checkpoint_dir,
@@ -164,7 +192,7 @@ class Experiment:
         protocol, images = self.protocol, self.protocol.images_per_class
         title = f"{self.scenario}, {self.tasks} tasks, {self.setting}-incremental"
         text = (
-            f"{protocol.network}, Adam {protocol.learning_rate:g} reset for each task, batch "
+            f"{protocol.network}, {protocol.recipe}, batch "
             f"{protocol.batch_size}, {self.epochs} epochs a task, "
             f"{'all' if images is None else images} training images a class, Fisher "
             f"information from a pass over {FISHER_EXAMPLES} of a task, class order or "
@@ -185,7 +213,7 @@ class Experiment:
             "profile": self.profile,
             "network": protocol.network,
             "optimizer": "Adam",
-            "learning_rate": protocol.learning_rate,
+            **protocol.recipe.configuration(),
             "batch_size": protocol.batch_size,
             "epochs": self.epochs,
             "images_per_class": images,

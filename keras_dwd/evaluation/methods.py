@@ -1,5 +1,6 @@
 """The methods that are compared, each a configuration of `DWDModel`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,10 +8,20 @@ from typing import Any
 
 import keras
 
+from keras_dwd.checks import number
 from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.fisher import EARLIER_NAMES, Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.distillation import Distillation
+from keras_dwd.evaluation.peers import (
+    L2,
+    AveragedGEM,
+    DarkExperienceReplay,
+    ExperienceReplay,
+    MemoryAwareSynapses,
+    SynapticIntelligence,
+)
+from keras_dwd.evaluation.technique import Technique, held_by_importance
 from keras_dwd.groupings.fixed import LayerGrouping, SingleGroup
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping
@@ -39,6 +50,8 @@ class Method:
         joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
         task_norm: Whether the network keeps the statistics of batch normalization for each task,
             see `with_task_normalization`.
+        technique: Function that returns what the method adds to training, see `Technique`, for a
+            strength.
     """
 
     name: str
@@ -49,12 +62,14 @@ class Method:
     graph: float = 0.0
     joint: bool = False
     task_norm: bool = False
+    technique: Callable[[float], Technique] | None = None
 
     def configuration(self, strength: float) -> dict[str, Any]:
         """All settings of the model, including defaults, as they are written to result files."""
         inputs = keras.Input((8,))
         model = DWDModel(inputs, keras.layers.Dense(8)(inputs), **self.settings(strength))
         grouping = model.grouping
+        technique = self.technique and self.technique(strength)
         return {
             "regularizer": model.regularizer.get_config(),
             "fisher": model.fisher.get_config(),
@@ -64,13 +79,10 @@ class Method:
             **({"task_graph": self.graph} if self.graph else {}),
             **({"task_norm": True} if self.task_norm else {}),
             **({"distillation": model.distillation.get_config()} if model.distillation else {}),
+            **({"technique": technique.get_config()} if technique else {}),
+            # Where it is not that of the penalty.
+            **({"strength": strength} if technique or self.settings is _lwf else {}),
         }
-
-    def strength_in(self, configuration: dict[str, Any]) -> float:
-        """The strength with which `configuration` has made a configuration."""
-        if self.settings is _lwf:
-            return float(configuration["distillation"]["weight"])
-        return float(configuration["regularizer"]["strength"])
 
 
 def _plain(strength: float) -> dict[str, Any]:
@@ -101,6 +113,10 @@ def _dwd_diagonal(strength: float, estimator: str = "empirical") -> dict[str, An
     return {**dwd(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
+def _l2(strength: float) -> dict[str, Any]:
+    return held_by_importance(strength, decay=0.0)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -111,6 +127,12 @@ METHODS: dict[str, Method] = {
         Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
         Method("lwf", _lwf, strength=1.0),
+        Method("l2", _l2, strength=1.0, technique=lambda strength: L2()),
+        Method("mas", held_by_importance, strength=1.0, technique=lambda _: MemoryAwareSynapses()),
+        Method("si", held_by_importance, strength=1.0, technique=lambda _: SynapticIntelligence()),
+        Method("er", _plain, technique=lambda _: ExperienceReplay()),
+        Method("der++", _plain, strength=0.1, technique=DarkExperienceReplay),
+        Method("a-gem", _plain, technique=lambda _: AveragedGEM()),
         Method("joint", _plain, joint=True),
     )
 }
@@ -153,6 +175,13 @@ def _estimated(**arguments: Any) -> Callable[[Method], Method]:
     return _with(fisher=fisher)
 
 
+def _replaying(method: Method) -> Method:
+    """The method with experience replay."""
+    if method.technique is not None:
+        raise ValueError(f"{method.name!r} has a technique of its own: it takes no `+er`.")
+    return replace(method, technique=lambda strength: ExperienceReplay())
+
+
 VARIANTS: dict[str, Callable[[Method], Method]] = {
     "no-groups": _grouped(lambda: None),
     "layers": _grouped(LayerGrouping),
@@ -188,8 +217,15 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "graph": lambda method: replace(method, graph=0.001),
     "task-norm": lambda method: replace(method, task_norm=True),
     "distill": _with(distillation=lambda before: Distillation()),
+    "er": _replaying,
 }
 """Variants of a method: functions that change one setting, by name."""
+
+
+def strength_of(configuration: dict[str, Any]) -> float:
+    """The strength of a method in its `Method.configuration`."""
+    own = configuration.get("strength", configuration["regularizer"]["strength"])
+    return number("strength", own, 0)
 
 
 def same_settings(one: Any, other: Any) -> bool:
@@ -217,12 +253,17 @@ def method_named(name: str) -> Method:
     Raises:
         ValueError: If a part of the name is unknown; lists the known names.
     """
-    plain, *variants = name.split("+")
-    base, colon, estimator = plain.partition(":")
+    # The names of some methods have a "+" in them.
+    named = [m for m in METHODS if name == m or name.startswith((f"{m}:", f"{m}+"))]
+    base = max(named, key=len, default="")
+    plain, *variants = name[len(base) :].split("+")
+    _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings in (_plain, _lwf)
     if method is None or (fixed and (colon or variants)):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
+    if colon and "estimator" not in inspect.signature(method.settings).parameters:
+        raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")
     if colon:
         method = replace(method, settings=partial(method.settings, estimator=estimator))
         if estimator == "adam":  # can only be estimated during training

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from keras_dwd.evaluation import ablation
+from keras_dwd.evaluation.methods import strength_of
 from keras_dwd.evaluation.plan import Plan
 
 COLUMNS = {
@@ -45,7 +46,7 @@ def table(results: dict[str, Any]) -> Table:
 
 def method_cells(name: str, method: dict[str, Any], tuned: bool) -> list[str]:
     """The cells of a method's row: its name, λ if `tuned`, and the metrics of `COLUMNS`."""
-    strength = method["settings"]["regularizer"]["strength"]
+    strength = strength_of(method["settings"])
     shown = [f"{strength:g}" if strength else ""] if tuned else []
     return [name, *shown, *(cell(key, method["metrics"][key]) for key in COLUMNS)]
 

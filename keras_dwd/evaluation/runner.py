@@ -8,7 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import AccuracyMatrix
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.evaluation.recipe import (
+    CosineOfTask,
+    Recipe,
+    check_images,
+    cropped_and_flipped,
+)
 from keras_dwd.evaluation.scenario import Scenario, Task
+from keras_dwd.evaluation.technique import TechniqueModel
 from keras_dwd.files import FileError, checksum
 from keras_dwd.groupings.policy import GroupingPolicy
 from keras_dwd.layers.converting import with_task_normalization
@@ -86,7 +93,8 @@ def run_sequence(
     strength: float | None = None,
     epochs: int = 10,
     batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
+    recipe: Recipe | None = None,
     fisher_examples: int = FISHER_EXAMPLES,
     seed: int = 0,
     callbacks: Callable[[int, Task], list[keras.callbacks.Callback]] | None = None,
@@ -106,13 +114,15 @@ def run_sequence(
             which gives the same number of steps.
         batch_size: Batch size for arrays; a `tf.data.Dataset` is batched already. Several workers
             (see `DWDModel.compile`) share each batch.
-        learning_rate: Learning rate of Adam, whose state is reset for each task.
+        learning_rate: Learning rate of Adam; short for `recipe=Recipe(learning_rate=…)`.
+        recipe: Optimizer, whose state is reset for each task, learning rate and augmentation; by
+            default Adam with the learning rate 0.001.
         fisher_examples: Number of examples per task for a boundary pass, if tasks are arrays.
         seed: Seed of weights, shuffling and dropout.
         callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
             the task and the task.
-        compile_settings: Further arguments of `compile`, or replacements of the defaults (Adam,
-            sparse categorical cross-entropy on logits, accuracy).
+        compile_settings: Further arguments of `compile`, or replacements of the defaults (the
+            optimizer of the recipe, sparse categorical cross-entropy on logits, accuracy).
         checkpoint_dir: Folder for a checkpoint after each epoch and each task boundary. If it has
             checkpoints of the same run already, the run is resumed, with any number of workers, and
             gives the same result as an uninterrupted run. Tasks must be arrays. Not restored are
@@ -121,7 +131,13 @@ def run_sequence(
 
     Returns:
         A `SequenceResult`.
+
+    Raises:
+        ValueError: If arguments exclude each other, or do not fit the tasks.
     """
+    if recipe is not None and learning_rate is not None:
+        raise ValueError("Give `learning_rate` or `recipe`, not both.")
+    recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
     keras.utils.set_random_seed(seed)
@@ -134,6 +150,7 @@ def run_sequence(
             f"{method.name!r} needs a scenario in the setting 'task', in which each example comes "
             f"with its task id. Received: {scenario.setting!r}"
         )
+    _check_recipe(recipe, scenario, compile_settings or {})
     arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -144,14 +161,21 @@ def run_sequence(
     network = build(scenario)
     if method.task_norm:
         network = with_task_normalization(network, len(scenario.tasks))
-    model = DWDModel.from_model(network, **arguments)
+    technique = method.technique and method.technique(strength)
+    kind = TechniqueModel if technique else DWDModel
+    model = kind.from_model(network, **arguments)
+    if isinstance(model, TechniqueModel):
+        model.technique = technique
+    if technique and recipe.augment:
+        technique.augment = cropped_and_flipped
     if method.graph and strength > 0 and not checkpoint_dir:
         # The temporary folder is removed when the model is.
         weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
-    adam = keras.optimizers.Adam(learning_rate)
+    rate = recipe.rate()
+    optimizer = recipe.made_optimizer(rate)
     settings = {
-        "optimizer": DWDOptimizer(adam) if method.decoupled else adam,
+        "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         "metrics": ["accuracy"],
         # For small networks the overhead of `fit` between two steps exceeds the step itself.
@@ -159,6 +183,8 @@ def run_sequence(
         "sharded": sharded,
     }
     model.compile(**(settings | (compile_settings or {})))
+    if technique and model.workers.several:
+        raise ValueError(f"{method.name!r} works with one worker only.")
     model.optimizer.build(model.trainable_variables)
     fresh = [np.asarray(v) for v in model.optimizer.variables]
     tests = [_as_batches(task.test) for task in scenario.tasks]
@@ -177,7 +203,7 @@ def run_sequence(
         "settings": method.configuration(strength),
         "epochs": epochs,
         "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        **recipe.configuration(),
         "fisher_examples": fisher_examples,
         "seed": seed,
         "data": _checksum(scenario) if checkpoint_dir else "",
@@ -195,11 +221,18 @@ def run_sequence(
             # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
             for variable, value in zip(model.optimizer.variables, fresh, strict=True):
                 variable.assign(value)
+            if technique:
+                technique.begin_task(model)
+        if technique:
+            technique.start(_drawn(seed, t))
+        if isinstance(rate, CosineOfTask):
+            size = model.workers.communicator.size
+            rate.steps.assign(epochs * _batches(task.train, batch_size, size))
         progress.begin()
         if progress.epoch < epochs:
-            ordered = checkpoint_dir or model.workers.several
-            order = int(np.random.default_rng([seed, t]).integers(2**31 - 1)) if ordered else None
-            data, own = _fit_arguments(model, task.train, batch_size, order)
+            ordered = checkpoint_dir or model.workers.several or recipe.augment
+            order = _drawn(seed, t) if ordered else None
+            data, own = _fit_arguments(model, task.train, batch_size, order, recipe.augment)
             shown = callbacks(t, task) if callbacks else []
             model.fit(
                 **data,
@@ -216,6 +249,9 @@ def run_sequence(
         if policy is not None:
             policy.reward(_accuracies(model, held_back[: t + 1]).tolist())
         sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
+        if isinstance(model, TechniqueModel):
+            rng = np.random.default_rng([seed, t, 1])
+            model.end_task(task.train, _sample(task.train, fisher_examples), rng)
         model.consolidate(sample, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
@@ -228,8 +264,44 @@ def run_sequence(
     return result
 
 
+def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:
+    """Raise `ValueError` if a recipe has settings that would have no effect or no meaning."""
+    if "optimizer" in compile_settings and replace(recipe, augment=False) != Recipe():
+        raise ValueError(
+            "Give the optimizer and its learning rate in `recipe` or in `compile_settings`, not in "
+            f"both. Received: {recipe}"
+        )
+    for task in scenario.tasks:
+        arrays = isinstance(task.train, (tuple, list))
+        if recipe.augment and not arrays:
+            raise ValueError(
+                f"`augment` needs tasks of arrays. Task {task.name!r} is `tf.data`: augment it by "
+                "its `map`."
+            )
+        if recipe.augment:
+            check_images(task.train[0])
+        if recipe.schedule == "cosine" and not arrays and int(task.train.cardinality()) < 0:
+            raise ValueError(
+                "`schedule` 'cosine' needs to know the number of steps. The dataset of task "
+                f"{task.name!r} does not tell its length: give it one by "
+                "`tf.data.experimental.assert_cardinality`."
+            )
+
+
+def _drawn(seed: int, task: int) -> int:
+    """A seed that depends on those of the run and on the task."""
+    return int(np.random.default_rng([seed, task]).integers(2**31 - 1))
+
+
+def _batches(data: Any, batch_size: int, workers: int) -> int:
+    """The number of steps in an epoch."""
+    if isinstance(data, tf.data.Dataset):
+        return -(-int(data.cardinality()) // workers)
+    return -(-len(tf.nest.flatten(data)[0]) // batch_size)
+
+
 def _fit_arguments(
-    model: DWDModel, data: Any, batch_size: int, order: int | None
+    model: DWDModel, data: Any, batch_size: int, order: int | None, augment: bool
 ) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
     """The arguments of `fit` for a task's data, and the callbacks that this data needs.
 
@@ -238,6 +310,7 @@ def _fit_arguments(
         data: Training data of the task.
         batch_size: Batch size of all workers together.
         order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
+        augment: Whether to augment the images, by draws that `order` alone determines too.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
@@ -250,7 +323,14 @@ def _fit_arguments(
     if order is None:
         return {"x": data[0], "y": data[1], "batch_size": batch_size}, []
     share = batch_size // communicator.size
-    ordered = TrainingArrays(tuple(data), share, communicator.rank, communicator.size, order)
+    ordered = TrainingArrays(
+        tuple(data),
+        share,
+        communicator.rank,
+        communicator.size,
+        order,
+        cropped_and_flipped if augment else None,
+    )
     return {"x": ordered.batches, "shuffle": False}, [ordered]
 
 

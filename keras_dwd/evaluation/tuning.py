@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from keras_dwd.checks import number
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
-from keras_dwd.evaluation.methods import method_named, same_settings
+from keras_dwd.evaluation.methods import method_named, same_settings, strength_of
 from keras_dwd.files import FileError, read_json, write_json
 
 VALIDATION = 0.2
@@ -144,7 +144,7 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     try:
         rows = {name: row for name, row in saved["methods"].items() if row["metrics"].values()}
         for row in rows.values():
-            number("strength", row["settings"]["regularizer"]["strength"], 0)
+            strength_of(row["settings"])
             for metric in row["metrics"].values():
                 values = [metric["mean"], metric["std"], *metric["per_seed"]]
                 if not all(isinstance(value, (int, float)) for value in values):
@@ -192,9 +192,7 @@ class _Bench:
         strength = method.strength
         if not name.endswith(UNTOUCHED) and method.strength > 0:
             earlier = result.get("settings")
-            if earlier and not same_settings(
-                earlier, method.configuration(method.strength_in(earlier))
-            ):
+            if earlier and not same_settings(earlier, method.configuration(strength_of(earlier))):
                 known = {}  # the method has changed since
             tried = self._tune(name, tuple(grid(name)), {float(s): a for s, a in known.items()})
             strength = max(tried, key=lambda s: tried[s])
