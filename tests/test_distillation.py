@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, load, mlp, moved, saved, state_of
+from cases import blobs, compiled, dtype_policy, load, mlp, moved, saved, state_of, sweep
 from keras import layers
 
 from keras_dwd import (
@@ -441,8 +441,8 @@ def test_half_precision_is_compared_in_single_precision():
 # Files, copies and growth.
 
 
-@pytest.mark.parametrize("strength", [0.0, 10.0])
-@pytest.mark.parametrize("at_boundary", [True, False])
+@pytest.mark.parametrize("strength", sweep([0.0, 10.0], 10.0))
+@pytest.mark.parametrize("at_boundary", sweep([True, False], False))
 def test_a_loaded_model_goes_on_as_the_saved_one(tmp_path, strength, at_boundary):
     x, y = blobs()
     model = normalized(distillation=Distillation(2.0), strength=strength, optimizer="adam")

@@ -292,6 +292,7 @@ def test_every_peer_runs(name):
         assert float(result.model.penalty()) > 0
 
 
+@pytest.mark.long
 def test_replay_retains_what_fine_tuning_forgets():
     forgetting = {}
     for name in ("finetune", "er"):

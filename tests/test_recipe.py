@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, mlp
+from cases import blobs, mlp, sweep
 from typer.testing import CliRunner
 
 from keras_dwd import DiagonalFisher
@@ -252,7 +252,7 @@ class Kill(keras.callbacks.Callback):
             raise KilledError
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", sweep(["sgd", "adam"], "sgd"))
 def test_a_run_is_resumed_bit_identical(tmp_path, optimizer):
     recipe = Recipe(optimizer, schedule="cosine", weight_decay=1e-3, augment=True)
     whole = run(recipe, CHEAP, sizes=(24, 20), checkpoint_dir=tmp_path / "whole")

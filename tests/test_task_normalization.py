@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, dtype_policy, pass_statistics
+from cases import blobs, dtype_policy, pass_statistics, sweep
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
@@ -204,7 +204,7 @@ def float64_gradients(model, x, task, y, per_task):
     return found
 
 
-@pytest.mark.parametrize("per_task", [False, True])
+@pytest.mark.parametrize("per_task", sweep([False, True], True))
 def test_the_fisher_information_is_that_of_a_float64_loop_with_the_tasks_own_statistics(
     per_task, monkeypatch
 ):
@@ -262,6 +262,7 @@ def test_dtypes(policy):
     np.testing.assert_allclose(tf.cast(y, "float32"), exact, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.long
 def test_it_is_compiled_by_xla():
     results = []
     for jit in (False, True):
@@ -424,6 +425,7 @@ def test_a_converted_model_predicts_as_before_for_every_task(case, per_task_affi
     assert converted.name == model.name
 
 
+@pytest.mark.long
 def test_a_converted_model_learns_task_after_task(tmp_path):
     model = DWDModel.from_model(
         with_task_normalization(shaken(nested_classifier()), TASKS, True),
