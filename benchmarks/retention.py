@@ -93,6 +93,10 @@ DEFAULT = f"dwd-online{UNTOUCHED}"
 def values_of(scenario, method):
     """The values of λ to try for a method; those with a technique of their own have one default."""
     known = METHODS_OF_PACKAGE.get(method)
+    if method == "lwf":  # whose strength is the weight of distillation
+        return (0.1, 0.3, 1, 3, 10, 30, 100)[: len(GRIDS[scenario]["diagonal"])]
+    if "distillation" in method_named(method).configuration(1.0):  # which needs a weaker pull
+        return [strength / 10 for strength in GRIDS[scenario][grid_of(method)]]
     if known is not None and known.technique is not None:
         return grid_around(known.strength, len(GRIDS[scenario]["diagonal"]))
     return GRIDS[scenario][grid_of(method)]
