@@ -48,7 +48,7 @@ from keras_dwd.saving import (
 )
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
-from keras_dwd.training.given import batch_size_of, data_of
+from keras_dwd.training.given import batch_size_of, data_of, first_batches
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
 from keras_dwd.wrapping import copied, wrapped
@@ -316,6 +316,7 @@ class DWDModel(CloneAware):
         sample_weight: Any = None,
         batch_size: int = 32,
         *,
+        steps: int | None = None,
         data: Any = None,
     ) -> None:
         """End the current task, so that training on later tasks preserves what it learned.
@@ -333,8 +334,8 @@ class DWDModel(CloneAware):
 
         Args:
             x: The task's training data, as in `fit`: arrays, with `y`; or, with the labels in it,
-                a batched `tf.data.Dataset`, a `PyDataset`, a generator that ends, or another
-                iterable of batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one
+                a batched `tf.data.Dataset`, a `PyDataset`, a generator, or another iterable of
+                batches. `(x, y)` and `(x, y, sample_weight)` of arrays may be one
                 argument. Any of them may also give inputs alone (several inputs as a list or a
                 dictionary). The labels are then drawn from the model's own predictions, for each
                 output on its own, which takes cross-entropies or mean squared errors as losses.
@@ -346,6 +347,8 @@ class DWDModel(CloneAware):
                 `fit` are not known here: pass sample weights instead.
             batch_size: The largest number of examples per batch in this pass; it is reduced where
                 memory requires it. An integer in place of `y` or `sample_weight` is taken for it.
+            steps: The number of batches to take from a dataset or generator; all by default, for
+                which it must end.
             data: An earlier name of `x`.
 
         Raises:
@@ -368,7 +371,7 @@ class DWDModel(CloneAware):
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
         given = (x, y, sample_weight)
         whole = None if all(part is None for part in given) else data_of(self, *given)
-        self._consolidation.add_task(self, whole, batch_size)
+        self._consolidation.add_task(self, first_batches(whole, steps), batch_size)
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar.

@@ -48,6 +48,15 @@ class Batches(keras.utils.PyDataset):
         return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
 
 
+class Endless(Batches):
+    num_batches = None
+
+
+def endless():
+    while True:
+        yield from generator()
+
+
 def generator():
     yield from ((X[i : i + 8], Y[i : i + 8]) for i in range(0, 24, 8))
 
@@ -67,6 +76,9 @@ FORMS = {
     "dataset, batch": lambda m: m.consolidate(data().batch(24), 8),
     "pydataset": lambda m: m.consolidate(Batches(workers=1)),
     "generator": lambda m: m.consolidate(generator()),
+    "steps of a generator": lambda m: m.consolidate(endless(), steps=3),
+    "steps of a dataset": lambda m: m.consolidate(data().batch(8).repeat(), steps=3),
+    "steps of a pydataset": lambda m: m.consolidate(Endless(workers=1), steps=3),
     "list of batches": lambda m: m.consolidate(list(generator())),
     "list of lists": lambda m: m.consolidate([list(batch) for batch in generator()]),
     "frames": lambda m: m.consolidate(Frame(X), Frame(Y)),
@@ -81,7 +93,16 @@ def expected():
 
 
 @pytest.mark.parametrize(
-    "name", sweep(FORMS, "x, y, batch", "[x, y]", "dataset, batch", "pydataset", "list of batches")
+    "name",
+    sweep(
+        FORMS,
+        "x, y, batch",
+        "steps of a generator",
+        "[x, y]",
+        "dataset, batch",
+        "pydataset",
+        "list of batches",
+    ),
 )
 def test_all_forms_of_the_same_data_give_the_same_precision(name, expected):
     model = trained()
@@ -125,6 +146,10 @@ REFUSED = {
     "labels alone": ((), {"y": Y}, "`y` was given without `x`"),
     "weights alone": ((), {"sample_weight": W}, "`sample_weight` was given without `x`"),
     "dataset and labels": ((data().batch(8), Y), {}, "`y` must not be given"),
+    "steps of arrays": ((X, Y), {"steps": 2}, "Received: steps=2 with arrays"),
+    "steps of nothing": ((), {"steps": 2}, "Received: steps=2 with no data"),
+    "no steps": ((data().batch(8),), {"steps": 0}, "`steps` must be"),
+    "endless dataset": ((data().batch(8).repeat(),), {}, "how many batches to take, in `steps`"),
     "generator and labels": ((generator(), Y), {}, "`y` must not be given"),
     "both names": ((X, Y), {"data": (X, Y)}, "not both"),
     "four arrays": (([X, Y, W, W],), {}, "does not tell which"),

@@ -188,7 +188,9 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
         isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY
     )
     if endless or (isinstance(data, keras.utils.PyDataset) and data.num_batches is None):
-        raise ValueError("`data` must end. Received an endless dataset: use `take(steps)`.")
+        raise ValueError(
+            "`x` must end. Received an endless dataset: say how many batches to take, in `steps`."
+        )
     if isinstance(data, (tuple, dict)) or hasattr(data, "shape"):
         data = [data]
     elif isinstance(data, keras.utils.PyDataset):

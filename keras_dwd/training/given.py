@@ -1,12 +1,14 @@
 """What `consolidate` was given, as data for the pass at a boundary."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.checks import integer
 from keras_dwd.learner import Learner
 
 _HOW = "Pass `consolidate(x, y)`, or a dataset of batches."
@@ -59,6 +61,26 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
     elif isinstance(x, (str, bytes)) or not isinstance(x, (Iterable, keras.utils.PyDataset)):
         raise ValueError(f"`x` must be arrays or a dataset of batches. {_HOW} Received: {x!r}")
     return x
+
+
+def first_batches(data: Any, steps: int | None) -> Any:
+    """The first batches of what `data_of` returns; all of it if `steps` is `None`.
+
+    Raises:
+        ValueError: If `steps` is given with arrays.
+    """
+    if steps is None:
+        return data
+    steps = integer("steps", steps, 1)
+    if data is None or isinstance(data, (tuple, dict)) or hasattr(data, "shape"):
+        raise ValueError(
+            "`steps` is the number of batches to take from a dataset or generator. Received: "
+            f"steps={steps} with {'no data' if data is None else 'arrays'}"
+        )
+    if isinstance(data, keras.utils.PyDataset):
+        steps = steps if data.num_batches is None else min(steps, data.num_batches)
+        return map(data.__getitem__, range(steps))
+    return data.take(steps) if isinstance(data, tf.data.Dataset) else islice(data, steps)
 
 
 def _are_inputs(model: Learner, x: Any) -> bool:
