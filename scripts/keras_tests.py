@@ -36,13 +36,14 @@ LEFT_OUT = (
 )
 SLOW = 5.0  # seconds of processor time; tests that take longer in plain Keras run there only
 # With fewer tests than this on a wrapped model or optimizer, nothing was shown.
-FEWEST = {"fresh": 500, "boundary": 350}
+FEWEST = {"fresh": 550, "boundary": 390}
 
 # Differences that are meant: patterns of `FILE::CLASS::TEST`, and why.
 _LAYERS = "A wrapped Sequential is a functional model: its `layers` have the InputLayer."
 _PRIVATE = "The private methods and settings of the wrapped optimizer are on `inner_optimizer`."
 _NAMED = "A wrapped model or optimizer has the class and name of what wraps it."
 _COUNTED = "A DWDOptimizer has a counter and a rate of its own among its variables."
+_STATE = "Files have the state as well."
 _FINITE = "`fit` refuses arrays with numbers that are not finite, before it changes anything."
 _WITHIN = "What a subclassed model has as attributes is on the model within, the last layer."
 _HDF5 = "HDF5 files have the name of a class alone: they are loaded with `custom_objects`."
@@ -85,7 +86,14 @@ MEANT: dict[str, str] = {
     "optimizers/optimizer_test.py::OptimizerTest::test_optimizer_auto_naming": _NAMED,
     "optimizers/multi_optimizer_test.py::*::test_serialization": _NAMED,
     "optimizers/multi_optimizer_test.py::*::test_tensorboard_logging_*": _NAMED,
-    "saving/file_editor_test.py::SavingTest::test_scalar_weight": "Files have the state as well.",
+    "saving/file_editor_test.py::SavingTest::test_scalar_weight": _STATE,
+    "saving/file_editor_test.py::SavingTest::test_basics": _STATE,
+    "models/model_test.py::ModelTest::test_quantize_*float8": (
+        "A model that has learned tasks can be quantized to int8 only: it says so."
+    ),
+    "saving/saving_lib_test.py::SavingBattleTest::test_redefinition_of_trackable": (
+        "The state belongs to variables by name, and the two models have other names."
+    ),
     "optimizers/sgd_test.py::SGDTest::test_single_step": _COUNTED,
     "optimizers/optimizer_test.py::*::test_setting_lr_to_callable_untracks_lr_var": _COUNTED,
     "saving/saving_lib_test.py::SavingTest::test_saved_module_paths_and_class_names": _NAMED,
@@ -476,9 +484,11 @@ def _learned(model: Any, inputs: Any) -> Any:
             return np.zeros(shape, tensor.dtype)
 
         x = keras.tree.map_structure(noise, learned._inputs_struct)
+        before = learned.get_weights()
         y = keras.tree.map_structure(
             lambda o: np.zeros(o.shape, "float32"), learned(x, training=False)
         )
+        learned.set_weights(before)  # some models count their calls
         learned.compile("sgd", "mse")
         learned.consolidate(x, y)
     except Exception as error:
