@@ -127,9 +127,9 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
             "der++",
             "a-gem",
             "dwd+er",
+            "dwd-online+distill",
         ],
         "dwd-online+decoupled",
-        "si",
         "er",
     ),
 )

@@ -141,6 +141,7 @@ def test_several_workers_find_what_one_finds(job, one, several):
         assert (len(sharded) < 6) == (count > 1), rank
 
 
+@pytest.mark.long
 def test_the_square_of_the_mean_gradient_is_told_apart_from_the_fisher_information(one):
     """The tolerance of the test above is small enough to detect this difference."""
     model = script.made(fisher=DiagonalFisher("batch", every=1))

@@ -57,6 +57,7 @@ CONSTRUCTORS = {
     "DWDOptimizer": {"inner_optimizer": "adam"},
     "DWDRegularizer": {},
     "DiagonalFisher": {},
+    "Distillation": {},
     "Evidence": {},
     "FixedGrouping": {"strengths": {"hidden/*": 2.0}},
     "GaussianMixtureGrouping": {},
@@ -66,10 +67,12 @@ CONSTRUCTORS = {
     "KroneckerFisher": {},
     "LayerGrouping": {},
     "LearningRateWarmup": {"epochs": 2},
+    "Recipe": {},
     "Responsibilities": {"array": np.array([[255, 0], [55, 200]], "uint8")},
     "SingleGroup": {},
     "SpectralGrouping": {},
     "TaskHeads": {"tasks": 2, "units": 3},
+    "TaskNormalization": {"tasks": 2},
 }
 
 
@@ -78,6 +81,7 @@ def test_all_constructors_are_looked_at():
     others = {
         *("Communicator", "DWDModel", "Grouping", "HorovodCommunicator", "Method", "Partition"),
         *("PenaltyLogger", "Rule", "Scenario", "SequenceResult", "Strength", "Task", "TaskGraph"),
+        "Technique",
         *("LayerIO", "FileError", "BoundaryContext", "GroupingResult", "Parameters"),
     }
     assert set(PUBLIC) - others == set(CONSTRUCTORS)

@@ -748,10 +748,14 @@ def test_outputs_of_a_dictionary_go_by_its_keys():
     model = DWDModel(inputs, {"b": layers.Dense(3, name="x")(inputs)})
     model.compile("sgd", {"b": LOSS})
     _refused(model, "Labels must be in", lambda: model.fit(X, {"b": Y + 3}, verbose=0))
-    with_fisher = DWDModel(inputs, model.output, fisher=DiagonalFisher("mc"))
+    with_fisher = DWDModel(inputs, model.output, fisher=DiagonalFisher("negated"))
     with_fisher.compile("sgd", {"b": LOSS})
     with pytest.raises(ValueError, match="single output"):
         with_fisher.fit(X, {"b": Y}, verbose=0)
+    drawing = DWDModel(inputs, model.output, fisher=DiagonalFisher("mc"))
+    drawing.compile("sgd", {"b": LOSS})
+    drawing.fit(X, {"b": Y}, verbose=0)
+    assert np.any(drawing.fisher.slots["fisher/x/kernel"])
 
 
 def test_several_replicas_are_refused(monkeypatch):

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_dwd.checks import integer
+from keras_dwd.checks import integer, number
 from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
 
 
@@ -68,7 +68,16 @@ class TaskNormalization(keras.layers.BatchNormalization):
         per_task_affine: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(axis, momentum, epsilon, center, scale, **kwargs)
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise ValueError(f"`axis` must be an integer. Received: {axis!r}")
+        super().__init__(
+            axis,
+            number("momentum", momentum, 0, 1),
+            number("epsilon", epsilon, 0),
+            bool(center),
+            bool(scale),
+            **kwargs,
+        )
         for setting in ("synchronized", "renorm"):
             if getattr(self, setting, False):
                 raise ValueError(
