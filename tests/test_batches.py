@@ -113,6 +113,7 @@ def test_ragged_inputs_are_estimated_example_by_example():
     default.consolidate()
 
 
+@pytest.mark.long
 def test_a_loss_that_cannot_be_vectorized_is_differentiated_in_a_loop():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 8, 3)).astype("float32"), rng.integers(1, 4, (4, 3)).astype("int32")

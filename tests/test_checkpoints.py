@@ -130,7 +130,6 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
             "dwd-online+distill",
         ],
         "dwd-online+decoupled",
-        "er",
     ),
 )
 def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):
@@ -146,6 +145,7 @@ def test_a_run_that_is_over_is_not_run_again(tmp_path, undisturbed):
     np.testing.assert_array_equal(again.matrix.after, undisturbed()[1])
 
 
+@pytest.mark.long
 def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
     """The files of the task graph are one task ahead of the newest remaining checkpoint."""
     run(tmp_path, WITH_GRAPH)

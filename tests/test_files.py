@@ -99,6 +99,7 @@ def test_json_comes_back_and_nothing_that_is_no_json_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     """A limit on file sizes interrupts a write in the middle, as a full disk does."""
     path = tmp_path / "a.safetensors"

@@ -269,6 +269,7 @@ def adaptable():
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
+@pytest.mark.long
 def test_lora_between_tasks(tmp_path):
     rng = np.random.default_rng(0)
     data = [(rng.integers(0, 9, (32, 6)), rng.integers(0, 3, 32)) for _ in range(3)]

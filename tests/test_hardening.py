@@ -247,6 +247,7 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+@pytest.mark.long
 def test_predict_in_another_thread_while_fit_goes_on():
     """Also while the training step is traced, which records the layers' inputs and outputs."""
     model = compiled(fisher=KroneckerFisher(every=1), optimizer=keras.optimizers.SGD(0.0))

@@ -25,6 +25,7 @@ def worker():
     return hvd.rank(), hvd.size(), reduced(value).numpy().tolist()
 
 
+@pytest.mark.long
 def test_two_processes_sum_their_tensors():
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     import horovod

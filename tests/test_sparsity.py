@@ -175,6 +175,7 @@ def test_it_is_saved(tmp_path):
     assert float(model.penalty()) > 0
 
 
+@pytest.mark.long
 def test_winners_with_the_sparse_estimate_learn_tasks():
     inputs = keras.Input((6,))
     x = KWinners(0.1)(keras.layers.Dense(60, "relu", name="hidden")(inputs))
