@@ -1,6 +1,7 @@
 """Checks of arguments."""
 
 import inspect
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ class FixedSettings:
         super().__setattr__(name, value)
 
 
+@cache
 def _settings(kind: type) -> set[str]:
     """The arguments of the constructors of the package's own classes that a class derives from."""
     own = [c for c in kind.__mro__ if c.__module__.startswith("keras_dwd.")]
-    return {name for c in own for name in inspect.signature(c).parameters} - {"self"}
+    constructors: list[Any] = [vars(c)["__init__"] for c in own if "__init__" in vars(c)]
+    return {n for init in constructors for n in inspect.signature(init).parameters} - {"self"}
 
 
 def number(name: str, given: Any, low: float, high: float = np.inf, closed: bool = True) -> float:
