@@ -1,7 +1,6 @@
 """Checks of arguments."""
 
 import inspect
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,7 @@ class FixedSettings:
         super().__setattr__(name, value)
 
 
-@cache
-def _settings(kind: Any) -> set[str]:
+def _settings(kind: type) -> set[str]:
     """The arguments of the constructors of the package's own classes that a class derives from."""
     own = [c for c in kind.__mro__ if c.__module__.startswith("keras_dwd.")]
     constructors: list[Any] = [vars(c)["__init__"] for c in own if "__init__" in vars(c)]
