@@ -61,9 +61,15 @@ MEANT: dict[str, str] = {
     "callbacks/terminate_on_nan_test.py::*::test_raise_error_terminate_*": _FINITE,
     "callbacks/terminate_on_nan_test.py::*::test_terminate_on_nan_*": _FINITE,
     "export/saved_model_test.py::*::test_input_signature_error": _SPECS,
+    "export/saved_model_test.py::*::test_model_with_tracked_collection": (
+        "A subclassed model of text is wrapped with `inputs`, which this program does not know."
+    ),
     "export/saved_model_test.py::*::test_model_with_non_trainable_state_export_sequential": _LAYERS,
     "export/saved_model_test.py::*::test_export_saved_model_errors": (
         "A model that was never called can be exported: a DWDModel knows its inputs."
+    ),
+    "saving/saving_api_test.py::SaveModelTests::test_save_h5_format": (
+        "HDF5 files have no place for the state of a model that has learned: they are refused."
     ),
     "saving/saving_api_test.py::LoadModelTests::test_load_h5_format": _HDF5,
     "saving/saving_lib_test.py::SavingAPITest::test_model_api_endpoint_h5": _HDF5,
@@ -528,7 +534,8 @@ def _input(array: Any) -> Any:
 
     dtype = str(getattr(array.dtype, "name", array.dtype))
     dtype = keras.config.floatx() if dtype.startswith("float") else dtype
-    return keras.Input(tuple(array.shape)[1:], dtype=dtype)
+    sparse = type(array).__module__.startswith("scipy.sparse")
+    return keras.Input(tuple(array.shape)[1:], dtype=dtype, sparse=sparse)
 
 
 # Optimizers.
