@@ -56,9 +56,7 @@ def main() -> None:
         "data_dir": given.data_dir,
     }
     names = given.methods.split(",")
-    strengths = {
-        n: RUNS.get(n) if RUNS.get(n) is not None else method_named(n).strength for n in names
-    }
+    strengths = {name: RUNS.get(name) or method_named(name).strength for name in names}
     waiting = [(name, seed) for seed in range(given.seeds) for name in names]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -337,9 +337,7 @@ class Consolidation:
         places = places_of(model)
         shapes = self.fisher.shapes(model, variables)
         groups = groups_of(scalars["groups"])
-        grouping = {
-            n.removeprefix(_GROUPING): a for n, a in scalars.items() if n.startswith(_GROUPING)
-        }
+        grouping = _with_prefix(_GROUPING, scalars)
         commits: list[Commit] = [
             self.regularizer.prepare_state(
                 parts["regularizer"],
@@ -360,20 +358,12 @@ class Consolidation:
         if self.grouping is not None:
             commits.append(self.grouping.prepare_state(grouping))
         if self.distillation is not None:
-            anchors = {
-                key.removeprefix("anchor/"): array
-                for key, array in parts["regularizer"].items()
-                if key.startswith("anchor/")
-            }
+            anchors = _with_prefix("anchor/", parts["regularizer"])
             commits.append(
                 self.distillation.prepare_state(
                     model,
                     parts["distillation"],
-                    {
-                        n.removeprefix(DISTILLATION): a
-                        for n, a in scalars.items()
-                        if n.startswith(DISTILLATION)
-                    },
+                    _with_prefix(DISTILLATION, scalars),
                     anchors if self._whole_anchors() is not self.regularizer.anchors else {},
                 )
             )
@@ -499,6 +489,11 @@ def _unsaved_variables(model: Learner) -> Variables:
     lora = [layer for layer in layers_within(model) if getattr(layer, "lora_enabled", False)]
     saved = {id(v) for v in model.weights} - {id(v) for layer in lora for v in layer.variables}
     return {path: v for path, v in by_path(model).items() if id(v) not in saved}
+
+
+def _with_prefix(prefix: str, arrays: Arrays) -> Arrays:
+    """The arrays whose names begin so, by the rest of their names."""
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
 def _check_names(state: Arrays, variables: Variables) -> Arrays:
