@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from keras_dwd.evaluation import datasets
 
-# What is imported stays, and need not be looked through each time: a seventh of the time.
+# What is imported stays, and need not be looked through at each collection.
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 20, 50)
