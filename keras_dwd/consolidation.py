@@ -263,10 +263,15 @@ class Consolidation:
             statistics = self.pass_statistics(model, data, batch_size)
         blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]
         local_sum = np.asarray(sum(np.abs(a).sum(dtype="float64") for a in blocks))
-        coupled = np.asarray(data is None and self.fisher.compares_examples)
-        total = self.workers.communicator.total([local_sum, coupled], "information.total")
+        coupled, wrong = (
+            np.asarray(data is None and known)
+            for known in (self.fisher.compares_examples, self.fisher.contradicts)
+        )
+        total = self.workers.communicator.total([local_sum, coupled, wrong], "information.total")
         if total[1]:  # on any worker
             self.fisher.refuse_coupling()
+        if total[2]:
+            self.fisher.refuse_rules()
         self.fisher.check(statistics, float(total[0]), model)
         return self.fisher.blocks(model, variables, statistics)
 

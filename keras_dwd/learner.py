@@ -1,7 +1,8 @@
 """The interface through which the package accesses a model."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import keras
@@ -25,6 +26,7 @@ class Learner(Protocol):
     output_names: Sequence[str]
     loss: Any
     losses: Sequence[Any]
+    added_losses_hidden: bool
     metrics: Sequence[Any]
     optimizer: Any
     weights: Sequence[keras.Variable]
@@ -73,12 +75,32 @@ def total_loss(
     return model.compute_loss(x, y, y_pred, sample_weight, **phase)
 
 
-def data_loss(model: Learner, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> tf.Tensor:
+def data_loss(
+    model: Learner,
+    x: Any,
+    y: Any,
+    y_pred: Any,
+    sample_weight: Any = None,
+    training: bool = False,
+) -> tf.Tensor:
     """The data loss, without penalty and regularization losses. Graph code."""
-    loss = total_loss(model, x, y, y_pred, sample_weight, training=False)
+    if has_own_loss(model):  # which need not have the added losses in it
+        with _without_added_losses(model):
+            return total_loss(model, x, y, y_pred, sample_weight, training)
+    loss = total_loss(model, x, y, y_pred, sample_weight, training)
     # `compute_loss` includes the added losses; subtracting them leaves exactly zero gradient.
     added = added_loss(model, loss)
     return loss if added is None else loss - added
+
+
+@contextmanager
+def _without_added_losses(model: Learner) -> Iterator[None]:
+    """Within this, `model.losses` is empty."""
+    model.added_losses_hidden = True
+    try:
+        yield
+    finally:
+        model.added_losses_hidden = False
 
 
 def added_loss(model: Learner, loss: tf.Tensor) -> tf.Tensor | None:

@@ -529,6 +529,13 @@ class DWDModel(CloneAware):
         compiled = [m for m in metrics if id(m) not in of_layers]
         return [*compiled, *own_metrics(inner), *(m for m in metrics if id(m) in of_layers)]
 
+    added_losses_hidden = False  # while the data loss alone is computed
+
+    @property
+    def losses(self) -> list[Any]:
+        """`keras.Model.losses`."""
+        return [] if self.added_losses_hidden else super().losses
+
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """`keras.Model.compute_metrics`; the results within a step are those of this worker."""
         self._in_step = True

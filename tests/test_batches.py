@@ -358,6 +358,30 @@ def test_a_loss_of_ones_own_needs_no_labels_and_no_training_argument():
             np.testing.assert_allclose(statistics["fisher/d/bias"], bias, rtol=1e-4)
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("estimator", ["empirical", "batch"])
+def test_added_losses_are_no_information_whether_a_loss_of_ones_own_has_them_or_not(
+    estimator, within
+):
+    class Auto(DWDModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            loss = ops.mean((x - y_pred) ** 2)
+            return loss + sum(self.losses) if within else loss
+
+    source = keras.Input((6,))
+    dense = layers.Dense(6, kernel_regularizer=keras.regularizers.L2(0.5), name="d")
+    fisher = DiagonalFisher(estimator, every=1)
+    model = Auto(source, dense(source), fisher=fisher, grouping=None)
+    model.compile(keras.optimizers.SGD(0.0))
+    x, _ = blobs(8)
+    model.fit(x, verbose=0, batch_size=8)
+    g = (x @ model.get_weights()[0] - x) / 3
+    by_example = np.einsum("bi,bo->bio", x.astype("float64"), g)
+    expected = 8 * by_example.mean(0) ** 2 if estimator == "batch" else (by_example**2).mean(0)
+    for statistics in (model.fisher.estimate(), pass_statistics(model, x, 8)):
+        np.testing.assert_allclose(statistics["fisher/d/kernel"], expected, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.filterwarnings("ignore:The model cannot be run on a batch")
 def test_a_model_without_single_examples_trains_as_in_keras_and_says_so_at_the_boundary():
     class Pairs(layers.Layer):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import dtype_policy, pass_statistics, sweep
+from cases import blobs, compiled, dtype_policy, pass_statistics, sweep
 from keras import layers
 
 from keras_dwd import (
@@ -17,6 +17,7 @@ from keras_dwd import (
 from keras_dwd.curvature import rules
 from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.curvature.sketches import _groups, _signs, probe_of
+from keras_dwd.precision.matrix_form import MatrixForm
 from keras_dwd.variables import by_path, trainable_by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -491,6 +492,64 @@ def test_a_rule_of_ones_own(monkeypatch):
     assert called
     for path, gradients in float64_gradients(model, "own", x, y).items():
         np.testing.assert_allclose(measured[f"fisher/{path}"], (gradients**2).mean(0), rtol=1e-4)
+
+
+class Rotated(layers.Dense):
+    """A dense layer on its inputs in reverse order, for which a rule must reverse them too."""
+
+    def call(self, x, training=None):
+        return super().call(x[:, ::-1])
+
+
+class _RotatedRule(Rule):
+    reverse = True
+
+    def _input(self, flow):
+        return flow.inputs[0][:, ::-1] if self.reverse else flow.inputs[0]
+
+    def gradients(self, layer, flow):
+        kernel = tf.einsum("bi,bo->bio", flow.inputs[0][:, ::-1], flow.gradient)
+        return {"kernel": kernel, "bias": flow.gradient}
+
+    def matrix(self, layer):
+        return MatrixForm(tuple(layer.kernel.shape), tuple(layer.kernel.shape), (0, 1), (4,))
+
+    def rows(self, layer, flow):
+        return self._input(flow)[:, None], flow.gradient[:, None]
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("what", ["gradients", "rows"])
+def test_a_rule_of_ones_own_that_is_wrong_is_refused(what, online, monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    gamma = 0.9 if online else None
+
+    def learned(right):
+        if what == "gradients":
+
+            class OwnRule(Rule):
+                def gradients(self, layer, flow):
+                    return {"w": (1.0 if right else 2.0) * flow.inputs[0] * flow.gradient}
+
+            register_rule(Scale)(OwnRule)
+            layer, fisher = Scale(), DiagonalFisher("empirical", gamma, every=1)
+        else:
+
+            class OwnRule(_RotatedRule):
+                reverse = right
+
+            register_rule(Rotated)(OwnRule)
+            layer, fisher = Rotated(4), KroneckerFisher("empirical", gamma, every=1)
+        net = keras.Sequential([keras.Input((5,)), layer, layers.Dense(3, name="head")])
+        model = compiled(net, fisher=fisher)
+        data = blobs(24, features=5)
+        model.fit(*data, verbose=0)
+        model.consolidate(None if online else data)
+        return model
+
+    assert learned(right=True).tasks_learned == 1
+    with pytest.raises(ValueError, match=r"other gradients than .*: OwnRule of "):
+        learned(right=False)
 
 
 def test_rules_are_for_layers():

@@ -39,6 +39,8 @@ from keras_dwd.curvature.likelihood import (
     squared_margins,
     sums_examples,
 )
+from keras_dwd.curvature.rule_check import TOLERANCE as RULE_TOLERANCE
+from keras_dwd.curvature.rule_check import contradiction, is_of_user
 from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, ruled_layers
 from keras_dwd.keras_private import layers_within, mask_of, set_mask
 from keras_dwd.learner import Learner, data_loss, has_own_loss
@@ -100,6 +102,11 @@ class Fisher(FixedSettings):
         self.examples_seen = keras.Variable(0, trainable=False, dtype="int64", name="fisher_looked")
         # The largest `coupling` and `mixing` of examples since the last boundary.
         self.coupling = keras.Variable(0.0, trainable=False, dtype="float32", name="coupling")
+        # The largest `contradiction` of a user's rule since the last boundary, and those rules.
+        self.contradiction = keras.Variable(
+            0.0, trainable=False, dtype="float32", name="contradiction"
+        )
+        self._checked_rules: list[str] = []
 
     @property
     def supports_jit(self) -> bool:
@@ -242,7 +249,8 @@ class Fisher(FixedSettings):
 
     def reset(self) -> None:
         """Reset the online estimate at the start of a new task."""
-        for variable in [self.weight, self.examples_seen, self.coupling, *self.slots.values()]:
+        noted = [self.weight, self.examples_seen, self.coupling, self.contradiction]
+        for variable in [*noted, *self.slots.values()]:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def set_examples_seen(self, examples: int) -> None:
@@ -402,6 +410,7 @@ class Fisher(FixedSettings):
 
         statistics: Statistics = {}
         covered: set[str] = set()
+        of_users: dict[RuledLayer, list[LayerIO]] = {}
         for ruled, layer_calls in calls.items():
             flows = [
                 LayerIO(
@@ -416,11 +425,15 @@ class Fisher(FixedSettings):
                 statistics |= found
                 covered |= {name.partition("/")[2] for name in found}
                 covered |= set(ruled.matrix_paths if ruled.form else ())
+                if is_of_user(ruled.rule):
+                    of_users[ruled] = flows
             elif layer_calls is not None:  # was not called: has no gradient and no statistics
                 covered |= set(ruled.paths.values())
         rest = {path: v for path, v in variables.items() if path not in covered}
+        batch = (x, labels, *inner_weights)
+        if of_users and not before:
+            self._check_rules(model, variables, of_users, batch, scale, processed == 0)
         if rest:
-            batch = (x, labels, *inner_weights)
             statistics |= self._one_by_one(model, rest, batch, weights, scale, before)
         shapes = self._shapes(model, variables)
         known = {name: value for name, value in statistics.items() if name in shapes}
@@ -450,6 +463,41 @@ class Fisher(FixedSettings):
         heeded = weights if reductions(model) == {"weighted mean"} else ()  # zeros act as a mask
         counted = counted_positions(model, y, outputs, masks, *heeded)
         return sample_labels(model, y, outputs, first, counted)
+
+    def _check_rules(
+        self,
+        model: Learner,
+        variables: Variables,
+        of_users: Mapping[RuledLayer, list[LayerIO]],
+        batch: tuple[Any, ...],
+        scale: float,
+        due: tf.Tensor,
+    ) -> None:
+        """Compare rules of users with the gradients of single examples, if it is due. Graph code.
+
+        Args:
+            model: A compiled model.
+            variables: The variables to differentiate with respect to, by path.
+            of_users: The calls of the layers with such rules.
+            batch: `(x, y)`, followed by sample weights if they are part of an example's loss.
+            scale: The loss is multiplied by this factor before differentiation.
+            due: Scalar boolean.
+        """
+        self._checked_rules = [
+            f"{type(ruled.rule).__name__} of {ruled.layer.name!r}" for ruled in of_users
+        ]
+        paths = {path for ruled in of_users for path in ruled.paths.values()}
+        named = {path: v for path, v in variables.items() if path in paths}
+
+        def largest() -> tf.Tensor:
+            ones = tf.ones((count_of(batch),))
+            squares = self._one_by_one(model, named, batch, ones, scale, [])
+            true = {name.partition("/")[2]: value for name, value in squares.items()}
+            found = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
+            return tf.reduce_max(tf.stack(found))
+
+        share = tf.cond(due, largest, lambda: tf.zeros(()))
+        self.contradiction.assign(tf.maximum(self.contradiction.value, share))
 
     def _mean_gradient_statistics(
         self, model: Learner, variables: Variables, batch: tuple[Any, Any, Any], scale: float
@@ -587,6 +635,19 @@ class Fisher(FixedSettings):
             "The loss or the model compares the examples of a batch: the gradient of the loss is "
             "not a mean of those of single examples, which the estimator "
             f"{self.estimator!r} needs. Instead, {_USE_BATCH}. Nothing was changed."
+        )
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether a rule of the user is known to give other gradients than a layer has."""
+        return float(np.asarray(self.contradiction)) > RULE_TOLERANCE
+
+    def refuse_rules(self) -> None:
+        """Raise `ValueError` because a rule of the user gives other gradients than a layer has."""
+        raise ValueError(
+            "A rule registered by `register_rule` gives other gradients than those that its layer "
+            f"has for single examples: {', '.join(self._checked_rules)}. Mend it, or leave it "
+            "out: the layer is then differentiated example by example. Nothing was changed."
         )
 
     def forget_loss(self) -> None:

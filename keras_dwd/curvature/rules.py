@@ -150,6 +150,9 @@ _FORMS = ("gradients", "squares", "matrix", "rows")
 def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule]]:
     """Class decorator that registers a `Rule` for layers of these types.
 
+    With the first batch of each task the rule is compared with the gradients of single examples; if
+    it gives others, `consolidate` refuses it.
+
     The rule also applies to subclasses that compute the same: those that override nothing that the
     layer could use in its forward pass. They may have another `__init__`, `build` or `get_config`,
     and methods of new names.

@@ -50,9 +50,11 @@ class BoundaryPass:
         states = states_of(model)
         if carried_states(model):  # of as many examples as the batches of the model have
             chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
-        before = [np.array(v) for v in (fisher.examples_seen, fisher.coupling, *states)]
+        noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
+        before = [np.array(v) for v in noted]
         try:
             fisher.coupling.assign(0.0)
+            fisher.contradiction.assign(0.0)
             with communicator.fail_together("pass"):
                 for index, (x, y, sample_weight) in enumerate(batches(data, chunk)):
                     count = int(count_of((x, y)))
@@ -75,10 +77,10 @@ class BoundaryPass:
                     )
                 if fisher.compares_examples:
                     fisher.refuse_coupling()
+                if fisher.contradicts:
+                    fisher.refuse_rules()
         finally:  # also if the pass fails
-            for variable, value in zip(
-                (fisher.examples_seen, fisher.coupling, *states), before, strict=True
-            ):
+            for variable, value in zip(noted, before, strict=True):
                 variable.assign(value)
         if communicator.size > 1:  # there may be fewer batches than workers
             shapes = fisher.shapes(model, variables)

@@ -14,7 +14,7 @@ from keras_dwd.distributed.workers import Workers
 from keras_dwd.groupings.strength import Budget
 from keras_dwd.keras_private import loss_metric
 from keras_dwd.layers.task_heads import recorded_heads
-from keras_dwd.learner import Learner, added_loss, total_loss
+from keras_dwd.learner import Learner, added_loss, data_loss, has_own_loss, total_loss
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.training.boundary_pass import batch_statistics
 from keras_dwd.training.gradients import all_finite, data_gradients
@@ -126,6 +126,8 @@ class TrainingStep:
                 y_pred = model(x, training=True)
             loss = total_loss(model, x, y, y_pred, sample_weight, training=True)
             added = added_loss(model, loss)
+            if added is not None and has_own_loss(model):  # of them what the loss has in it
+                added = loss - data_loss(model, x, y, y_pred, sample_weight, training=True)
             scaled_loss = model.optimizer.scale_loss(loss)
             if distillation and taught:
                 distilled = distillation.loss(model, taught, y, y_pred, sample_weight, calls)
