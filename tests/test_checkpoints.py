@@ -129,7 +129,6 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
             "dwd+er",
             "dwd-online+distill",
         ],
-        "dwd-online+decoupled",
     ),
 )
 def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):

@@ -6,7 +6,6 @@ from conformance import HABITS, check_after, check_fresh
 
 # Other tests have much of this by itself.
 CORE = [
-    "gradient accumulation",
     "dict inputs and outputs, `loss_weights`",
     "`PyDataset`",
     "optimizer Lion",

@@ -154,7 +154,7 @@ def invoke(*arguments):
 def test_run_writes_and_prints(tmp_path):
     out = tmp_path / "results.json"
     result = invoke(
-        *("--tasks", "2", "--seeds", "2", "--epochs", "1", "--methods", "finetune,dwd,joint"),
+        *("--tasks", "2", "--seeds", "2", "--epochs", "1", "--methods", "finetune,dwd"),
         *("--out", str(out)),
     )
     assert result.exit_code == 0, result.output
@@ -166,7 +166,7 @@ def test_run_writes_and_prints(tmp_path):
     assert content["methods"]["dwd"]["settings"]["regularizer"]["strength"] == 200
     assert content["methods"]["dwd"]["settings"]["fisher"]["estimator"] == "influence"
     assert content["methods"]["finetune"]["settings"]["regularizer"]["strength"] == 0
-    for method in ("finetune", "dwd", "joint"):
+    for method in ("finetune", "dwd"):
         entry = content["methods"][method]
         metric = entry["metrics"]["average_accuracy"]
         assert metric["mean"] == pytest.approx(np.mean(metric["per_seed"]))

@@ -213,6 +213,7 @@ def test_the_step_is_the_gradient_of_loss_plus_penalty():
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_mixed_precision_pulls_as_float32_does():
     x, y = blobs(32)
 

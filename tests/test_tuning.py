@@ -99,6 +99,7 @@ def test_a_run_that_fails_loses_no_other(tmp_path):
         tune(SETTINGS | {"epochs": 2}, ["finetune"], grid=lambda name: (1.0,), out=out)
 
 
+@pytest.mark.long
 def test_of_runs_side_by_side_each_has_one_thread():
     # With a thread per core in each process, most time would be spent on threads that spin idly.
     start = tuning._one_of_several
