@@ -186,7 +186,10 @@ class InBatchAndAlone(InBatch):
         return super().call(y_true, y_pred) + ops.mean(y_pred**2, -1)
 
 
-@pytest.mark.parametrize("loss", [InBatch(), InBatchAndAlone(), keras.losses.Dice()])
+ACROSS = [InBatch(), InBatchAndAlone(), keras.losses.Dice()]
+
+
+@pytest.mark.parametrize("loss", sweep(ACROSS, ACROSS[1]))
 def test_losses_across_examples_are_refused_unless_estimated_from_batches(loss):
     x, _ = blobs(16)
     y = (x[:, :4] > 0).astype("float32")
@@ -307,8 +310,8 @@ def random_loss():
     "case",
     [
         masked_sequences,
-        lambda: weighted("mean_with_sample_weight"),
-        lambda: weighted("sum"),
+        pytest.param(lambda: weighted("mean_with_sample_weight"), marks=pytest.mark.long),
+        pytest.param(lambda: weighted("sum"), marks=pytest.mark.long),
         random_loss,
     ],
 )

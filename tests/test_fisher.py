@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, mlp, pass_statistics
+from cases import blobs, compiled, dtype_policy, mlp, pass_statistics, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -140,7 +140,7 @@ def test_the_moving_average_equals_its_closed_form(gamma, seed, steps):
     np.testing.assert_allclose(fisher.estimate()["w"], expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", sweep([1, 2], 2))
 @pytest.mark.parametrize("estimator", ["batch", "empirical"])
 def test_training_updates_it_at_every_nth_step(estimator, every):
     x, y = blobs(40)
@@ -158,7 +158,7 @@ def test_training_updates_it_at_every_nth_step(estimator, every):
         np.testing.assert_allclose(value, total / shares.sum(), rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("estimator", ["batch", "empirical"])
+@pytest.mark.parametrize("estimator", sweep(["batch", "empirical"], "batch"))
 def test_it_sees_neither_penalty_nor_regularisation(estimator):
     x, y = blobs(24)
 

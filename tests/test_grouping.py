@@ -396,7 +396,10 @@ MADE = [
 @pytest.mark.parametrize(
     ("grouping", "fisher"),
     [(grouping, DiagonalFisher("empirical", gamma=None)) for grouping in MADE]
-    + [(grouping, KroneckerFisher("empirical", gamma=None)) for grouping in MADE[1:4]],
+    + [
+        pytest.param(grouping, KroneckerFisher("empirical", gamma=None), marks=pytest.mark.long)
+        for grouping in MADE[1:4]
+    ],
     ids=lambda given: type(given).__name__,
 )
 def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, mlp, weights
+from cases import blobs, compiled, dtype_policy, mlp, sweep, weights
 from keras import layers, ops
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, strip_dwd
@@ -158,8 +158,10 @@ def functional(policy):
         return mlp()
 
 
-@pytest.mark.parametrize("make", [subclassed, functional])
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("make", sweep([subclassed, functional], subclassed))
+@pytest.mark.parametrize(
+    "policy", sweep(["mixed_float16", "mixed_bfloat16", "float64"], "mixed_float16")
+)
 def test_the_dtype_policy_is_that_of_the_model(make, policy, tmp_path):
     plain = make(policy)
     plain.compile("sgd", LOSS)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, moved, pass_statistics
+from cases import blobs, compiled, moved, pass_statistics, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -119,7 +119,7 @@ def normalized():
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decoupled", sweep([False, True], False))
 def test_a_model_learns_with_it_and_is_saved_with_it(tmp_path, decoupled):
     optimizer = DWDOptimizer("adam") if decoupled else "adam"
     model = compiled(normalized(), optimizer, fisher=KroneckerFisher(correction=3, every=1))

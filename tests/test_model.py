@@ -88,7 +88,7 @@ KRONECKER_WAYS = ("plain", "sample_weight", "run_eagerly", "accumulation", "loss
 @pytest.mark.parametrize(
     ("way", "fisher"),
     [
-        *sweep([(way, DiagonalFisher) for way in WAYS], "sample_weight", "sgd", "weight_decay"),
+        *sweep([(way, DiagonalFisher) for way in WAYS], "sample_weight", "sgd"),
         *sweep([(way, KroneckerFisher) for way in KRONECKER_WAYS], "plain"),
     ],
 )

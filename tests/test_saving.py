@@ -174,7 +174,7 @@ def functional():
     return keras.Model(inputs, layers.Dense(3)(layers.Dense(8)(inputs)))
 
 
-@pytest.mark.parametrize("kind", [mlp, functional, subclassed])
+@pytest.mark.parametrize("kind", sweep([mlp, functional, subclassed], subclassed))
 def test_weights_are_exchanged_with_plain_models(kind, tmp_path):
     model = in_the_middle(compiled(kind(), "adam", fisher=DiagonalFisher()))
     file = tmp_path / "model.weights.h5"

@@ -44,10 +44,10 @@ def test_outputs_are_those_of_each_examples_own_head():
 @pytest.mark.parametrize(
     ("strength", "accumulation", "fisher"),
     [
-        (0.0, None, DiagonalFisher),
+        pytest.param(0.0, None, DiagonalFisher, marks=pytest.mark.long),
         (10.0, 3, DiagonalFisher),
         (10.0, None, KroneckerFisher),
-        (0.0, 3, KroneckerFisher),
+        pytest.param(0.0, 3, KroneckerFisher, marks=pytest.mark.long),
     ],
 )
 def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation, fisher):
