@@ -388,25 +388,15 @@ class Fisher(FixedSettings):
         gradients = iter(by_calls)
         margin = tf.zeros(())
         if self.estimator == "influence":
-            residuals = tf.add_n(
-                [
-                    tf.reduce_sum(flat(_unscaled(g, scale)) ** 2, axis=1)
-                    for g in by_logits(model, outputs, by_outputs)
-                ]
-            )
+            gradients_by_logits = [
+                _unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)
+            ]
             # Ignore examples without a loss, such as those that pad the batches of workers.
             counted = counted_positions(model, y, outputs, masks, *inner_weights)
             counts = (weights > 0) & present(counted, outputs)
             margins = squared_margins(model, outputs, counted)
-            examples_of_all = communicator.gather(
-                tf.stack([tf.where(counts, residuals, np.inf), margins], 1), "residuals"
-            )
-            there = tf.cast(examples_of_all[:, 0] < np.inf, "float32")
-            count = tf.reduce_sum(there)
-            # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
-            median = tf.gather(tf.sort(examples_of_all[:, 0]), tf.cast(count, "int32") // 2)
-            margin = tf.math.divide_no_nan(tf.reduce_sum(there * examples_of_all[:, 1]), count)
-            weights *= tf.math.reciprocal_no_nan(residuals + median)
+            factor, margin = _influence(gradients_by_logits, counts, margins, communicator)
+            weights *= factor
 
         statistics: Statistics = {}
         covered: set[str] = set()
@@ -681,6 +671,37 @@ class Fisher(FixedSettings):
     def from_config(cls, config: dict[str, Any]) -> Any:
         """The inverse of `get_config`."""
         return cls(**config)
+
+
+def _influence(
+    gradients: Sequence[tf.Tensor],
+    counts: tf.Tensor,
+    margins: tf.Tensor,
+    communicator: Communicator,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What the estimator `influence` multiplies squared gradients by, and divides blocks by.
+
+    An example counts less the larger its gradient by the logits is. Graph code.
+
+    Args:
+        gradients: The gradient of each example's loss by the logits of each output.
+        counts: Whether an example has a loss, `(batch,)`.
+        margins: The squared margins, `(batch,)`.
+        communicator: The workers whose batches form one.
+
+    Returns:
+        A factor for each example, `(batch,)`, and the mean squared margin.
+    """
+    residuals = tf.add_n([tf.reduce_sum(flat(g) ** 2, axis=1) for g in gradients])
+    of_all = communicator.gather(
+        tf.stack([tf.where(counts, residuals, np.inf), margins], 1), "residuals"
+    )
+    there = tf.cast(of_all[:, 0] < np.inf, "float32")
+    count = tf.reduce_sum(there)
+    # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
+    median = tf.gather(tf.sort(of_all[:, 0]), tf.cast(count, "int32") // 2)
+    margin = tf.math.divide_no_nan(tf.reduce_sum(there * of_all[:, 1]), count)
+    return tf.math.reciprocal_no_nan(residuals + median), margin
 
 
 def mean_gradient_statistics(
