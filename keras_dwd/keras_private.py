@@ -176,6 +176,12 @@ def loss_weights(model: keras.Model) -> Any:
     return None if loss is None else _of(loss, "_user_loss_weights")
 
 
+def weighted_metrics(model: keras.Model) -> Any:
+    """The argument `weighted_metrics` of `compile`, which the public API does not give back."""
+    metrics = _of(model, "_compile_metrics")
+    return None if metrics is None else _of(metrics, "_user_weighted_metrics")
+
+
 def build_before_tracing(model: keras.Model, batch: Any) -> None:
     """Create the variables of the metrics, the loss and the optimizer before the first step.
 

@@ -30,6 +30,7 @@ from keras_dwd.distributed.workers import Workers
 from keras_dwd.export import SAVED_MODEL, export
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping, Summary
+from keras_dwd.hub_tasks import for_hub_tasks
 from keras_dwd.keras_private import (
     CloneAware,
     evaluates_within_fit,
@@ -725,3 +726,6 @@ def _without_length(workers: Workers) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
         yield
+
+
+for_hub_tasks(DWDModel)  # files name its class

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_dwd.hub_tasks import hub_task_of
 from keras_dwd.keras_private import set_dtype_policy
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
@@ -24,7 +25,8 @@ def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:
             losses and metrics must then be registered.
 
     Returns:
-        A functional `keras.Model`. A subclassed model that was wrapped is a layer of it.
+        A functional `keras.Model`. A subclassed model that was wrapped is a layer of it. A task
+        model of KerasHub that was wrapped is returned itself.
 
     Raises:
         ValueError: If `model` is not a `DWDModel`, or is of a subclass that overrides `call`.
@@ -41,6 +43,11 @@ def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:
         raise ValueError(
             f"`model` has a `call` of its own, which would be lost: {type(model).__name__}"
         )
+    task = hub_task_of(model)
+    if task is not None:
+        if compile and model.compiled:
+            task.compile_from_config(_plain_config(model.get_compile_config()))
+        return task
     plain = keras.Model(model.input, model.output, name=model.name)
     copies = {id(layer): (layer, _copy(layer)) for layer in plain.layers if _pulls_itself(layer)}
     if copies:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_dwd.hub_tasks import for_hub_tasks, is_hub_task, keep_hub_task
 from keras_dwd.keras_private import layers_within
 from keras_dwd.learner import overridden_steps, runs_its_graph
 
@@ -34,6 +35,10 @@ def wrapped(
         settings = {"dtype": model.dtype_policy} | settings
     if inputs is not None:
         return kind(inputs, model(inputs), **settings)
+    if is_hub_task(model):
+        made = for_hub_tasks(kind)(model.input, model.output, **settings)
+        keep_hub_task(made, model)
+        return made
     if not getattr(model, "inputs", None):
         inputs = _inputs_as_built(model)
         try:

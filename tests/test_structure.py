@@ -25,7 +25,7 @@ FLOORS = [
     ["training.step"],
     ["growing", "consolidation"],
     ["distributed.fitting"],
-    ["saving", "wrapping", "export"],
+    ["hub_tasks", "saving", "wrapping", "export"],
     ["model"],
     ["stripping", "callbacks", "settings", "experimental"],
     ["evaluation"],

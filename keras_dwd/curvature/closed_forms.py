@@ -45,7 +45,7 @@ class _MatrixRule(Rule):
 class _DenseRule(_MatrixRule):
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (x,), g = flow.inputs, flow.gradient
-        return _as_rows(x), _as_rows(g)
+        return as_rows(x), as_rows(g)
 
 
 @register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
@@ -57,7 +57,7 @@ class _ConvRule(_MatrixRule):
         x, g = _channels_last(layer, flow)
         patches = _patches(layer, x, g)
         fan_in = int(np.prod(layer.kernel.shape[:-1]))
-        return tf.reshape(patches, (tf.shape(x)[0], -1, fan_in)), _as_rows(g)
+        return tf.reshape(patches, (tf.shape(x)[0], -1, fan_in)), as_rows(g)
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -71,7 +71,7 @@ class _DepthwiseRule(Rule):
         x, g = _channels_last(layer, flow)
         gradients = {"kernel": _depthwise_gradient(layer, layer.kernel, x, g)}
         if layer.bias is not None:
-            gradients["bias"] = tf.reduce_sum(_as_rows(g), 1)
+            gradients["bias"] = tf.reduce_sum(as_rows(g), 1)
         return gradients
 
 
@@ -95,13 +95,13 @@ class _SeparableRule(Rule):
         )
         mixing = tf.reshape(tf.cast(pointwise.value, "float32"), pointwise.shape[-2:])
         g_between = tf.tensordot(g, mixing, axes=[[-1], [1]])
-        mixed = tf.matmul(_as_rows(between), _as_rows(g), transpose_a=True)
+        mixed = tf.matmul(as_rows(between), as_rows(g), transpose_a=True)
         gradients = {
             "depthwise_kernel": _depthwise_gradient(layer, depthwise, x, g_between),
             "pointwise_kernel": tf.reshape(mixed, (-1, *pointwise.shape)),
         }
         if layer.bias is not None:
-            gradients["bias"] = tf.reduce_sum(_as_rows(g), 1)
+            gradients["bias"] = tf.reduce_sum(as_rows(g), 1)
         return gradients
 
 
@@ -110,14 +110,10 @@ class _EinsumRule(_MatrixRule):
     """Equations that sum over axes of the input: `ab…,kernel->ac…`, with `a` the batch axis."""
 
     def supports(self, layer: keras.Layer) -> bool:
-        if layer.input_spec is None or layer.input_spec.ndim is None:
-            return False
-        x, kernel, y = _einsum_axes(layer)
-        batch, distinct = x[0], all(len(set(s)) == len(s) for s in (x, kernel, y))
-        return distinct and y[0] == batch and batch not in kernel and set(kernel) <= set(x + y)
+        return keeps_examples_apart(layer)
 
     def matrix(self, layer: keras.Layer) -> MatrixForm | None:
-        x, kernel, y = _einsum_axes(layer)
+        x, kernel, y = einsum_axes(layer)
         if set(kernel) & set(x) & set(y):  # each position has its own matrix
             return None
         fan_in, fan_out = [a for a in kernel if a in x], [a for a in kernel if a in y]
@@ -138,7 +134,7 @@ class _EinsumRule(_MatrixRule):
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (inputs,), g = flow.inputs, flow.gradient
-        x, kernel, y = _einsum_axes(layer)
+        x, kernel, y = einsum_axes(layer)
         form = self.matrix(layer)
         assert form is not None
         shared = [a for a in x[1:] if a in y]
@@ -158,21 +154,40 @@ class _EinsumRule(_MatrixRule):
 
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         (inputs,), g = flow.inputs, flow.gradient
-        x, kernel, y = _einsum_axes(layer)
+        x, kernel, y = einsum_axes(layer)
         gradients = {"kernel": tf.einsum(f"{x},{y}->{x[0]}{kernel}", inputs, g)}
         if layer.bias is not None:
-            # The bias spans the last axes of the output, some of them of size one.
-            missing = len(y) - 1 - len(layer.bias.shape)
-            summed = [1 + i for i in range(missing)]
-            summed += [
-                1 + missing + i
-                for i, size in enumerate(layer.bias.shape)
-                if size == 1 and g.shape[1 + missing + i] != 1
-            ]
-            gradients["bias"] = tf.reshape(tf.reduce_sum(g, summed), (-1, *layer.bias.shape))
+            gradients["bias"] = bias_gradient(layer, g)
         return gradients
 
     squares = Rule.squares  # outputs may share a bias, which the matrix form cannot express
+
+
+def keeps_examples_apart(layer: keras.Layer) -> bool:
+    """Whether the equation of an `EinsumDense` has a batch axis, and sums over the input alone."""
+    if layer.input_spec is None or layer.input_spec.ndim is None:
+        return False
+    x, kernel, y = einsum_axes(layer)
+    batch, distinct = x[0], all(len(set(s)) == len(s) for s in (x, kernel, y))
+    return distinct and y[0] == batch and batch not in kernel and set(kernel) <= set(x + y)
+
+
+def bias_gradient(layer: keras.Layer, g: tf.Tensor) -> tf.Tensor:
+    """The gradients of a bias, which spans the last axes of the output, some of them of size one.
+
+    Args:
+        layer: A `Dense` or `EinsumDense` layer.
+        g: The gradients at its output.
+    """
+    shape = layer.bias.shape
+    missing = len(g.shape) - 1 - len(shape)
+    summed = [1 + i for i in range(missing)]
+    summed += [
+        1 + missing + i
+        for i, size in enumerate(shape)
+        if size == 1 and g.shape[1 + missing + i] != 1
+    ]
+    return tf.reshape(tf.reduce_sum(g, summed), (-1, *shape))
 
 
 @register_rule(layers.Embedding)
@@ -182,21 +197,36 @@ class _EmbeddingRule(Rule):
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        ids = tf.concat([flat(tf.cast(flow.inputs[0], "int32")) for flow in flows], 1)
-        g = tf.concat([_as_rows(flow.gradient) for flow in flows], 1)
-        # The per-example gradient of a token is the sum over its occurrences in the example. In
-        # the order of the tokens these are neighbours. The sum counts where they start.
-        order = tf.argsort(ids, axis=1)
-        ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
-        differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
-        starts = tf.concat([tf.ones_like(ids[:, :1]), differs], 1)
-        run = tf.cumsum(tf.reshape(starts, (-1,))) - 1
-        rows = tf.reshape(g, (-1, layer.output_dim))
-        summed = tf.gather(tf.math.unsorted_segment_sum(rows, run, tf.size(ids)), run)
-        share = tf.reshape(weights[:, None] * tf.cast(starts, "float32"), (-1, 1))
-        rows = share * summed**2
-        squared = tf.math.unsorted_segment_sum(rows, tf.reshape(ids, (-1,)), layer.input_dim)
-        return {"embeddings": squared}
+        ids = tf.concat([ids_of(flow) for flow in flows], 1)
+        g = tf.concat([as_rows(flow.gradient) for flow in flows], 1)
+        return {"embeddings": squared_lookups(ids, g, weights, layer.input_dim)}
+
+
+def ids_of(flow: LayerIO) -> tf.Tensor:
+    """The rows that a call of an embedding looks up, `(batch, positions)`."""
+    return flat(tf.cast(flow.inputs[0], "int32"))
+
+
+def squared_lookups(ids: tf.Tensor, g: tf.Tensor, weights: tf.Tensor, vocabulary: int) -> tf.Tensor:
+    """Σ_b w_b D_b², where row v of D_b is the sum of the gradients at which v was looked up.
+
+    Args:
+        ids: `(batch, positions)`, the rows that are looked up.
+        g: `(batch, positions, dimensions)`, the gradients.
+        weights: `(batch,)`, the weights w_b.
+        vocabulary: The number of rows.
+    """
+    # In the order of the ids, the occurrences in an example are neighbours. Their sum counts where
+    # they start.
+    order = tf.argsort(ids, axis=1)
+    ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
+    differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
+    starts = tf.concat([tf.ones_like(ids[:, :1]), differs], 1)
+    run = tf.cumsum(tf.reshape(starts, (-1,))) - 1
+    rows = tf.reshape(g, (-1, g.shape[-1]))
+    summed = tf.gather(tf.math.unsorted_segment_sum(rows, run, tf.size(ids)), run)
+    share = tf.reshape(weights[:, None] * tf.cast(starts, "float32"), (-1, 1))
+    return tf.math.unsorted_segment_sum(share * summed**2, tf.reshape(ids, (-1,)), vocabulary)
 
 
 @register_rule(layers.BatchNormalization)
@@ -255,7 +285,7 @@ def flat(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, (tf.shape(x)[0], -1))
 
 
-def _as_rows(x: tf.Tensor) -> tf.Tensor:
+def as_rows(x: tf.Tensor) -> tf.Tensor:
     """Reshape `(batch, …, n)` to `(batch, positions, n)`, with static positions where known."""
     between = x.shape[1:-1]
     positions = int(np.prod(between)) if None not in between else -1
@@ -306,7 +336,7 @@ def _depthwise_gradient(
     return tf.reshape(tf.einsum("bpkc,bpcm->bkcm", patches, by_channel), (-1, *kernel.shape))
 
 
-def _einsum_axes(layer: keras.Layer) -> tuple[str, str, str]:
+def einsum_axes(layer: keras.Layer) -> tuple[str, str, str]:
     """One letter per axis of the input, kernel and output, with the ellipsis expanded."""
     inputs, output = layer.equation.replace(" ", "").split("->")
     x, kernel = inputs.split(",")

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature.closed_forms import flat  # the import registers the rules
+from keras_dwd.curvature import language_rules, lora_rules  # noqa: F401  (to register the rules)
+from keras_dwd.curvature.closed_forms import flat
 from keras_dwd.curvature.examples import (
     TOLERANCE,
     carried_states,
@@ -41,7 +42,7 @@ from keras_dwd.curvature.likelihood import (
 )
 from keras_dwd.curvature.rule_check import TOLERANCE as RULE_TOLERANCE
 from keras_dwd.curvature.rule_check import contradiction, is_of_user
-from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, ruled_layers
+from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, methods_of, ruled_layers
 from keras_dwd.keras_private import layers_within, mask_of, set_mask
 from keras_dwd.learner import Learner, data_loss, has_own_loss
 from keras_dwd.precision.block import Block
@@ -355,7 +356,10 @@ class Fisher(FixedSettings):
         ]
         with tf.GradientTape() as tape:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
-            with LayerRecorder((ruled.layer for ruled in layers), activated=generic) as recorder:
+            recorder = LayerRecorder(
+                (ruled.layer for ruled in layers), activated=generic, methods=methods_of(layers)
+            )
+            with recorder:
                 outputs = model(x, training=False)
             loss_outputs = self._loss_outputs(model, outputs)
         masks = masks_of(outputs)
@@ -373,8 +377,10 @@ class Fisher(FixedSettings):
             self._note_coupling(once)
         calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
         for ruled, layer_calls in calls.items():
-            if ruled.rule is GENERIC and not all(call.plain for call in layer_calls or ()):
-                calls[ruled] = None
+            for call in layer_calls or ():
+                is_generic = ruled.rule is GENERIC
+                if not (call.plain if is_generic else ruled.rule.takes(call.arguments)):
+                    calls[ruled] = None
         recorded = [call for layer_calls in calls.values() for call in layer_calls or ()]
         targets = tf.nest.flatten(loss_outputs)
         by_calls, by_outputs = tape.gradient(

@@ -4,7 +4,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,15 @@ class Call:
         plain: Whether the layer was called with these tensors only, not to train, and returned a
             single tensor.
         trains: Whether it was called with `training=True`.
+        arguments: Those after the first that differ from their defaults, by name; without
+            `training` and masks.
     """
 
     inputs: tuple[Any, ...]
     output: tf.Tensor
     plain: bool
     trains: bool
+    arguments: Mapping[str, Any]
 
 
 class LayerRecorder:
@@ -44,6 +48,8 @@ class LayerRecorder:
         layers: The layers to record.
         activated: Those of `layers` to record after their activation instead.
         cut: Whether to stop gradients at what is recorded as the outputs of the layers.
+        methods: By id of a layer, the name of a method whose result is recorded in place of the
+            output. It is repeated along its first axis, of size one, for each example.
 
     Example:
 
@@ -59,12 +65,14 @@ class LayerRecorder:
         layers: Iterable[keras.Layer],
         activated: Iterable[keras.Layer] = (),
         cut: bool = False,
+        methods: Mapping[int, str] | None = None,
     ):
         self._layers = list(layers)
         self._cut = cut
         self._found: dict[int, dict[str, Any]] = {}  # attributes by layer
         self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
         self._activated = {id(layer) for layer in activated}
+        self._methods = dict(methods or {})
         self._calls: dict[int, list[Call]] = {}
         self._hidden: set[int] = set()
         self._graph: Any = None
@@ -95,29 +103,17 @@ class LayerRecorder:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != self._thread:
                 return call(*args, **kwargs)
-            activation = layer.__dict__.get("activation")
-            activation = None if id(layer) in self._activated else activation
             if self._has_other_values(layer):
                 self._hidden.add(id(layer))
-            pre_activations: list[tf.Tensor] = []
-            if activation is not None:
-
-                def record_pre_activation(z: Any) -> Any:
-                    if threading.get_ident() == self._thread:
-                        pre_activations.append(z)
-                        z = tf.stop_gradient(z) if self._cut else z
-                    return activation(z)
-
-                # `setattr` would track an activation that is a layer a second time.
-                layer.__dict__["activation"] = record_pre_activation
-            try:
+            bound = inspect.signature(call).bind(*args, **kwargs)
+            recorded_within: list[tf.Tensor] = []
+            with self._recording_within(layer, _inputs(bound), recorded_within):
                 result = call(*args, **kwargs)
-            finally:
-                if activation is not None:
-                    layer.__dict__["activation"] = activation
-            output = pre_activations[0] if pre_activations else result
+            if id(layer) in self._methods and not recorded_within:
+                return result  # has not used the variables
+            output = recorded_within[0] if recorded_within else result
             graph = output.graph if _is_dense(output) and tf.is_symbolic_tensor(output) else None
-            inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
+            inputs = _inputs(bound)
             if graph is not self._graph or not all(map(_is_dense, (*inputs, output))):
                 self._hidden.add(id(layer))
             others = [value for name, value in kwargs.items() if name != "training"]
@@ -128,10 +124,11 @@ class LayerRecorder:
                 and all(map(_is_dense, args))
                 and not any(value is not None for value in others)
             )
-            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain, trains))
+            recorded_call = Call(inputs, output, plain, trains, _arguments(bound))
+            self._calls.setdefault(id(layer), []).append(recorded_call)
             if self._cut and graph is self._graph:
                 self.entered += filter(_is_dense, tf.nest.flatten((args, kwargs)))
-            if self._cut and not pre_activations:
+            if self._cut and not recorded_within:
                 result = tf.nest.map_structure(
                     lambda t: tf.stop_gradient(t) if tf.is_tensor(t) else t,
                     result,
@@ -140,6 +137,37 @@ class LayerRecorder:
             return result
 
         return recorded
+
+    @contextmanager
+    def _recording_within(
+        self, layer: keras.Layer, inputs: tuple[Any, ...], found: list[tf.Tensor]
+    ) -> Iterator[None]:
+        """Record what goes into the activation of a layer, or comes out of its method."""
+        attributes = vars(layer)  # `setattr` would track an activation that is a layer again
+        method = self._methods.get(id(layer))
+        name = method or "activation"
+        original = attributes.get(name)
+        function = getattr(layer, method) if method else original
+        if function is None or id(layer) in self._activated:
+            yield
+            return
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return function(*args, **kwargs)
+            z = _repeated(function(*args, **kwargs), inputs[0]) if method else args[0]
+            found.append(z)
+            z = tf.stop_gradient(z) if self._cut else z
+            return z if method else function(z)
+
+        attributes[name] = recorded
+        try:
+            yield
+        finally:
+            if original is None:
+                del attributes[name]
+            else:
+                attributes[name] = original
 
     def _has_other_values(self, layer: keras.Layer) -> bool:
         """Whether a layer that contains this one has replaced the values of its variables.
@@ -164,6 +192,23 @@ def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
     return tuple(_dense(value) for value in named if tf.is_tensor(value))
 
 
+def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments after the first that differ from their defaults, see `Call`."""
+    given = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        default = bound.signature.parameters[name].default
+        same = value is default or (type(value) is type(default) and value == default)
+        if not (same or name == "training" or name.endswith("mask")):
+            given[name] = value
+    return given
+
+
+def _repeated(tensor: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
+    """A tensor with a first axis of size one, once for each example of the inputs."""
+    count = inputs.shape[0] or tf.shape(inputs)[0]
+    return tf.tile(tensor, [count, *(1 for _ in tensor.shape[1:])])
+
+
 def _is_dense(value: Any) -> bool:
     return tf.is_tensor(value) and not isinstance(value, (tf.SparseTensor, tf.RaggedTensor))
 
@@ -184,7 +229,10 @@ _traceable = weakref.WeakKeyDictionary()
 
 
 def traceable_layers(
-    model: Learner, layers: Iterable[keras.Layer], activated: Iterable[keras.Layer]
+    model: Learner,
+    layers: Iterable[keras.Layer],
+    activated: Iterable[keras.Layer],
+    methods: Mapping[int, str],
 ) -> set[int]:
     """The ids of those of `layers` whose calls yield per-example gradients.
 
@@ -197,6 +245,7 @@ def traceable_layers(
         model: The model.
         layers: Layers of the model.
         activated: Those of `layers` that are recorded after their activation.
+        methods: See `LayerRecorder`.
 
     Raises:
         ValueError: If a batch normalization is called to train, always: examples then have no
@@ -206,7 +255,11 @@ def traceable_layers(
     recorded_after = {id(layer) for layer in activated}
     # Quantization changes how a layer is called.
     modes = {
-        id(layer): (getattr(layer, "quantization_mode", None), id(layer) in recorded_after)
+        id(layer): (
+            getattr(layer, "quantization_mode", None),
+            id(layer) in recorded_after,
+            methods.get(id(layer)),
+        )
         for layer in layers
     }
     if model not in _traceable or _traceable[model][0] != modes:
@@ -221,7 +274,7 @@ def traceable_layers(
 
             @tf.function(autograph=False)  # as Keras does in `fit`
             def run(x: Any, size: int = size) -> None:
-                recorder = LayerRecorder(layers, activated, cut=True)
+                recorder = LayerRecorder(layers, activated, cut=True, methods=methods)
                 with tf.GradientTape() as tape, recorder:
                     outputs = model(x, training=False)
                 for layer in layers:

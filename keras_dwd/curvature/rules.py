@@ -6,7 +6,7 @@ gradient at its output. One ordinary backward pass gives both for a whole batch.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,26 @@ class Rule:
     ```
 
     Attributes:
-        variables: The attributes of the layer that hold its variables, each of the same name as its
-            variable. Layers with other variables get the generic rule. `None` for any variables:
-            those that the rule gives no gradients of are then differentiated example by example.
+        variables: The names of the layer's variables. Each is held by an attribute of that name,
+            or, in a dictionary from names to attributes, by another. Layers with other variables
+            get the generic rule. `None` for any variables: those that the rule gives no gradients
+            of are then differentiated example by example.
+        method: The name of a method of the layer whose result holds everything that the variables
+            do to the output, and is the same for all examples, with a first axis of size one. The
+            rule then gets the gradient by this result, example by example, not by the output.
     """
 
-    variables: tuple[str, ...] | None = None
+    variables: tuple[str, ...] | Mapping[str, str] | None = None
+    method: str | None = None
+
+    def takes(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the closed form holds for a call with these arguments.
+
+        Args:
+            arguments: Those after the first that differ from their defaults, by name; without
+                `training` and masks.
+        """
+        return True
 
     def supports(self, layer: keras.Layer) -> bool:
         """Whether the closed form holds for this layer as it is configured."""
@@ -141,13 +155,18 @@ class GenericRule(Rule):
 GENERIC = GenericRule()
 
 
-_RULES: dict[type, Rule] = {}
+# By type or, for types of packages that this one does not import, by the name of the type. Those of
+# layers with LoRA are apart.
+_RULES: dict[type | str, Rule] = {}
+_LORA_RULES: dict[type | str, Rule] = {}
 
 
 _FORMS = ("gradients", "squares", "matrix", "rows")
 
 
-def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule]]:
+def register_rule(
+    *types: type[keras.Layer] | str, lora: bool = False
+) -> Callable[[type[Rule]], type[Rule]]:
     """Class decorator that registers a `Rule` for layers of these types.
 
     With the first batch of each task the rule is compared with the gradients of single examples; if
@@ -158,15 +177,21 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
     and methods of new names.
 
     Args:
-        *types: Types of Keras layers.
+        *types: Types of Keras layers, or their names, such as `"package.module.Scale"`, so that
+            the package need not be imported.
+        lora: Whether the rule is that of such layers with LoRA, instead of those without.
 
     Raises:
         ValueError: If a type is not a Keras layer, if the rule defines neither `gradients` nor
             `squares`, or if it defines only one of `matrix` and `rows`.
     """
     for layer_type in types:
-        if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):
-            raise ValueError(f"`types` must be types of Keras layers. Received: {layer_type!r}")
+        is_layer = isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)
+        if not (is_layer or (isinstance(layer_type, str) and "." in layer_type)):
+            raise ValueError(
+                "`types` must be types of Keras layers, or their names with those of their "
+                f"modules. Received: {layer_type!r}"
+            )
 
     def register(rule: type[Rule]) -> type[Rule]:
         own = {name for name in _FORMS if getattr(rule, name) is not getattr(Rule, name)}
@@ -175,7 +200,7 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
                 "A rule must define `gradients` or `squares`, and both or none of `matrix` and "
                 f"`rows`. {rule.__name__} defines {', '.join(sorted(own)) or 'none of these'}."
             )
-        _RULES.update(dict.fromkeys(types, rule()))
+        (_LORA_RULES if lora else _RULES).update(dict.fromkeys(types, rule()))
         return rule
 
     return register
@@ -200,18 +225,25 @@ def rule_for(layer: keras.Layer) -> Rule:
     and no other, on the variables that the rule knows.
     """
     # With LoRA or quantization a layer does not compute with its variables directly.
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+    if getattr(layer, "quantization_mode", None):
         return GENERIC
+    rules = _LORA_RULES if getattr(layer, "lora_enabled", False) else _RULES
     parent = _registered(type(layer))
-    if parent is None or not _computes_as(layer, parent):
+    rule = None if parent is None else _rule_of(parent, rules)
+    if parent is None or rule is None or not _computes_as(layer, parent):
         return GENERIC
-    rule = _RULES[parent]
     return rule if _has_variables(layer, rule) and rule.supports(layer) else GENERIC
 
 
 def _registered(layer_type: type) -> type | None:
     """The closest type with a rule that a type is or inherits from."""
-    return next((parent for parent in layer_type.__mro__ if parent in _RULES), None)
+    return next((parent for parent in layer_type.__mro__ if _rule_of(parent)), None)
+
+
+def _rule_of(layer_type: type, rules: Mapping[type | str, Rule] = _RULES) -> Rule | None:
+    """The rule that is registered for a type itself, or for its name."""
+    by_name = rules.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
+    return rules.get(layer_type, by_name)
 
 
 def _computes_as(layer: keras.Layer, parent: type) -> bool:
@@ -236,7 +268,9 @@ def _has_variables(layer: keras.Layer, rule: Rule) -> bool:
     """
     if rule.variables is None:
         return True
-    held = {name: getattr(layer, name, None) for name in rule.variables}
+    given = rule.variables
+    attributes = given if isinstance(given, Mapping) else dict(zip(given, given, strict=True))
+    held = {name: getattr(layer, attribute, None) for name, attribute in attributes.items()}
     known = all(held.get(v.name) is v for v in own_trainable_variables(layer))
     own = {id(v) for v in own_variables(layer)}
     return known and all(v is None or id(v) in own for v in held.values())
@@ -289,7 +323,8 @@ class RuledLayer:
             parent, "call", None
         ):
             return None
-        form = _RULES[parent].matrix(layer) if _RULES[parent].supports(layer) else None
+        rule = _rule_of(parent)
+        form = rule.matrix(layer) if rule is not None and rule.supports(layer) else None
         held = {"kernel"} if form is None or form.bias_shape is None else {"kernel", "bias"}
         return form if held <= self.paths.keys() else None
 
@@ -323,8 +358,15 @@ def ruled_layers(model: Learner) -> list[RuledLayer]:
         if type(ruled.layer).__call__ is keras.Layer.__call__
     ]
     generic = [ruled.layer for ruled in candidates if ruled.rule is GENERIC]
-    traceable = traceable_layers(model, [ruled.layer for ruled in candidates], activated=generic)
+    methods = methods_of(candidates)
+    layers = [ruled.layer for ruled in candidates]
+    traceable = traceable_layers(model, layers, activated=generic, methods=methods)
     return [ruled for ruled in candidates if id(ruled.layer) in traceable]
+
+
+def methods_of(layers: Iterable[RuledLayer]) -> dict[int, str]:
+    """By id of a layer, the method whose result is recorded in place of the layer's output."""
+    return {id(r.layer): r.rule.method for r in layers if r.rule.method is not None}
 
 
 def _layers_with_variables(model: Learner) -> list[RuledLayer]:
