@@ -127,9 +127,10 @@ class HubTask(keras.Model):
             return x.map(prepare, num_parallel_calls=tf.data.AUTOTUNE), None, None
         if isinstance(x, tuple):
             x, y, sample_weight = (*x, None, None)[:3]
-        given = (np.asarray(a) if isinstance(a, list) else a for a in (x, y, sample_weight))
-        prepared = keras.tree.map_structure(np.asarray, prepare(*given), none_is_leaf=False)
-        return keras.utils.unpack_x_y_sample_weight(prepared)
+        prepared = keras.utils.unpack_x_y_sample_weight(prepare(_as_lists(x), y, sample_weight))
+        return tuple(
+            None if a is None else keras.tree.map_structure(np.asarray, a) for a in prepared
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The configuration of the task model, with the settings of this one."""
@@ -152,6 +153,14 @@ class HubTask(keras.Model):
         model = kind.from_model(task, **config)
         model._sharded_in_file = sharded
         return model
+
+
+def _as_lists(x: Any) -> Any:
+    """Arrays of strings as lists, which are what tokenizers take."""
+    if isinstance(x, dict):
+        return {name: _as_lists(value) for name, value in x.items()}
+    strings = isinstance(x, np.ndarray) and x.dtype.kind in "USO"
+    return x.tolist() if strings else x
 
 
 @functools.cache

@@ -46,7 +46,9 @@ def strip_dwd(model: keras.Model, compile: bool = True) -> keras.Model:
     task = hub_task_of(model)
     if task is not None:
         if compile and model.compiled:
-            task.compile_from_config(_plain_config(model.get_compile_config()))
+            config = _plain_config(model.get_compile_config())
+            sampler = {"sampler": task.sampler} if hasattr(task, "sampler") else {}
+            task.compile(**keras.saving.deserialize_keras_object(config), **sampler)
         return task
     plain = keras.Model(model.input, model.output, name=model.name)
     copies = {id(layer): (layer, _copy(layer)) for layer in plain.layers if _pulls_itself(layer)}

@@ -102,6 +102,9 @@ def test_weights_of_positions_are_part_of_the_loss(reduction):
     elif reduction == "mean_with_sample_weight":
         total = total / w.sum(1)[:, None, None]
         u = w.mean(1) / w.mean()
+    # Of a sum of independent gradients to that of one position.
+    share = {"mean_with_sample_weight": w / w.sum(1, keepdims=True), "sum": w, None: w}
+    u = u / (share.get(reduction, w / 4).astype("float64") ** 2).sum(1)
     expected = np.einsum("b,bio->io", u, total**2) / 5
     np.testing.assert_allclose(diagonal(model, (x, y, w)), expected, rtol=1e-4)
 
@@ -178,7 +181,7 @@ def test_positions_of_an_ignored_class_are_given_no_labels():
     number = np.maximum(counted.sum(1, keepdims=True), 1)
     loss = SPARSE(from_logits=True, ignore_class=-1)
     found, model = drawn(loss, x, y)
-    np.testing.assert_allclose(found, true_fisher(model, x, counted, 1 / number), rtol=0.12)
+    np.testing.assert_allclose(found, true_fisher(model, x, counted, number**-0.5), rtol=0.12)
 
 
 @pytest.mark.parametrize("estimator", ["empirical", "negated"])
@@ -191,7 +194,7 @@ def test_positions_of_an_ignored_class_have_no_gradient(estimator):
     g = softmax(-logits if estimator == "negated" else logits) - np.eye(3)[np.maximum(y, 0)]
     if estimator == "negated":  # ∂/∂logits of the loss at −logits
         g = -g
-    d = np.einsum("bt,bti,bto->bio", counted / counted.sum(1)[:, None], x, g)
+    d = np.einsum("bt,bti,bto->bio", counted / np.sqrt(counted.sum(1))[:, None], x, g)
     np.testing.assert_allclose(diagonal(model, (x, y)), (d**2).mean(0), rtol=1e-4)
 
 
@@ -225,8 +228,9 @@ def test_margins_are_those_of_positions_that_count(how):
         model = linear((4, 2), 3, loss, "influence")
     logits = x.astype("float64") @ kernel_of(model)
     p = softmax(logits)
-    share = counted / np.maximum(counted.sum(1, keepdims=True), 1)
-    g = (p - np.eye(3)[np.where(counted, y, 0)]) * share[..., None]
+    number = np.maximum(counted.sum(1, keepdims=True), 1)
+    share = counted / number
+    g = (p - np.eye(3)[np.where(counted, y, 0)]) * (share * np.sqrt(number))[..., None]
     r = (g**2).sum((1, 2))
     ordered = np.sort(logits, -1)
     squares = (ordered[..., -1] - ordered[..., -2]) ** 2
@@ -240,6 +244,26 @@ def test_margins_are_those_of_positions_that_count(how):
     statistics = pass_statistics(model, (x, y, *weights), 100)
     np.testing.assert_allclose(statistics["margin/o/kernel"], margins.mean(), rtol=1e-4)
     np.testing.assert_allclose(statistics["fisher/o/kernel"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "influence"])
+@pytest.mark.parametrize("reduction", sweep(REDUCTIONS, "sum_over_batch_size"))
+def test_padding_and_the_length_of_sequences_change_nothing(estimator, reduction):
+    """Of n tokens with the same gradient but independent labels, all n are worth one."""
+    x = RNG.normal(size=(3, 1, 2)).astype("float32")
+    y = RNG.integers(0, 3, (3, 1))
+    found = []
+    for length, padding in ((1, 0), (1, 4), (4, 0), (4, 4)):
+        model = linear((length + padding, 2), 3, SPARSE(True, reduction=reduction), estimator)
+        model.set_weights([0.1 * np.arange(6.0).reshape(2, 3)])
+        tiled = np.repeat(x, length, 1), np.repeat(y, length, 1)
+        weights = np.ones((3, length))
+        data = (np.pad(a, [(0, 0), (0, padding), (0, 0)][: a.ndim]) for a in (*tiled, weights))
+        found.append(
+            diagonal(model, tuple(data)) / length
+        )  # gradients that add up, not their squares
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4)
 
 
 def test_labels_are_drawn_for_the_loss_without_label_smoothing():
@@ -262,7 +286,7 @@ def test_labels_are_drawn_along_the_axis_of_the_classes():
         grouping=None,
     )
     x = RNG.normal(size=(3, 4, 2)).astype("float32")
-    expected = true_fisher(model, x, np.ones((3, 4)), np.full((3, 4), 0.25))
+    expected = true_fisher(model, x, np.ones((3, 4)), np.full((3, 4), 0.5))
     y = np.moveaxis(np.eye(3)[np.zeros((3, 4), int)], -1, 1).astype("float32")
     model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True, axis=1))
     data = np.repeat(x, 2000, 0), np.repeat(y, 2000, 0)

@@ -36,6 +36,30 @@ def shared(layer):
     return lambda x: layers.Concatenate(axis=1)([layer(x), layer(layers.Cropping1D(1)(x))])
 
 
+def with_lora(layer):
+    """A layer with LoRA."""
+
+    def call(x):
+        layer.build(x.shape)
+        layer.enable_lora(2, lora_alpha=3)
+        return layer(x)
+
+    return call
+
+
+def tied(lora=False, **settings):
+    """Token by token, the embedding is also the matrix of the logits."""
+    embedding = layers.ReversibleEmbedding(5, 4, **settings)
+
+    def call(x):
+        embedding.build(x.shape)
+        if lora:
+            embedding.enable_lora(2)
+        return embedding(layers.Dense(4, name="between")(embedding(x)), reverse=True)
+
+    return call
+
+
 class Positions(layers.Layer):
     """Adds an embedding that all examples share and that has no batch axis."""
 
@@ -142,6 +166,12 @@ CASES = {
         lambda: layers.SeparableConv2D(3, 3, depth_multiplier=2, activation="relu"),
         images(6, 6, 2),
     ),
+    "lora_dense": (lambda: with_lora(layers.Dense(4, activation="tanh")), images(6, 5)),
+    "lora_einsum": (
+        lambda: with_lora(layers.EinsumDense("abc,cde->abde", (6, 2, 3), bias_axes="de")),
+        images(6, 4),
+    ),
+    "lora_embedding": (lambda: with_lora(layers.Embedding(5, 3)), tokens),
     "einsum": (lambda: layers.EinsumDense("abc,cd->abd", (6, 3), bias_axes="d"), images(6, 4)),
     "einsum_heads": (
         lambda: layers.EinsumDense("abc,cde->abde", (6, 2, 3), bias_axes="de"),
@@ -186,6 +216,14 @@ CASES = {
     "distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), images(4, 2)),
     "groups": (lambda: layers.Conv2D(4, 2, groups=2), images(4, 4, 2)),
 }
+if hasattr(layers, "RMSNormalization"):
+    CASES["rms_norm"] = (layers.RMSNormalization, images(3, 4))
+if hasattr(layers, "ReversibleEmbedding"):
+    CASES |= {
+        "reversible": (lambda: tied(logit_soft_cap=2.0), tokens),
+        "reversible_untied": (lambda: tied(tie_weights=False, logit_soft_cap=2.0), tokens),
+        "reversible_lora": (lambda: tied(lora=True), tokens),
+    }
 WITHOUT_RULE = {"without_a_rule", "groups", "flagged", "weighed", "weighed_by_name", "queries"}
 NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent", "queries")
 # One of each kind of rule is enough for the path of layers that have none.
@@ -247,7 +285,8 @@ def float64_gradients(model, case, x, y):
 
 CORE = [
     *("dense", "shared_dense", "conv2d_same", "einsum_heads", "embedding_masked"),
-    *("layer_norm_axes", "without_a_rule"),
+    *("layer_norm_axes", "without_a_rule", "lora_einsum"),
+    *(["reversible"] if "reversible" in CASES else []),
 ]
 
 
@@ -569,11 +608,7 @@ def test_a_subclass_with_a_call_of_its_own_has_no_rule():
     assert rules.rule_for(Named(3)) is rules.rule_for(layers.Dense(3)) is not rules.GENERIC
 
 
-def test_lora_and_shared_variables_take_the_generic_path():
-    layer = layers.Dense(4)
-    layer.build((None, 6))
-    layer.enable_lora(2)
-    assert rules.rule_for(layer) is rules.GENERIC
+def test_shared_variables_take_the_generic_path():
     first, head = layers.Dense(6, name="first"), layers.Dense(3, name="head")
     first.build((None, 6))
 

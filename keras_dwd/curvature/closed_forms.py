@@ -193,6 +193,7 @@ def bias_gradient(layer: keras.Layer, g: tf.Tensor) -> tf.Tensor:
 @register_rule(layers.Embedding)
 class _EmbeddingRule(Rule):
     variables = ("embeddings",)
+    table = "embeddings"
 
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
@@ -200,6 +201,21 @@ class _EmbeddingRule(Rule):
         ids = tf.concat([ids_of(flow) for flow in flows], 1)
         g = tf.concat([as_rows(flow.gradient) for flow in flows], 1)
         return {"embeddings": squared_lookups(ids, g, weights, layer.input_dim)}
+
+    def row_factors(
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        ids = tf.concat([ids_of(flow) for flow in flows], 1)
+        ids, g = summed_lookups(ids, tf.concat([as_rows(flow.gradient) for flow in flows], 1))
+        energies = weights[:, None] * tf.reduce_sum(g**2, -1)
+        rows = tf.math.unsorted_segment_sum(flat(energies), ids, layer.input_dim)
+        half = as_columns(tf.sqrt(weights)[:, None, None] * g)
+        return rows, half, half
+
+
+def as_columns(x: tf.Tensor) -> tf.Tensor:
+    """Reshape and transpose `(batch, positions, n)` to `(n, batch · positions)`."""
+    return tf.transpose(tf.reshape(x, (-1, x.shape[-1])))
 
 
 def ids_of(flow: LayerIO) -> tf.Tensor:
@@ -216,8 +232,16 @@ def squared_lookups(ids: tf.Tensor, g: tf.Tensor, weights: tf.Tensor, vocabulary
         weights: `(batch,)`, the weights w_b.
         vocabulary: The number of rows.
     """
-    # In the order of the ids, the occurrences in an example are neighbours. Their sum counts where
-    # they start.
+    ids, g = summed_lookups(ids, g)
+    rows = weights[:, None, None] * g**2
+    return tf.math.unsorted_segment_sum(
+        tf.reshape(rows, (-1, g.shape[-1])), tf.reshape(ids, (-1,)), vocabulary
+    )
+
+
+def summed_lookups(ids: tf.Tensor, g: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The ids of each example in order, and the sum of the gradients where each begins, else 0."""
+    # In the order of the ids, the occurrences in an example are neighbours.
     order = tf.argsort(ids, axis=1)
     ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
     differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
@@ -225,8 +249,7 @@ def squared_lookups(ids: tf.Tensor, g: tf.Tensor, weights: tf.Tensor, vocabulary
     run = tf.cumsum(tf.reshape(starts, (-1,))) - 1
     rows = tf.reshape(g, (-1, g.shape[-1]))
     summed = tf.gather(tf.math.unsorted_segment_sum(rows, run, tf.size(ids)), run)
-    share = tf.reshape(weights[:, None] * tf.cast(starts, "float32"), (-1, 1))
-    return tf.math.unsorted_segment_sum(share * summed**2, tf.reshape(ids, (-1,)), vocabulary)
+    return ids, tf.reshape(summed, tf.shape(g)) * tf.cast(starts, "float32")[..., None]
 
 
 @register_rule(layers.BatchNormalization)

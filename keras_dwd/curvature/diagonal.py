@@ -15,6 +15,12 @@ class DiagonalFisher(Fisher):
     or regularization losses. All estimators except `"batch"` and `"adam"` use per-example gradients
     in inference mode, in closed form for layers with a rule (see `register_rule`).
 
+    An example is one element of the batch, such as a sequence. Where a cross-entropy is a mean over
+    positions, as over the tokens of a sequence, the squared gradient of its mean over the positions
+    that count is multiplied by their number n (with weights w by (Σw)² / Σw²): it is then about
+    that of one token, whatever the length of sequences and of their padding. Losses that are added
+    over several outputs are not multiplied.
+
     An example of weight two counts twice. With the reduction `"mean_with_sample_weight"` of a loss
     the weights are divided by their mean over the batch, as the loss divides by their sum. Weights
     of time steps are part of the loss of an example. Positions that are masked, or of the loss's

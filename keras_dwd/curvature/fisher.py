@@ -34,6 +34,7 @@ from keras_dwd.curvature.likelihood import (
     example_weights,
     needs_labels,
     negated,
+    positions_per_example,
     present,
     reductions,
     sample_labels,
@@ -369,6 +370,8 @@ class Fisher(FixedSettings):
         if sample_weight is not None:
             given = example_weights(model, sample_weight, counted, not inner_weights)
             weights *= 1.0 if given is None else given
+        positions = positions_per_example(model, outputs, counted, *inner_weights)
+        weights *= 1.0 if positions is None else positions
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_loss_outputs = loss_gradients(model, of_loss, masks, scale)
         self._note_coupling(coupling(model, of_loss, by_loss_outputs, scale))
@@ -400,8 +403,10 @@ class Fisher(FixedSettings):
             # Ignore examples without a loss, such as those that pad the batches of workers.
             counted = counted_positions(model, y, outputs, masks, *inner_weights)
             counts = (weights > 0) & present(counted, outputs)
-            margins = squared_margins(model, outputs, counted)
-            factor, margin = _influence(gradients_by_logits, counts, margins, communicator)
+            margins = squared_margins(model, outputs, counted, *inner_weights)
+            residuals = tf.add_n([tf.reduce_sum(flat(g) ** 2, 1) for g in gradients_by_logits])
+            residuals *= 1.0 if positions is None else positions
+            factor, margin = _influence(residuals, counts, margins, communicator)
             weights *= factor
 
         statistics: Statistics = {}
@@ -680,7 +685,7 @@ class Fisher(FixedSettings):
 
 
 def _influence(
-    gradients: Sequence[tf.Tensor],
+    residuals: tf.Tensor,
     counts: tf.Tensor,
     margins: tf.Tensor,
     communicator: Communicator,
@@ -690,7 +695,7 @@ def _influence(
     An example counts less the larger its gradient by the logits is. Graph code.
 
     Args:
-        gradients: The gradient of each example's loss by the logits of each output.
+        residuals: The squared gradient of each example's loss by the logits, `(batch,)`.
         counts: Whether an example has a loss, `(batch,)`.
         margins: The squared margins, `(batch,)`.
         communicator: The workers whose batches form one.
@@ -698,7 +703,6 @@ def _influence(
     Returns:
         A factor for each example, `(batch,)`, and the mean squared margin.
     """
-    residuals = tf.add_n([tf.reduce_sum(flat(g) ** 2, axis=1) for g in gradients])
     of_all = communicator.gather(
         tf.stack([tf.where(counts, residuals, np.inf), margins], 1), "residuals"
     )

@@ -15,6 +15,7 @@ from keras_dwd.precision.block import Block
 from keras_dwd.precision.factor import Factor
 from keras_dwd.precision.kronecker import SIDES, Kronecker
 from keras_dwd.precision.low_rank import LowRank
+from keras_dwd.precision.row_kronecker import RowKronecker
 from keras_dwd.variables import Arrays, Variables
 
 
@@ -29,7 +30,8 @@ class KroneckerFisher(Fisher):
     its input and g the loss gradient at its output. This is one power-iteration step towards the
     nearest Kronecker product and preserves the trace. It needs no assumption on how gradients at
     different positions of a convolution correlate, and does not form D where there are few
-    positions. All other variables get a diagonal from the same estimator.
+    positions. Of an embedding of more than `4 * rank` words A is diagonal: a number per word, and a
+    matrix G for all words. All other variables get a diagonal from the same estimator.
 
     Args:
         estimator: `"influence"`, `"empirical"`, `"mc"` or `"negated"`, as in `DiagonalFisher`.
@@ -95,6 +97,14 @@ class KroneckerFisher(Fisher):
                     if size > 4 * self.rank:
                         shapes[f"{side}_trace/{ruled.kernel}"] = ()
                     shapes[f"{side}/{ruled.kernel}"] = (size, min(size, self._columns(size)))
+            elif self._is_large(ruled) and ruled.paths[str(ruled.rule.table)] in variables:
+                path = ruled.paths[str(ruled.rule.table)]
+                shapes.pop(f"fisher/{path}", None)
+                height, width = variables[path].shape
+                shapes[f"input/{path}"] = (height,)
+                shapes[f"output/{path}"] = (width, min(width, self._columns(width)))
+                if width > 4 * self.rank:
+                    shapes[f"output_trace/{path}"] = ()
             elif self._corrects(ruled):
                 for path in set(ruled.paths.values()) & set(variables):
                     size = int(np.prod(variables[path].shape))
@@ -107,6 +117,8 @@ class KroneckerFisher(Fisher):
         """The factors of one layer, or its squared gradients if it has no factors; graph code."""
         if self._corrects(ruled):
             return self._sketches(ruled, flows, weights)
+        if self._is_large(ruled):
+            return self._table_statistics(ruled, flows, weights)
         if ruled.form is None:
             return super().layer_statistics(ruled, flows, weights)
         # A bias that is not a row of the matrix has a diagonal.
@@ -129,6 +141,12 @@ class KroneckerFisher(Fisher):
         """Diagonal and Kronecker-factored blocks."""
         blocks = super()._blocks(model, variables, statistics)
         for ruled in ruled_layers(model):
+            path = ruled.paths.get(str(ruled.rule.table))
+            if path in variables and f"input/{path}" in statistics:
+                g = self._covering("output", path, statistics, None)
+                rows, trace = np.asarray(statistics[f"input/{path}"], "float64"), g.trace
+                g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
+                blocks[path] = RowKronecker(path, rows, g, self.rank)
             if ruled.form is None or f"input/{ruled.kernel}" not in statistics:
                 continue
             if not ruled.trains(variables):  # frozen since the estimate
@@ -148,6 +166,28 @@ class KroneckerFisher(Fisher):
                 factor = Factor.from_sketch(sketch.astype("float64"), probe, float(diagonal.sum()))
                 blocks[path] = LowRank.around(path, diagonal, factor, self.correction)
         return blocks
+
+    def _is_large(self, ruled: RuledLayer) -> bool:
+        """Whether a layer has a table of so many rows that these get a number each."""
+        name = ruled.rule.table
+        return name is not None and getattr(ruled.layer, name).shape[0] > 4 * self.rank
+
+    def _table_statistics(
+        self, ruled: RuledLayer, flows: list[LayerIO], weights: tf.Tensor
+    ) -> Statistics:
+        """The factors of a large table, and the squared gradients of other variables."""
+        table = str(ruled.rule.table)
+        path = ruled.paths[table]
+        statistics: Statistics = {}
+        if len(ruled.paths) > 1:
+            others = super().layer_statistics(ruled, flows, weights)
+            statistics = {n: v for n, v in others.items() if n != f"fisher/{path}"}
+        rows, left, right = ruled.rule.row_factors(ruled.layer, flows, weights)
+        width, probe = left.shape[0], None
+        if width > 4 * self.rank:
+            statistics[f"output_trace/{path}"] = tf.reduce_sum(left * right)
+            probe = tf.constant(probe_of(width, self.rank))
+        return statistics | {f"input/{path}": rows, f"output/{path}": product(left, right, probe)}
 
     def _corrects(self, ruled: RuledLayer) -> bool:
         """Whether the variables of the layer get a low-rank correction."""
@@ -180,14 +220,20 @@ class KroneckerFisher(Fisher):
         self, side: str, kernel: str, statistics: Arrays
     ) -> tuple[Factor, np.ndarray | None]:
         """The factor A or G, and the indices of the rows that it covers; `None` for all."""
+        rows = self._active(np.asarray(statistics[f"{side}/{kernel}"]))
+        return self._covering(side, kernel, statistics, rows), rows
+
+    def _covering(
+        self, side: str, kernel: str, statistics: Arrays, rows: np.ndarray | None
+    ) -> Factor:
+        """The factor A or G for some of its rows; `None` for all."""
         matrix = np.asarray(statistics[f"{side}/{kernel}"], "float64")
         trace = statistics.get(f"{side}_trace/{kernel}")
-        rows = self._active(matrix)
         selected = slice(None) if rows is None else rows
         if trace is None:
-            return Factor.from_matrix(matrix[selected][:, selected], self.rank), rows
+            return Factor.from_matrix(matrix[selected][:, selected], self.rank)
         probe = probe_of(len(matrix), self.rank).astype("float64")
-        return Factor.from_sketch(matrix[selected], probe[selected], float(trace)), rows
+        return Factor.from_sketch(matrix[selected], probe[selected], float(trace))
 
     def _columns(self, size: int) -> int:
         """The number of columns of a statistic: that of the full matrix, or of a sketch of it."""

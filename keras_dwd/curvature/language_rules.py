@@ -10,7 +10,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_dwd.curvature.closed_forms import as_rows, ids_of, squared_lookups
+from keras_dwd.curvature.closed_forms import (
+    as_columns,
+    as_rows,
+    ids_of,
+    squared_lookups,
+    summed_lookups,
+)
 from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
 
 _HUB = "keras_hub.src"
@@ -181,6 +187,7 @@ class _ReversibleEmbeddingRule(Rule):
     """Looks rows up and, called in reverse, multiplies by the transpose of the same table."""
 
     variables = ("embeddings", "reverse_embeddings")
+    table = "embeddings"
 
     def squares(
         self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
@@ -190,3 +197,28 @@ class _ReversibleEmbeddingRule(Rule):
         if uses.hidden is not None and not uses.tied:
             squares["reverse_embeddings"] = uses.reverse_squares(weights)
         return squares
+
+    def row_factors(
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        uses = uses_of(layer, flows)
+        ids, s = summed_lookups(uses.ids, uses.g)
+        weight = weights[:, None, None]
+        energies = tf.reduce_sum(s**2, -1)
+        pairs = [(weight * s, s)]
+        rows = tf.zeros((layer.input_dim,))
+        if uses.tied:
+            h, by_logits = uses.hidden, uses.by_logits
+            assert h is not None
+            assert by_logits is not None
+            # The rows of the product P = by_logitsᵀ h that are looked up too.
+            looked_up = tf.gather(by_logits, ids, axis=2, batch_dims=1)
+            p = tf.matmul(looked_up, h, transpose_a=True)
+            energies += 2 * tf.reduce_sum(s * p, -1)
+            overlaps = tf.matmul(h, h, transpose_b=True)
+            rows = tf.einsum("b,btv,btv->v", weights, tf.matmul(overlaps, by_logits), by_logits)
+            overlaps = tf.matmul(by_logits, by_logits, transpose_b=True)
+            pairs += [(weight * s, p), (weight * p, s), (weight * tf.matmul(overlaps, h), h)]
+        rows += tf.math.unsorted_segment_sum(weights[:, None] * energies, ids, layer.input_dim)
+        left, right = zip(*pairs, strict=True)
+        return rows, as_columns(tf.concat(left, 1)), as_columns(tf.concat(right, 1))

@@ -176,7 +176,45 @@ def present(counted: Counted, outputs: Any) -> tf.Tensor:
     return tf.reduce_any(tf.stack(any_of_each), 0)
 
 
-def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None) -> tf.Tensor:
+def positions_per_example(
+    model: Learner, outputs: Any, counted: Counted, weights: Any = None
+) -> tf.Tensor | None:
+    """How many positions the loss of an example is a mean of, `(batch,)`; `None` for one.
+
+    Such as the tokens of a sequence. The cross-entropy of an example is Σ_t c_t ℓ_t. The gradients
+    of the ℓ_t do not correlate under the model: the expected square of their sum is Σ_t c_t² times
+    that of one. Multiplied by 1 / Σ_t c_t², it depends neither on how many positions there are nor
+    on how many are padded. With n equal weights that is n, for a mean.
+
+    Args:
+        model: A compiled model. `None` is returned if it has several outputs with a loss, a loss
+            of its own, or a loss other than a cross-entropy.
+        outputs: The outputs of the model.
+        counted: Which positions the loss counts, by output.
+        weights: Sample weights of positions, if there are any.
+    """
+    given = [(i, loss) for i, loss in enumerate(losses_of(model)) if loss is not None]
+    if len(given) != 1 or has_own_loss(model):
+        return None
+    ((index, loss),) = given
+    output, known = tf.nest.flatten(outputs)[index], known_loss(loss)
+    if known.kind not in ("sparse", "categorical", "binary") or len(output.shape) < 3:
+        return None
+    shape = tf.shape(classes_last(output, known.axis))[:-1]
+    each = counted[index]
+    mask = tf.ones(shape) if each is None else each
+    weighted = mask
+    if weights is not None:
+        weighted = mask * _at_positions(tf.cast(weights, "float32"), shape, output)
+    divisor = {"mean": mask, "weighted mean": weighted}.get(_reduction(loss))
+    squares = tf.reduce_sum(_flat(weighted) ** 2, 1)
+    total = 1.0 if divisor is None else tf.reduce_sum(_flat(divisor), 1)
+    return tf.math.divide_no_nan(total**2, squares)
+
+
+def squared_margins(
+    model: Learner, outputs: Any, counted: Counted | None = None, weights: Any = None
+) -> tf.Tensor:
     """The squared margin of each example, `(batch,)`, averaged over positions and outputs.
 
     The margin is how far the logits may move before the prediction changes. For a cross-entropy it
@@ -187,11 +225,14 @@ def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None
         model: A compiled model.
         outputs: The outputs of the model.
         counted: See `counted_positions`; all positions if left out.
+        weights: Sample weights of positions, by which these are averaged.
     """
     flat = tf.nest.flatten(outputs)
     sums, counts = [], []
-    for loss, output, where in zip(
-        losses_of(model), flat, counted or [None] * len(flat), strict=True
+    all_of_each = [None] * len(flat)
+    losses = losses_of(model)
+    for loss, output, where, weight in zip(
+        losses, flat, counted or all_of_each, by_output(weights, losses), strict=True
     ):
         known = known_loss(loss)
         output = tf.cast(tf.stop_gradient(_with_an_axis(output)), "float32")
@@ -204,7 +245,10 @@ def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None
             squares = (highest[..., 0] - highest[..., 1]) ** 2
         else:
             continue
-        where = _flat(tf.ones_like(squares) if where is None else where)
+        where = tf.ones_like(squares) if where is None else where
+        if weight is not None:
+            where *= tf.cast(_at_positions(weight, tf.shape(squares), output), where.dtype)
+        where = _flat(where)
         # Where all classes but one are masked by −inf, there is nothing to decide.
         where *= tf.cast(tf.math.is_finite(_flat(squares)), where.dtype)
         squares = tf.where(tf.math.is_finite(squares), squares, 0.0)

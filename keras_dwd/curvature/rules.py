@@ -65,10 +65,13 @@ class Rule:
         method: The name of a method of the layer whose result holds everything that the variables
             do to the output, and is the same for all examples, with a first axis of size one. The
             rule then gets the gradient by this result, example by example, not by the output.
+        table: The name of a variable that is a table of vectors, for which the rule defines
+            `row_factors`.
     """
 
     variables: tuple[str, ...] | Mapping[str, str] | None = None
     method: str | None = None
+    table: str | None = None
 
     def takes(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the closed form holds for a call with these arguments.
@@ -122,6 +125,19 @@ class Rule:
             `(batch, positions, fan_in)` and `(batch, positions, fan_out)`.
         """
         raise TypeError(f"{type(self).__name__} is no rule of a matrix product.")
+
+    def row_factors(
+        self, layer: keras.Layer, flows: list[LayerIO], weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """What the Kronecker factors of the table are made of, without a tensor of its size.
+
+        With D_b the gradient of an example by the table:
+
+        Returns:
+            The diagonal of Σ_b w_b D_b D_bᵀ, and two matrices L and R, of as many rows as the table
+            has columns, with L Rᵀ = Σ_b w_b D_bᵀ D_b.
+        """
+        raise TypeError(f"{type(self).__name__} is no rule of a table.")
 
 
 class GenericRule(Rule):
@@ -227,9 +243,9 @@ def rule_for(layer: keras.Layer) -> Rule:
     # With LoRA or quantization a layer does not compute with its variables directly.
     if getattr(layer, "quantization_mode", None):
         return GENERIC
-    rules = _LORA_RULES if getattr(layer, "lora_enabled", False) else _RULES
     parent = _registered(type(layer))
-    rule = None if parent is None else _rule_of(parent, rules)
+    lora = bool(getattr(layer, "lora_enabled", False))
+    rule = None if parent is None else _rule_of(parent, lora)
     if parent is None or rule is None or not _computes_as(layer, parent):
         return GENERIC
     return rule if _has_variables(layer, rule) and rule.supports(layer) else GENERIC
@@ -240,8 +256,9 @@ def _registered(layer_type: type) -> type | None:
     return next((parent for parent in layer_type.__mro__ if _rule_of(parent)), None)
 
 
-def _rule_of(layer_type: type, rules: Mapping[type | str, Rule] = _RULES) -> Rule | None:
+def _rule_of(layer_type: type, lora: bool = False) -> Rule | None:
     """The rule that is registered for a type itself, or for its name."""
+    rules = _LORA_RULES if lora else _RULES
     by_name = rules.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
     return rules.get(layer_type, by_name)
 

@@ -7,6 +7,7 @@ from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.precision.factor import Factor
 from keras_dwd.precision.kronecker import SIDES, Kronecker
 from keras_dwd.precision.low_rank import LowRank
+from keras_dwd.precision.row_kronecker import RowKronecker
 from keras_dwd.variables import Arrays
 
 NAMES = {
@@ -37,6 +38,12 @@ def block_from(arrays: Arrays, place: Place, rank: int, correction: int) -> Bloc
             return Diagonal(place.paths[0], arrays["precision"])
         template = LowRank(place.paths[0], np.zeros(shape), np.zeros((1, 1)), correction)
         return template.with_arrays(arrays)
+    if "input_values" in arrays and "input_vectors" not in arrays:
+        columns = np.shape(arrays.get("output_vectors"))[:1]
+        if arrays["input_values"].shape + columns != shape:
+            raise ValueError(f"Factors of other sizes than {shape}.")
+        nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))
+        return RowKronecker(place.paths[0], np.zeros(1), nothing, rank).with_arrays(arrays)
     if place.form is None:
         raise ValueError(f"{place.paths[0]!r} is no matrix.")
     for side, size in zip(SIDES, (place.form.rows, place.form.shape[1]), strict=True):
