@@ -119,7 +119,7 @@ def wrapped(model, lora=False):
 def one_by_one(model, x, y, weights=None):
     """Mean squared gradients of the sum of a sequence's losses, over √(Σ w²): of one token."""
     variables = trainable_by_path(model)
-    total = {path: 0.0 for path in variables}
+    total = dict.fromkeys(variables, 0.0)
     for i in range(3):
         with tf.GradientTape() as tape:
             logits = tf.cast(model({n: a[i : i + 1] for n, a in x.items()}), "float64")
