@@ -4,7 +4,6 @@ A task model of KerasHub has nothing to do with a task that is learned: it is a 
 preprocessor, such as `GemmaCausalLM`. The package is not imported here.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +63,8 @@ class HubTask(keras.Model):
         if task is None:  # a clone
             super().compile(*args, **kwargs)
             return
-        own = {name: kwargs.pop(name) for name in ("communicator", "sharded") if name in kwargs}
+        names = {"communicator", "sharded"} & kwargs.keys()
+        own: dict[str, Any] = {name: kwargs.pop(name) for name in names}
         if hasattr(task, "sampler"):
             kwargs.setdefault("sampler", task.sampler)
         task.compile(*args, **kwargs)
@@ -128,9 +128,11 @@ class HubTask(keras.Model):
         if isinstance(x, tuple):
             x, y, sample_weight = (*x, None, None)[:3]
         prepared = keras.utils.unpack_x_y_sample_weight(prepare(_as_lists(x), y, sample_weight))
-        return tuple(
-            None if a is None else keras.tree.map_structure(np.asarray, a) for a in prepared
+        x, y, sample_weight = (
+            None if part is None else keras.tree.map_structure(np.asarray, part)
+            for part in prepared
         )
+        return x, y, sample_weight
 
     def get_config(self) -> dict[str, Any]:
         """The configuration of the task model, with the settings of this one."""
@@ -163,14 +165,18 @@ def _as_lists(x: Any) -> Any:
     return x.tolist() if strings else x
 
 
-@functools.cache
+# The subclasses for task models, by the class that they are of.
+_KINDS: dict[type, type[keras.Model]] = {}
+
+
 def for_hub_tasks(kind: type[keras.Model]) -> type[keras.Model]:
     """A subclass of `DWDModel`, or of a subclass of it, for task models of KerasHub."""
-    if issubclass(kind, HubTask):
-        return kind
+    if issubclass(kind, HubTask) or kind in _KINDS:
+        return _KINDS.get(kind, kind)
     made = type(kind.__name__, (HubTask, kind), {"__module__": kind.__module__})
     name = f"{kind.__name__}OfHubTask"
-    return keras.saving.register_keras_serializable("keras_dwd", name)(made)
+    _KINDS[kind] = keras.saving.register_keras_serializable("keras_dwd", name)(made)
+    return _KINDS[kind]
 
 
 def keep_hub_task(model: keras.Model, task: keras.Model) -> None:

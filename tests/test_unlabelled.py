@@ -234,8 +234,8 @@ def test_each_position_of_a_sequence_is_drawn():
     x = X[:8].reshape(2, 4, 6)
     found = pass_statistics(model, (np.tile(x, (6000, 1, 1)),), 1000)["fisher/o/kernel"]
     p = probabilities(model, "softmax", x)
-    # The draws are independent, so that the variance of their mean is the sum over 4².
-    expected = np.einsum("bti,bto->io", x.astype("float64") ** 2, p * (1 - p)) / 2 / 16
+    # The draws are independent: the variance of their mean, times 4, is the mean of theirs.
+    expected = np.einsum("bti,bto->io", x.astype("float64") ** 2, p * (1 - p)) / 2 / 4
     np.testing.assert_allclose(found, expected, rtol=0.06)
 
 

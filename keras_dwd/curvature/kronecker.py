@@ -143,10 +143,10 @@ class KroneckerFisher(Fisher):
         for ruled in ruled_layers(model):
             path = ruled.paths.get(str(ruled.rule.table))
             if path in variables and f"input/{path}" in statistics:
+                by_row = np.asarray(statistics[f"input/{path}"], "float64")
                 g = self._covering("output", path, statistics, None)
-                rows, trace = np.asarray(statistics[f"input/{path}"], "float64"), g.trace
-                g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
-                blocks[path] = RowKronecker(path, rows, g, self.rank)
+                g = g.damped(self.damping).times(1 / g.trace if g.trace > 0 else 1.0)
+                blocks[path] = RowKronecker(path, by_row, g, self.rank)
             if ruled.form is None or f"input/{ruled.kernel}" not in statistics:
                 continue
             if not ruled.trains(variables):  # frozen since the estimate

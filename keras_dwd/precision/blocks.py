@@ -39,7 +39,7 @@ def block_from(arrays: Arrays, place: Place, rank: int, correction: int) -> Bloc
         template = LowRank(place.paths[0], np.zeros(shape), np.zeros((1, 1)), correction)
         return template.with_arrays(arrays)
     if "input_values" in arrays and "input_vectors" not in arrays:
-        columns = np.shape(arrays.get("output_vectors"))[:1]
+        columns = arrays["output_vectors"].shape[:1] if "output_vectors" in arrays else ()
         if arrays["input_values"].shape + columns != shape:
             raise ValueError(f"Factors of other sizes than {shape}.")
         nothing = Factor(np.zeros((1, 1)), np.zeros(1), np.zeros(()))
