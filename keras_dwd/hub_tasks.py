@@ -75,7 +75,7 @@ class HubTask(keras.Model):
         given = {n: v for n, v in (kwargs | named).items() if n != "sampler"}
         super().compile(**given | own)
 
-    def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`fit` on what the preprocessor takes."""
         x, y, kwargs["sample_weight"] = self._prepared(x, y, kwargs.get("sample_weight"))
         validation = kwargs.get("validation_data")
@@ -84,17 +84,17 @@ class HubTask(keras.Model):
             prepared = self._prepared(*given)
             whole = isinstance(prepared[0], tf.data.Dataset)
             kwargs["validation_data"] = prepared[0] if whole else prepared
-        return super().fit(x, y, **kwargs)
+        return super().fit(x, y, *args, **kwargs)
 
-    def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`evaluate` on what the preprocessor takes."""
         if not kwargs.get("_use_cached_eval_dataset"):  # which `fit` has prepared
             x, y, kwargs["sample_weight"] = self._prepared(x, y, kwargs.get("sample_weight"))
-        return super().evaluate(x, y, **kwargs)
+        return super().evaluate(x, y, *args, **kwargs)
 
-    def predict(self, x: Any, **kwargs: Any) -> Any:
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """`predict` on what the preprocessor takes."""
-        return super().predict(self._prepared(x)[0], **kwargs)
+        return super().predict(self._prepared(x)[0], *args, **kwargs)
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kw: Any) -> Any:
         """`train_on_batch` on what the preprocessor takes."""
@@ -141,7 +141,9 @@ class HubTask(keras.Model):
             return super().get_config()
         settings: Any = self._settings()
         sharded = {"sharded": True} if self.workers.sharded else {}
-        return {"task": keras.saving.serialize_keras_object(task), **settings, **sharded}
+        serialized: Any = keras.saving.serialize_keras_object(task)
+        serialized.pop("compile_config", None)  # it is that of this model
+        return {"task": serialized, **settings, **sharded}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> Any:

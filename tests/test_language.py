@@ -225,6 +225,11 @@ def test_a_task_model_keeps_what_it_can_do(tmp_path):
     again.load_weights(tmp_path / "m.weights.h5")
     assert said(again) == learned
     assert again.tasks_learned == 1
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    loaded.compile(sampler="greedy", jit_compile=False)
+    assert said(loaded) == learned
+    assert loaded.tasks_learned == 1
     stripped = strip_dwd(model)
     assert stripped is task
     assert said(stripped) == learned
