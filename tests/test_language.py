@@ -171,12 +171,12 @@ def test_adapters_are_followed_and_nothing_else_is_pulled(family):
         np.testing.assert_allclose(found[f"fisher/{path}"], values, **tolerance, err_msg=path)
 
 
-def speaker(words=("a", "b", "c", "d")):
+def speaker(words=("a", "b", "c", "d", "ab")):
     """A GPT-2 of one layer that reads and writes the letters a to d."""
     vocabulary = {"<|endoftext|>": 0, **{word: i + 1 for i, word in enumerate(words)}}
     tokenizer = models.GPT2Tokenizer(vocabulary=vocabulary, merges=["a b"])
     preprocessor = models.GPT2CausalLMPreprocessor(tokenizer=tokenizer, sequence_length=8)
-    backbone = models.GPT2Backbone(5, 1, 2, 8, 12, **SMALL)
+    backbone = models.GPT2Backbone(6, 1, 2, 8, 12, **SMALL)
     keras.utils.set_random_seed(3)
     task = models.GPT2CausalLM(backbone=backbone, preprocessor=preprocessor)
     rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def test_a_task_model_keeps_what_it_can_do(tmp_path):
     assert model.backbone is task.backbone
     model.fit(TEXTS, batch_size=3, verbose=0, validation_data=(TEXTS,))
     assert model.evaluate(TEXTS, verbose=0)[0] > 0
-    assert model.predict(TEXTS, verbose=0).shape == (3, 8, 5)
+    assert model.predict(TEXTS, verbose=0).shape == (3, 8, 6)
     model.consolidate(TEXTS)
     assert model.tasks_learned == 1
     model.train_on_batch(np.array(TEXTS))
