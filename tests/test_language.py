@@ -10,7 +10,8 @@ from keras_dwd import DiagonalFisher, DWDModel, strip_dwd
 from keras_dwd.curvature.rules import GENERIC, ruled_layers
 from keras_dwd.variables import by_path, trainable_by_path
 
-models = pytest.importorskip("keras_hub").models
+keras_hub = pytest.importorskip("keras_hub")
+models = keras_hub.models
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*was passed an input with a mask attached"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer"),
@@ -169,6 +170,26 @@ def test_adapters_are_followed_and_nothing_else_is_pulled(family):
     for path, values in expected.items():
         tolerance = {"rtol": 1e-3, "atol": 1e-4 * values.max() + 1e-9 * largest}
         np.testing.assert_allclose(found[f"fisher/{path}"], values, **tolerance, err_msg=path)
+
+
+def test_positions_that_do_not_start_at_zero_are_followed_too():
+    inputs = keras.Input((3, 4))
+    positions = keras_hub.layers.PositionEmbedding(6)(inputs, start_index=2)
+    outputs = keras.layers.Dense(3)(keras.layers.Flatten()(inputs + positions))
+    model = DWDModel.from_model(keras.Model(inputs, outputs), fisher=DiagonalFisher("empirical"))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 3, 4)).astype("float32"), np.array([0, 2, 1])
+    found, total = pass_statistics(model, (x, y), 3), np.zeros((6, 4))
+    path = next(path for path in by_path(model) if "position" in path)
+    for i in range(3):
+        with tf.GradientTape() as tape:
+            logits = model(x[i : i + 1])
+            loss = tf.nn.sparse_softmax_cross_entropy_with_logits(y[i : i + 1], logits)
+        gradient = tape.gradient(loss, by_path(model)[path].value)
+        total += np.asarray(tf.convert_to_tensor(gradient), "float64") ** 2 / 3
+    assert not total[:2].any()
+    np.testing.assert_allclose(found[f"fisher/{path}"], total, rtol=1e-4, atol=1e-8)
 
 
 def speaker(words=("a", "b", "c", "d", "ab")):

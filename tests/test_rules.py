@@ -654,6 +654,17 @@ def test_rules_that_lack_a_part_are_refused_when_registered(names, said):
     assert rules.rule_for(Unknown()) is rules.GENERIC
 
 
+def test_a_type_may_be_named_and_need_not_be_imported(monkeypatch):
+    class Unknown(keras.layers.Layer):
+        pass
+
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
+    rule = register_rule(f"{Unknown.__module__}.{Unknown.__qualname__}")(_gives("squares"))
+    assert isinstance(rules.rule_for(Unknown()), rule)
+    with pytest.raises(ValueError, match=r"or their names with those of their modules.*'Unknown'"):
+        register_rule("Unknown")
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_the_memory_of_an_embedding_grows_with_the_tokens(jit):
     """No tensor has the square of the number of tokens; and the gradients are those of a loop."""
