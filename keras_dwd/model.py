@@ -212,7 +212,10 @@ class DWDModel(CloneAware):
                 `dtype` is the dtype policy of `model`.
 
         Returns:
-            A model of the class that this is called on.
+            A model of the class that this is called on. Around a task model of KerasHub, such as
+            `GemmaCausalLM`, it also has the methods of that model, such as `generate`; `fit`,
+            `consolidate` and the like take what its preprocessor takes, and `compile` has its
+            arguments and defaults.
 
         Raises:
             ValueError: If the model is not built, overrides the training step, or is a subclassed

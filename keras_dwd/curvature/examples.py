@@ -217,8 +217,10 @@ def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
         A float32 scalar. Zero where this is not known: the outputs are random, or the model cannot
         run on a single example.
     """
+    # A function, so that both calls share a graph: that of a large model takes long to trace.
+    forward = tf.function(lambda one: model(one, training=False), autograph=False)
     try:
-        alone, again = (tf.nest.flatten(model(part_of(x, 0, 1), training=False)) for _ in range(2))
+        alone, again = (tf.nest.flatten(forward(part_of(x, 0, 1))) for _ in range(2))
     except Exception:  # such as a model with a fixed batch size
         return tf.zeros(())
     count = count_of(x)

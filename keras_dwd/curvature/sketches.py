@@ -1,5 +1,8 @@
 """Second moments of per-example gradients, or sketches of them, for Kronecker factors."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
@@ -24,6 +27,19 @@ def products(
         weights: `(batch,)`, the weights w_b of the examples.
         first: The number of examples processed before this batch.
     """
+    traced = _traced(tuple(rows.shape), tuple(other.shape))
+    return traced(rows, other, weights, tf.convert_to_tensor(first, "int32"))
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(*shapes: tuple[int | None, ...]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    """`_products` as a graph that layers of the same shapes share: it takes long to trace."""
+    return tf.function(_products, autograph=False)
+
+
+def _products(
+    rows: tf.Tensor, other: tf.Tensor, weights: tf.Tensor, first: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     n, m, positions = rows.shape[2], other.shape[2], rows.shape[1]
     if positions is None or positions > _DIRECTIONS:
         if m > 2 * _DIRECTIONS:
@@ -33,8 +49,8 @@ def products(
             d = tf.reshape(tf.transpose(d, (1, 0, 2)), (n, -1))
             return d, d
     overlaps = tf.matmul(other * weights[:, None, None], other, transpose_b=True)
-    left, right = tf.matmul(overlaps, rows), rows
-    return tuple(tf.transpose(tf.reshape(x, (-1, n))) for x in (left, right))
+    left, right = (tf.reshape(x, (-1, n)) for x in (tf.matmul(overlaps, rows), rows))
+    return tf.transpose(left), tf.transpose(right)
 
 
 def product(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None) -> tf.Tensor:
