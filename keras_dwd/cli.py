@@ -96,6 +96,14 @@ _Augment = Annotated[
         show_default=False,
     ),
 ]
+_Warmup = Annotated[
+    float | None,
+    typer.Option(help="Epochs in which the learning rate rises; by default of the profile."),
+]
+_Mixup = Annotated[
+    float | None,
+    typer.Option(help="Mix training examples in pairs, 0 for not; by default of the profile."),
+]
 _Metrics = Annotated[
     str,
     typer.Option(
@@ -147,6 +155,8 @@ def run(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     workers: _Workers = 1,
@@ -229,6 +239,8 @@ def tune(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
@@ -269,6 +281,8 @@ def ablate(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,

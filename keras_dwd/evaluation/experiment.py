@@ -50,6 +50,8 @@ class Experiment:
         schedule: By default of the profile.
         weight_decay: By default of the profile.
         augment: By default of the profile.
+        warmup: By default of the profile.
+        mixup: By default of the profile.
         metrics: What is measured, see `run_sequence`.
     """
 
@@ -67,6 +69,8 @@ class Experiment:
     schedule: str | None = None
     weight_decay: float | None = None
     augment: bool | None = None
+    warmup: float | None = None
+    mixup: float | None = None
     metrics: Metrics = (ACCURACY,)
 
     def __post_init__(self) -> None:
@@ -99,6 +103,8 @@ class Experiment:
                 schedule=self.schedule,
                 weight_decay=self.weight_decay,
                 augment=self.augment,
+                warmup=self.warmup,
+                mixup=self.mixup,
             ),
         )
         images = self.protocol.images_per_class
