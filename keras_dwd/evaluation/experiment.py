@@ -160,8 +160,9 @@ class Experiment:
 
         Returns:
             A JSON-serializable dictionary with `protocol`, `versions` and `methods`. The latter has
-            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each) and
-            its `accuracy_matrices`.
+            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each),
+            its `accuracy_matrices`, and the `consolidation` of the model of the first seed, see
+            `ConsolidationSummary.as_dict`.
         """
         if not methods:
             raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
@@ -243,6 +244,7 @@ def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
             for run in runs
         ],
         "untrained_accuracies": [[float(a) for a in run.matrix.before] for run in runs],
+        "consolidation": runs[0].consolidation,  # of the first seed
     }
 
 

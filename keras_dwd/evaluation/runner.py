@@ -65,6 +65,7 @@ class SequenceResult:
         boundary_seconds: Seconds of the task boundary, per task.
         peak_memory: Peak resident memory of the process during the run, in bytes.
         model: The trained model.
+        consolidation: What the model retains, see `ConsolidationSummary.as_dict`.
     """
 
     matrix: AccuracyMatrix
@@ -73,6 +74,7 @@ class SequenceResult:
     boundary_seconds: list[float]
     peak_memory: int
     model: DWDModel = field(repr=False)
+    consolidation: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """All metrics by name: accuracies and forgetting (from 0 to 1), time and memory."""
@@ -252,7 +254,7 @@ def run_sequence(
         if isinstance(model, TechniqueModel):
             rng = np.random.default_rng([seed, t, 1])
             model.end_task(task.train, _sample(task.train, fisher_examples), rng)
-        model.consolidate(sample, batch_size=batch_size)
+        model.consolidate(sample, batch_size=batch_size, verbose=0)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
             after[:] = _accuracies(model, tests)
@@ -261,6 +263,7 @@ def run_sequence(
             after[t, : t + 2] = _accuracies(model, tests[: t + 2])
         progress.boundary()
     result.peak_memory = memory.peak()
+    result.consolidation = model.consolidation.as_dict()
     return result
 
 
