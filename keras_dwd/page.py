@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from keras_dwd import plots
 from keras_dwd.evaluation.methods import strength_of
+from keras_dwd.evaluation.stored import Results, matrices_of, results_of, tuned_of
 from keras_dwd.files import FileError, replaced
-from keras_dwd.plots.of_results import Results, chosen_methods, matrices_of, results_of, tuned_of
+from keras_dwd.plots.of_results import chosen_methods
 from keras_dwd.plots.style import FAINT, INK, style
 from keras_dwd.version import __version__
 

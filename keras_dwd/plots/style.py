@@ -6,6 +6,7 @@ from typing import Any
 
 try:
     import matplotlib as mpl
+    from cycler import cycler
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:  # pragma: no cover
     raise ModuleNotFoundError(
@@ -25,10 +26,10 @@ WIDTH = 5.0
 @contextmanager
 def style() -> Iterator[None]:
     """Within this, figures have the style of the package, whatever the user has set."""
-    settings = {
+    settings: Any = {
         "axes.edgecolor": FAINT,
         "axes.labelcolor": INK,
-        "axes.prop_cycle": mpl.cycler(color=COLORS),
+        "axes.prop_cycle": cycler(color=COLORS),
         "axes.spines.right": False,
         "axes.spines.top": False,
         "axes.titlecolor": INK,
@@ -44,7 +45,8 @@ def style() -> Iterator[None]:
         "xtick.color": INK,
         "ytick.color": INK,
     }
-    with mpl.rc_context({**mpl.rcParamsDefault, **settings, "backend": mpl.rcParams["backend"]}):
+    others: Any = {**mpl.rcParamsDefault, "backend": mpl.rcParams["backend"]}
+    with mpl.rc_context(others | settings):
         yield
 
 

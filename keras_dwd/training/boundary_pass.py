@@ -61,8 +61,8 @@ class BoundaryPass:
         noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
         before = [np.array(v) for v in noted]
         bar = None
-        if verbose:
-            bar = keras.utils.Progbar(examples_in(data), verbose=verbose, unit_name="example")
+        if verbose == 1:
+            bar = keras.utils.Progbar(examples_in(data), unit_name="example")
         try:
             fisher.coupling.assign(0.0)
             fisher.contradiction.assign(0.0)
@@ -94,6 +94,8 @@ class BoundaryPass:
                     fisher.refuse_rules()
             if bar is not None:
                 bar.update(examples, finalize=True)
+            elif verbose:
+                print(f"Fisher information of {examples:,} examples")
         finally:  # also if the pass fails
             for variable, value in zip(noted, before, strict=True):
                 variable.assign(value)
