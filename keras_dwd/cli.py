@@ -36,7 +36,7 @@ from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
 from keras_dwd.evaluation.report import dry_table, plan_table, table
 from keras_dwd.evaluation.scenario import Scenario, Task
-from keras_dwd.evaluation.stored import results_of
+from keras_dwd.evaluation.stored import factor_of, results_of
 from keras_dwd.files import write_json
 from keras_dwd_command.app import app as app
 from keras_dwd_command.app import main as main
@@ -87,7 +87,7 @@ def run(
             write_json(out, results)
 
     try:
-        with _progress(console, leads) as observer:
+        with _progress(console, leads, experiment.measured[0].name) as observer:
             results = experiment.compare(
                 names,
                 seeds,
@@ -112,7 +112,7 @@ def _tell_how_to_go_on(
 ) -> None:
     """Say after an interruption what was finished, and how to go on."""
     console = Console(stderr=True)
-    runs = sum(len(method["accuracy_matrices"]) for method in finished.get("methods", {}).values())
+    runs = sum(len(method["train_seconds"]) for method in finished.get("methods", {}).values())
     where = f", written to {out}" if out is not None and runs else ""
     lines = [f"Interrupted. Finished: {runs} run{'' if runs == 1 else 's'}{where}."]
     if folder is not None:
@@ -185,7 +185,7 @@ def report(results: list[Path], out: Path) -> None:
     Console().print(f"Written: {out}", highlight=False)
 
 
-def compare(a: Path, b: Path, metric: str, as_json: bool) -> None:
+def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
     """`keras-dwd compare`."""
     one, other = (results_of(path) for path in (a, b))
     found = compared(one, other, metric)
@@ -193,7 +193,7 @@ def compare(a: Path, b: Path, metric: str, as_json: bool) -> None:
         print(json.dumps([asdict(each) for each in found], indent=1))
         return
     console = Console()
-    console.print(comparison_table(found, (str(a), str(b)), metric))
+    console.print(comparison_table(found, (str(a), str(b)), factor_of(one, found[0].metric)))
     for name, values in differing(one, other).items():
         first, second = (json.dumps(value) for value in values)
         line = f"The protocols differ in {name}: {first[:60]} and {second[:60]}"
@@ -228,7 +228,8 @@ def _again(context: typer.Context, **changed: Any) -> list[str]:
 def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
-    return {name: value for name, value in context.params.items() if name in names}
+    found = {name: value for name, value in context.params.items() if name in names}
+    return found | {"metrics": _names(found["metrics"])}
 
 
 def _tuned(
@@ -335,19 +336,21 @@ def _strengths(option: str | None, methods: list[str]) -> dict[str, float]:
 
 
 class _EpochBar(keras.callbacks.Callback):
-    def __init__(self, progress: Progress, bar: Any) -> None:
+    def __init__(self, progress: Progress, bar: Any, metric: str) -> None:
         super().__init__()
-        self.progress, self.bar = progress, bar
+        self.progress, self.bar, self.metric = progress, bar, metric
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        accuracy = (logs or {}).get("accuracy")
-        text = "" if accuracy is None else f"training accuracy {float(accuracy):.3f}"
+        value = (logs or {}).get(self.metric)
+        text = "" if value is None else f"training {self.metric} {float(value):.3f}"
         self.progress.update(self.bar, advance=1, running=text)
 
 
 @contextmanager
-def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]:
-    """A progress bar per task that counts epochs and shows the training accuracy."""
+def _progress(
+    console: Console, shown: bool = True, metric: str = "accuracy"
+) -> Iterator[Observer | None]:
+    """A progress bar per task that counts epochs and shows a metric on the training data."""
     if not shown:
         yield None
         return
@@ -371,6 +374,6 @@ def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]
                     progress.remove_task(bars.pop())
             label = f"{method}, seed {seed}, task {t + 1}: {task.name[:40]}"
             bars.append(progress.add_task(label, total=epochs, running=""))
-            return [_EpochBar(progress, bars[-1])]
+            return [_EpochBar(progress, bars[-1], metric)]
 
         yield observer

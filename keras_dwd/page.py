@@ -12,30 +12,23 @@ from matplotlib.figure import Figure
 
 from keras_dwd import plots
 from keras_dwd.evaluation.methods import strength_of
-from keras_dwd.evaluation.stored import Results, matrices_of, results_of, tuned_of
+from keras_dwd.evaluation.metric import primary, recorded
+from keras_dwd.evaluation.stored import Results, factor_of, matrices_of, results_of, tuned_of
 from keras_dwd.files import FileError, replaced
 from keras_dwd.plots.of_results import chosen_methods
 from keras_dwd.plots.style import FAINT, INK, style
 from keras_dwd.version import __version__
 
-# Metrics of the main table and of the one of costs: name in files, heading, factor, digits.
-_QUALITY = (
-    ("average_accuracy", "accuracy %", 100, 1),
-    ("forgetting", "forgetting %", 100, 1),
-    ("relative_forgetting", "relative forgetting %", 100, 1),
-    ("learning_accuracy", "right after learning %", 100, 1),
-    ("backward_transfer", "backward transfer %", 100, 1),
-    ("forward_transfer", "forward transfer %", 100, 1),
-)
+# Metrics of the table of costs: name in files, heading, digits.
 _COST = (
-    ("steps_per_second", "steps/s", 1, 0),
-    ("steps_per_second_with_boundaries", "steps/s with boundaries", 1, 0),
-    ("seconds", "seconds in all", 1, 1),
-    ("peak_memory_mb", "peak memory MB", 1, 0),
+    ("steps_per_second", "steps/s", 0),
+    ("steps_per_second_with_boundaries", "steps/s with boundaries", 0),
+    ("seconds", "seconds in all", 1),
+    ("peak_memory_mb", "peak memory MB", 0),
 )
 
 
-_OF_SEQUENCES = {key for key, *_ in _QUALITY} - {"average_accuracy"}
+_OF_SEQUENCES = ("forgetting", "relative_forgetting", "backward_transfer", "forward_transfer")
 
 
 def report(results: Results | Sequence[Results]) -> str:
@@ -101,18 +94,19 @@ def _results(results: Mapping[str, Any]) -> str:
     """The part of the page about the results of one file."""
     protocol, methods = results["protocol"], results["methods"]
     drawn = chosen_methods(results)
+    metric = primary(protocol).name.capitalize()
     parts = [
         f'<h1 id="{_anchor(protocol["title"])}">{_text(protocol["title"])}</h1>',
         f"<p>{_text(protocol['text'])}</p>",
         "<h2>Methods side by side</h2>",
-        _metrics_table(results, _QUALITY),
+        _metrics_table(results, _quality(results)),
         '<div class="figures">',
-        _figure(plots.method_comparison(results), "Accuracy after the last task."),
+        _figure(plots.method_comparison(results), "After the last task, over all tasks."),
         _forgetting(results),
         "</div><p>Bars are means over the seeds, dots are seeds.</p>",
-        "<h2>Accuracy on each task while the tasks are learned</h2>",
-        _figure(plots.accuracy_over_time(results), _of_lines(drawn, methods)),
-        "<h2>Accuracy matrices</h2>",
+        f"<h2>{_text(metric)} on each task while the tasks are learned</h2>",
+        _figure(plots.accuracy_over_time(results), _of_lines(drawn, results)),
+        f"<h2>{_text(metric)} on each task after each</h2>",
         '<div class="figures">',
         *(_figure(plots.accuracy_matrix(results, name), "") for name in drawn if name != "joint"),
         "</div>",
@@ -131,27 +125,46 @@ def _results(results: Mapping[str, Any]) -> str:
     return f"<section>{chr(10).join(parts)}</section>"
 
 
-def _metrics_table(results: Mapping[str, Any], metrics: Iterable[tuple[str, str, int, int]]) -> str:
+def _quality(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """What the main table shows: name in files, heading and digits, see `_COST`."""
+    first, *others = recorded(results["protocol"])
+    keys = [
+        f"average_{first.name}",
+        *_OF_SEQUENCES,
+        f"learning_{first.name}",
+        *(f"average_{other.name}" for other in others),
+    ]
+    shown = []
+    for key in keys:
+        percent = factor_of(results, key) == 100
+        words = key.replace("learning_", "right after learning_").replace("average_", "")
+        shown.append(
+            (key, words.replace("_", " ") + (" %" if percent else ""), 1 if percent else 3)
+        )
+    return shown
+
+
+def _metrics_table(results: Mapping[str, Any], metrics: Iterable[tuple[str, str, int]]) -> str:
     methods = results["methods"]
     shown = [m for m in metrics if all(m[0] in row["metrics"] for row in methods.values())]
-    rows = [
-        [name, f"{strength_of(row['settings']):g}".removeprefix("0")]
-        + [
+    rows = []
+    for name, row in methods.items():
+        cells = [
             "–"
             if name == "joint" and key in _OF_SEQUENCES  # which learns all tasks at once
-            else spread(row["metrics"][key], factor, digits)
-            for key, _, factor, digits in shown
+            else spread(row["metrics"][key], factor_of(results, key), digits)
+            for key, _, digits in shown
         ]
-        for name, row in methods.items()
-    ]
-    return _table(["method", "λ", *(heading for _, heading, _, _ in shown)], rows)
+        strength = strength_of(row["settings"])
+        rows.append([name, f"{strength:g}" if strength else "", *cells])
+    return _table(["method", "λ", *(heading for _, heading, _ in shown)], rows)
 
 
 def spread(metric: Mapping[str, Any], factor: float = 1, digits: int = 1) -> str:
     """A metric as text: mean ± standard deviation, or the value alone where there is one seed."""
-    mean = f"{factor * metric['mean']:.{digits}f}"
-    several = len(metric["per_seed"]) > 1
-    shown = f"{mean} ± {factor * metric['std']:.{digits}f}" if several else mean
+    shown = f"{factor * metric['mean']:.{digits}f}"
+    if len(metric["per_seed"]) > 1:
+        shown += f" ± {factor * metric['std']:.{digits}f}"
     return shown.replace("-", "−")
 
 
@@ -162,8 +175,9 @@ def _forgetting(results: Mapping[str, Any]) -> str:
     return _figure(plots.method_comparison(results, "forgetting", names), "Forgetting.")
 
 
-def _of_lines(drawn: Sequence[str], methods: Mapping[str, Any]) -> str:
-    seeds = max(len(matrices_of(methods[name])) for name in drawn)
+def _of_lines(drawn: Sequence[str], results: Mapping[str, Any]) -> str:
+    methods = results["methods"]
+    seeds = max(len(matrices_of(results, name)) for name in drawn)
     text = "Lines are means over the seeds, bands reach from the lowest seed to the highest. "
     left = len(methods) - len(drawn)
     others = f"{left} more methods are in the tables alone." if left else ""
@@ -175,15 +189,17 @@ def _strengths(results: Mapping[str, Any]) -> list[str]:
     tuned = tuned_of(results)
     if not tuned:
         return []
+    metric = primary(results["protocol"])
     rows = []
     for name, tried in tuned.items():
-        best = max(tried, key=lambda s: tried[s])
+        best = (max if metric.higher_is_better else min)(tried, key=lambda s: tried[s])
         end = ", an end of the grid" if len(tried) > 1 and best in (min(tried), max(tried)) else ""
-        rows.append([name, f"{best:g}{end}", f"{100 * tried[best]:.1f}", str(len(tried))])
+        value = f"{100 * tried[best]:.1f} %" if metric.percent else f"{tried[best]:.3g}"
+        rows.append([name, f"{best:g}{end}", value, str(len(tried))])
     return [
         "<h2>The strength λ that was chosen</h2>",
         _figure(plots.strength_curve(results), "Chosen on held-back training data."),
-        _table(["method", "λ chosen", "validation accuracy %", "values tried"], rows),
+        _table(["method", "λ chosen", f"{metric.name} on validation data", "values tried"], rows),
     ]
 
 

@@ -73,6 +73,7 @@ def run(
     schedule: o.Schedule = None,
     weight_decay: o.WeightDecay = None,
     augment: o.Augment = None,
+    metrics: o.Metrics = "accuracy",
     data_dir: o.DataDir = None,
     workers: o.Workers = 1,
     sharded: Annotated[
@@ -90,7 +91,7 @@ def run(
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
 ) -> None:
-    """Train several methods on a sequence of tasks and compare accuracy and forgetting.
+    """Train several methods on a sequence of tasks and compare what they learn and forget.
 
     Ctrl-C ends the run; what was finished is written to `--out`.
     """
@@ -118,6 +119,7 @@ def tune(
     schedule: o.Schedule = None,
     weight_decay: o.WeightDecay = None,
     augment: o.Augment = None,
+    metrics: o.Metrics = "accuracy",
     data_dir: o.DataDir = None,
     processes: o.Processes = None,
     out: o.Resumed = None,
@@ -158,6 +160,7 @@ def ablate(
     schedule: o.Schedule = None,
     weight_decay: o.WeightDecay = None,
     augment: o.Augment = None,
+    metrics: o.Metrics = "accuracy",
     data_dir: o.DataDir = None,
     processes: o.Processes = None,
     out: o.Resumed = None,
@@ -212,7 +215,10 @@ def report(
 def compare(
     a: Annotated[Path, typer.Argument(help="A file that `--out` of `run` has written.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
-    metric: Annotated[str, typer.Option(help="The metric to compare.")] = "average_accuracy",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="What to compare, such as forgetting; by default the average accuracy."),
+    ] = None,
     as_json: o.Json = False,
 ) -> None:
     """Compare two files of results by method, paired by seed if the protocol is the same."""

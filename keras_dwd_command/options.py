@@ -116,6 +116,12 @@ Augment = Annotated[
         show_default=False,
     ),
 ]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated metrics of Keras, or loss; methods are compared by the first."
+    ),
+]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
 ]

@@ -9,6 +9,8 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
+from keras_dwd.evaluation.metric import primary
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -16,6 +18,7 @@ class Comparison:
 
     Attributes:
         method: Name of the method.
+        metric: Name of the metric.
         a: Mean of the metric in the first file.
         b: Mean of the metric in the second file.
         difference: b − a.
@@ -24,6 +27,7 @@ class Comparison:
     """
 
     method: str
+    metric: str
     a: float
     b: float
     difference: float
@@ -32,14 +36,14 @@ class Comparison:
 
 
 def compared(
-    a: Mapping[str, Any], b: Mapping[str, Any], metric: str = "average_accuracy"
+    a: Mapping[str, Any], b: Mapping[str, Any], metric: str | None = None
 ) -> list[Comparison]:
     """Compare the methods that two results have in common.
 
     Args:
         a: Results of `Experiment.compare`.
         b: Other results; if their protocol is the same, runs are paired by their seeds.
-        metric: Name of the metric.
+        metric: Name of the metric; by default the average of the first one.
 
     Raises:
         ValueError: If they have no method in common, or not the metric.
@@ -50,6 +54,7 @@ def compared(
             f"The results have no method in common: {', '.join(a['methods'])} and "
             f"{', '.join(b['methods'])}."
         )
+    metric = metric or f"average_{primary(a['protocol']).name}"
     same = not differing(a, b)
     found = []
     for name in common:
@@ -62,6 +67,7 @@ def compared(
         found.append(
             Comparison(
                 name,
+                metric,
                 float(one.mean()),
                 float(other.mean()),
                 float(other.mean() - one.mean()),
@@ -81,18 +87,23 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any
     }
 
 
-def comparison_table(found: list[Comparison], names: tuple[str, str], metric: str) -> Table:
-    """A table of comparisons for the terminal."""
-    percent = not metric.startswith(("steps", "seconds", "peak"))
-    factor, unit = (100, " %") if percent else (1, "")
-    table = Table(title=f"{metric.replace('_', ' ')}{unit}")
+def comparison_table(found: list[Comparison], names: tuple[str, str], factor: int = 1) -> Table:
+    """A table of comparisons for the terminal.
+
+    Args:
+        found: The comparisons.
+        names: Names of the two results.
+        factor: What values are multiplied by: 100 for percent.
+    """
+    digits = 1 if factor == 100 else 3
+    table = Table(title=f"{found[0].metric.replace('_', ' ')}{' %' if factor == 100 else ''}")
     for heading in ("method", *names, "difference", "p", "test"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for each in found:
         test = "" if each.p is None else "paired" if each.paired else "Welch"
         p = "" if each.p is None else f"{each.p:.3f}"
-        values = [f"{factor * v:.1f}" for v in (each.a, each.b)]
-        table.add_row(each.method, *values, f"{factor * each.difference:+.1f}", p, test)
+        values = [f"{factor * v:.{digits}f}" for v in (each.a, each.b)]
+        table.add_row(each.method, *values, f"{factor * each.difference:+.{digits}f}", p, test)
     return table
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_dwd.evaluation.stored import Results, matrices_of, results_of, tuned_of
+from keras_dwd.evaluation.metric import primary
+from keras_dwd.evaluation.stored import Results, factor_of, matrices_of, results_of, tuned_of
 from keras_dwd.plots.style import COLORS, FAINT, figure, heat, numbered, shortened, style
 
 # How many methods a figure with a line for each shows, and which ones it shows in any case.
@@ -26,14 +27,14 @@ def chosen_methods(results: Mapping[str, Any], methods: Sequence[str] | None = N
         if missing:
             raise ValueError(f"`methods` must be of {', '.join(known)}. Received: {missing[0]!r}")
         return list(methods)
-    best = sorted(known, key=lambda name: -_mean(results, name, "average_accuracy"))
+    best = sorted(known, key=lambda name: _rank(results, name))
     first = [name for name in _REFERENCES if name in known]
     chosen = [*first, *(name for name in best if name not in first)][:_MOST_LINES]
     return [name for name in known if name in chosen]
 
 
 def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -> Figure:
-    """The accuracy on each task while the tasks are learned, a panel for each task.
+    """The accuracy, or first metric, on each task while the tasks are learned, a panel each.
 
     Lines are means over the seeds, with a band from the lowest seed to the highest.
 
@@ -55,6 +56,7 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
     ```
     """
     found = results_of(results)
+    label, factor = _label(found)
     names, tasks = chosen_methods(found, methods), list(found["protocol"]["tasks"])
     columns = min(len(tasks), 3)
     rows = -(-len(tasks) // columns)
@@ -68,7 +70,7 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
             axis.grid(axis="y")
             axis.set_title(f"{index + 1}: {shortened(str(tasks[index]), 18)}")
             for name in names:
-                values = 100 * matrices_of(found["methods"][name])[:, index:, index]
+                values = factor * matrices_of(found, name)[:, index:, index]
                 x, color = learned[index:], _color(found, name)
                 dashed = "--" if name == "joint" else "-"
                 marker = "o" if len(tasks) <= 10 else None
@@ -78,10 +80,11 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
                 axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             axis.tick_params(labelbottom=index + columns >= len(tasks))
             axis.set_xlim(0.7, len(tasks) + 0.3)
-            axis.set_ylim(0, 103)
+            if factor == 100:
+                axis.set_ylim(0, 103)
         axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
         made.supxlabel("tasks learned", fontsize=9)
-        made.supylabel("accuracy %", fontsize=9)
+        made.supylabel(label, fontsize=9)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         made.legend(
             handles, labels, loc="outside upper center", ncols=min(len(names), 4), frameon=False
@@ -90,7 +93,7 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
 
 
 def accuracy_matrix(results: Results, method: str) -> Figure:
-    """The accuracy on each task after each, as a heat map, the mean over the seeds.
+    """The accuracy, or first metric, on each task after each, as a heat map, the mean over seeds.
 
     Args:
         results: Results, or the path of their file.
@@ -107,26 +110,30 @@ def accuracy_matrix(results: Results, method: str) -> Figure:
     """
     found = results_of(results)
     chosen_methods(found, [method])
-    values = 100 * matrices_of(found["methods"][method]).mean(0)
+    label, factor = _label(found)
+    values = factor * matrices_of(found, method).mean(0)
     values[np.triu_indices(len(values), 1)] = np.nan  # of tasks that are still to come
     with style():
         made, ((axis,),) = figure(min(0.9 + 0.36 * len(values), 5.0))
-        heat(axis, np.ma.masked_invalid(values), 100.0, lambda value: f"{value:.0f}")
+        digits = ".0f" if factor == 100 else ".3g"
+        limit = 100.0 if factor == 100 else None
+        heat(axis, np.ma.masked_invalid(values), limit, lambda value: f"{value:{digits}}")
         numbered(axis, *values.shape)
-        axis.set_xlabel("accuracy % on task")
+        axis.set_xlabel(f"{label} on task")
         axis.set_ylabel("after task")
         axis.set_title(shortened(method, 48))
     return made
 
 
 def method_comparison(
-    results: Results, metric: str = "average_accuracy", methods: Sequence[str] | None = None
+    results: Results, metric: str | None = None, methods: Sequence[str] | None = None
 ) -> Figure:
     """The methods side by side: the mean over the seeds, and a dot for each seed.
 
     Args:
         results: Results, or the path of their file.
-        metric: Name of a metric in them, such as `average_accuracy` or `forgetting`.
+        metric: Name of a metric in them, such as `forgetting`; by default the average of the first
+            metric, such as `average_accuracy`.
         methods: Names of methods; all by default.
 
     Returns:
@@ -140,12 +147,13 @@ def method_comparison(
     """
     found = results_of(results)
     names = list(found["methods"]) if methods is None else chosen_methods(found, methods)
+    metric = metric or f"average_{primary(found['protocol']).name}"
     known = set.intersection(*(set(found["methods"][name]["metrics"]) for name in names))
     if metric not in known:
         raise ValueError(
             f"`metric` must be one of {', '.join(sorted(known))}. Received: {metric!r}"
         )
-    factor = 1.0 if metric.startswith(("steps", "seconds", "peak")) else 100.0
+    factor = factor_of(found, metric)
     with style():
         made, ((axis,),) = figure(0.7 + 0.24 * len(names))
         for row, name in enumerate(names):
@@ -163,7 +171,7 @@ def method_comparison(
 
 
 def strength_curve(results: Results, methods: Sequence[str] | None = None) -> Figure:
-    """The validation accuracy at each λ that was tried, with a ring around the one chosen.
+    """The result on validation data at each λ that was tried, with a ring around the one chosen.
 
     Args:
         results: Results of `keras-dwd tune`, or the path of their file.
@@ -188,26 +196,37 @@ def strength_curve(results: Results, methods: Sequence[str] | None = None) -> Fi
     if methods is None:
         best = sorted(tuned, key=lambda n: (n not in _REFERENCES, -max(tuned[n].values())))
         tuned = {name: tuned[name] for name in tuned if name in best[:_MOST_LINES]}
+    label, factor = _label(found)
+    sign = 1 if primary(found["protocol"]).higher_is_better else -1
     with style():
         made, ((axis,),) = figure(2.9)
         for name, tried in tuned.items():
             strengths = sorted(tried)
-            values = [100 * tried[s] for s in strengths]
+            values = [factor * tried[s] for s in strengths]
             color = _color(found, name, list(tuned))
             axis.plot(strengths, values, "o-", color=color, label=shortened(name), markersize=3)
-            best_index = int(np.argmax(values))
+            best_index = int(np.argmax(sign * np.array(values)))
             axis.plot(strengths[best_index], values[best_index], "o", mfc="none", mec=color, ms=9)
         if min(min(tried) for tried in tuned.values()) > 0:
             axis.set_xscale("log")
         axis.grid()
         axis.set_xlabel("λ")
-        axis.set_ylabel("validation accuracy %")
+        axis.set_ylabel(f"{label} on validation data")
         made.legend(loc="outside upper center", ncols=min(len(tuned), 3), frameon=False)
     return made
 
 
-def _mean(results: Mapping[str, Any], name: str, metric: str) -> float:
-    return float(results["methods"][name]["metrics"].get(metric, {"mean": 0.0})["mean"])
+def _rank(results: Mapping[str, Any], name: str) -> float:
+    """Lower is better, whatever the metric."""
+    metric = primary(results["protocol"])
+    mean = float(results["methods"][name]["metrics"][f"average_{metric.name}"]["mean"])
+    return -mean if metric.higher_is_better else mean
+
+
+def _label(results: Mapping[str, Any]) -> tuple[str, int]:
+    """The first metric as the label of an axis, and what its values are multiplied by."""
+    metric = primary(results["protocol"])
+    return (f"{metric.name} %", 100) if metric.percent else (metric.name, 1)
 
 
 def _color(results: Mapping[str, Any], name: str, names: list[str] | None = None) -> str:
