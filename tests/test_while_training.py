@@ -423,6 +423,7 @@ def test_a_function_of_before_a_boundary_does_not_leave_the_pull_out_in_silence(
     for old in (step, lambda: own((x, y))):
         with pytest.raises(tf.errors.InvalidArgumentError, match="was consolidated"):
             old()
+    tf.function(step.python_function)()
     model.fit(x, y, verbose=0)  # Keras' own function is traced again
     assert any((a != b).any() for a, b in zip(before, weights(model), strict=True))
 
