@@ -193,7 +193,9 @@ def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
         print(json.dumps([asdict(each) for each in found], indent=1))
         return
     console = Console()
-    console.print(comparison_table(found, (str(a), str(b)), factor_of(one, found[0].metric)))
+    console.print(comparison_table(found, factor_of(one, found[0].metric)))
+    for name, path in (("a", a), ("b", b)):
+        console.print(f"{name}: {path}", style="dim", highlight=False, markup=False)
     for name, values in differing(one, other).items():
         first, second = (json.dumps(value) for value in values)
         line = f"The protocols differ in {name}: {first[:60]} and {second[:60]}"

@@ -79,10 +79,12 @@ class DWDModel(CloneAware):
     | Learning without Forgetting | `strength=0, distillation=Distillation()` |
 
     The pull is part of the training step, not of the loss: neither `model.losses` nor `evaluate`
-    has it. Where you write the training loop yourself, either call `train_on_batch` or
-    `train_step`, which do as `fit` does, or differentiate `loss + model.penalty()`: that is the
-    same pull, but makes no online estimate, so pass data to `consolidate`. `apply_gradients` does
-    with gradients what `fit` does. The package cannot notice a loop that leaves the pull out.
+    has it. Where you write the training loop yourself, call `train_on_batch` or `train_step`, which
+    do as `fit` does; or `apply_gradients`, which does so with gradients; or differentiate
+    `loss + model.penalty()`, which is the same pull. The last two make no online estimate, so pass
+    data to `consolidate`. A `tf.function` of yours has to be made anew after each `consolidate`:
+    with `train_step` or `apply_gradients` in it, it raises an error otherwise. The package cannot
+    notice a loop that leaves the pull out.
 
     A `.keras` file is loaded by `keras.models.load_model` after `import keras_dwd`. Without the
     import Keras says that it "Could not locate class 'DWDModel'".

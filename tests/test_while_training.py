@@ -199,9 +199,10 @@ def test_the_form_of_the_pull(optimizer, words):
     assert compiled(optimizer=optimizer).consolidation.pull.startswith(words)
 
 
-def test_the_histogram_counts_each_direction_once():
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_histogram_counts_each_direction_once(dtype):
     rng = np.random.default_rng(0)
-    values = 10.0 ** rng.uniform(-6, 2, (30, 7))
+    values = (10.0 ** rng.uniform(-6, 2, (30, 7))).astype(dtype)
     values[0] = 0
     groups = rng.integers(0, 3, (30, 7))
     soft = np.zeros((30, 7, 2), "uint8")

@@ -87,17 +87,16 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any
     }
 
 
-def comparison_table(found: list[Comparison], names: tuple[str, str], factor: int = 1) -> Table:
+def comparison_table(found: list[Comparison], factor: int = 1) -> Table:
     """A table of comparisons for the terminal.
 
     Args:
         found: The comparisons.
-        names: Names of the two results.
         factor: What values are multiplied by: 100 for percent.
     """
     digits = 1 if factor == 100 else 3
     table = Table(title=f"{found[0].metric.replace('_', ' ')}{' %' if factor == 100 else ''}")
-    for heading in ("method", *names, "difference", "p", "test"):
+    for heading in ("method", "a", "b", "b − a", "p", "test"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for each in found:
         test = "" if each.p is None else "paired" if each.paired else "Welch"

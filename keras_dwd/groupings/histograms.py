@@ -81,6 +81,6 @@ def concentration(importances: Iterable[np.ndarray], share: float = 0.9) -> floa
 
 def _bins(importances: np.ndarray) -> np.ndarray:
     """The number of the fine bin of each importance."""
-    smallest = np.maximum(importances, 10.0**_LOWEST)
-    found = np.floor((np.log10(smallest, dtype="float64") - _LOWEST) * _FINE)
+    values = np.maximum(np.asarray(importances, "float64"), 10.0**_LOWEST)
+    found = np.floor((np.log10(values) - _LOWEST) * _FINE)
     return np.clip(found, 0, _BINS - 1).astype("int64")

@@ -40,6 +40,7 @@ def style() -> Iterator[None]:
         "grid.linewidth": 0.4,
         "legend.frameon": False,
         "svg.fonttype": "none",
+        "svg.hashsalt": "keras_dwd",  # the same figure is the same file
         "text.color": INK,
         "text.parse_math": False,
         "xtick.color": INK,
