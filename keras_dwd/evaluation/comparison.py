@@ -96,8 +96,9 @@ def comparison_table(found: list[Comparison], factor: int = 1) -> Table:
     """
     digits = 1 if factor == 100 else 3
     table = Table(title=f"{found[0].metric.replace('_', ' ')}{' %' if factor == 100 else ''}")
-    for heading in ("method", "a", "b", "b − a", "p", "test"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table.add_column("method", overflow="fold")
+    for heading in ("a", "b", "b − a", "p", "test"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for each in found:
         test = "" if each.p is None else "paired" if each.paired else "Welch"
         p = "" if each.p is None else f"{each.p:.3f}"
