@@ -18,7 +18,9 @@ from keras_dwd.evaluation.peers import (
     AveragedGEM,
     DarkExperienceReplay,
     ExperienceReplay,
+    Freezing,
     MemoryAwareSynapses,
+    RiemannianWalk,
     SynapticIntelligence,
 )
 from keras_dwd.evaluation.technique import Technique, held_by_importance
@@ -113,7 +115,7 @@ def _dwd_diagonal(strength: float, estimator: str = "empirical") -> dict[str, An
     return {**dwd(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
-def _l2(strength: float) -> dict[str, Any]:
+def _held_by_the_newest(strength: float) -> dict[str, Any]:
     return held_by_importance(strength, decay=0.0)
 
 
@@ -127,9 +129,12 @@ METHODS: dict[str, Method] = {
         Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
         Method("lwf", _lwf, strength=1.0),
-        Method("l2", _l2, strength=1.0, technique=lambda strength: L2()),
+        Method("l2", _held_by_the_newest, strength=1.0, technique=lambda _: L2()),
         Method("mas", held_by_importance, strength=1.0, technique=lambda _: MemoryAwareSynapses()),
         Method("si", held_by_importance, strength=1.0, technique=lambda _: SynapticIntelligence()),
+        Method("rwalk", _held_by_the_newest, strength=1.0, technique=lambda _: RiemannianWalk()),
+        # So that every strength is a share: that of 1 is a half.
+        Method("freeze", _plain, strength=1.0, technique=lambda s: Freezing(s / (1 + s))),
         Method("er", _plain, technique=lambda _: ExperienceReplay()),
         Method("der++", _plain, strength=0.1, technique=DarkExperienceReplay),
         Method("a-gem", _plain, technique=lambda _: AveragedGEM()),
@@ -260,7 +265,8 @@ def method_named(name: str) -> Method:
     _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings in (_plain, _lwf)
-    if method is None or (fixed and (colon or variants)):
+    # Without a penalty only what changes the network makes a difference.
+    if method is None or (fixed and (colon or {*variants} - {"task-norm"})):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
     if colon and "estimator" not in inspect.signature(method.settings).parameters:
         raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")
