@@ -96,6 +96,14 @@ _Augment = Annotated[
         show_default=False,
     ),
 ]
+_KeepState = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-state/--reset-state",
+        help="Whether the optimizer keeps its state from task to task; by default of the profile.",
+        show_default=False,
+    ),
+]
 _Metrics = Annotated[
     str,
     typer.Option(
@@ -147,6 +155,7 @@ def run(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    keep_state: _KeepState = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     workers: _Workers = 1,
@@ -229,6 +238,7 @@ def tune(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    keep_state: _KeepState = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
@@ -269,6 +279,7 @@ def ablate(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    keep_state: _KeepState = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
