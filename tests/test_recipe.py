@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -13,6 +14,7 @@ from keras_dwd import DiagonalFisher
 from keras_dwd.cli import _again, app
 from keras_dwd.evaluation import Method, Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import profile_for
 from keras_dwd.evaluation.recipe import cropped_and_flipped
 from keras_dwd.files import read_arrays
@@ -384,6 +386,10 @@ def test_an_optimizer_can_keep_its_state_from_task_to_task(tmp_path):
         np.testing.assert_array_equal(one, other)
     for one, other in zip(weights_of(result), weights_of(run(Recipe(), **given)), strict=True):
         assert not np.array_equal(one, other)
+    variant = replace(given["method"], keep_state=True)
+    for one, other in zip(weights_of(result), weights_of(run(Recipe(), variant)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert method_named("ewc+keep-state").keep_state
     assert str(kept) == "Adam 0.001 kept from task to task"
     assert kept.configuration() == {"learning_rate": 1e-3, "keep_state": True}
     with pytest.raises(ValueError, match="`keep_state` needs the schedule 'constant'"):

@@ -52,6 +52,7 @@ class Method:
         joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
         task_norm: Whether the network keeps the statistics of batch normalization for each task,
             see `with_task_normalization`.
+        keep_state: Whether the optimizer keeps its state from task to task, whatever the recipe.
         technique: Function that returns what the method adds to training, see `Technique`, for a
             strength.
     """
@@ -64,6 +65,7 @@ class Method:
     graph: float = 0.0
     joint: bool = False
     task_norm: bool = False
+    keep_state: bool = False
     technique: Callable[[float], Technique] | None = None
 
     def configuration(self, strength: float) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Method:
             **({"decoupled": True} if self.decoupled else {}),
             **({"task_graph": self.graph} if self.graph else {}),
             **({"task_norm": True} if self.task_norm else {}),
+            **({"keep_state": True} if self.keep_state else {}),
             **({"distillation": model.distillation.get_config()} if model.distillation else {}),
             **({"technique": technique.get_config()} if technique else {}),
             # Where it is not that of the penalty.
@@ -221,6 +224,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
     "task-norm": lambda method: replace(method, task_norm=True),
+    "keep-state": lambda method: replace(method, keep_state=True),
     "distill": _with(distillation=lambda before: Distillation()),
     "er": _replaying,
 }
@@ -265,8 +269,8 @@ def method_named(name: str) -> Method:
     _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings in (_plain, _lwf)
-    # Without a penalty only what changes the network makes a difference.
-    if method is None or (fixed and (colon or {*variants} - {"task-norm"})):
+    # Without a penalty only other variants than those of the penalty make a difference.
+    if method is None or (fixed and (colon or {*variants} - {"task-norm", "keep-state"})):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
     if colon and "estimator" not in inspect.signature(method.settings).parameters:
         raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")

@@ -158,6 +158,8 @@ def run_sequence(
     recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
+    if method.keep_state:
+        recipe = replace(recipe, keep_state=True)
     measured = task_metrics(metrics)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
