@@ -17,6 +17,8 @@ METHODS = (
     "l2",
     "mas",
     "si",
+    "rwalk",
+    "freeze",
     "er",
     "der++",
     "a-gem",
@@ -46,6 +48,7 @@ VARIANTS = (
     "decoupled",
     "graph",
     "task-norm",
+    "keep-state",
     "distill",
     "er",
 )
@@ -113,6 +116,14 @@ Augment = Annotated[
     typer.Option(
         "--augment/--no-augment",
         help="Crop and flip training images at random; by default of the profile.",
+        show_default=False,
+    ),
+]
+KeepState = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-state/--reset-state",
+        help="Whether the optimizer keeps its state from task to task; by default of the profile.",
         show_default=False,
     ),
 ]

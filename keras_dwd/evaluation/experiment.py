@@ -51,6 +51,7 @@ class Experiment:
         schedule: By default of the profile.
         weight_decay: By default of the profile.
         augment: By default of the profile.
+        keep_state: By default of the profile.
         metrics: What is measured, see `run_sequence`.
     """
 
@@ -68,6 +69,7 @@ class Experiment:
     schedule: str | None = None
     weight_decay: float | None = None
     augment: bool | None = None
+    keep_state: bool | None = None
     metrics: Metrics = (ACCURACY,)
 
     def __post_init__(self) -> None:
@@ -100,6 +102,7 @@ class Experiment:
                 schedule=self.schedule,
                 weight_decay=self.weight_decay,
                 augment=self.augment,
+                keep_state=self.keep_state,
             ),
         )
         images = self.protocol.images_per_class

@@ -37,6 +37,9 @@ class Recipe:
         momentum: Momentum of SGD, 0.9 by default; `None` for Adam.
         augment: Whether training images are cropped at random, after padding by 4 pixels of zeros,
             and flipped horizontally at random.
+        keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
+            instead of starting each task anew. A new Adam moves every parameter by about the
+            learning rate in its first steps, however small its gradient, and so forgets more.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -53,6 +56,7 @@ class Recipe:
     weight_decay: float = 0.0
     momentum: float | None = None
     augment: bool = False
+    keep_state: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -63,8 +67,15 @@ class Recipe:
         sgd = self.optimizer == "sgd"
         if self.momentum is not None and not sgd:
             raise ValueError(f"`momentum` is a setting of SGD. Received: {self.momentum!r}")
-        if not isinstance(self.augment, bool):
-            raise ValueError(f"`augment` must be True or False. Received: {self.augment!r}")
+        for name in ("augment", "keep_state"):
+            if not isinstance(getattr(self, name), bool):
+                given = getattr(self, name)
+                raise ValueError(f"`{name}` must be True or False. Received: {given!r}")
+        if self.keep_state and self.schedule == "cosine":
+            raise ValueError(
+                "`keep_state` needs the schedule 'constant': 'cosine' counts the steps of each "
+                "task from 0, as a new optimizer does."
+            )
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", _LEARNING_RATES[self.optimizer])
         if self.momentum is None and sgd:
@@ -107,6 +118,7 @@ class Recipe:
             **({"schedule": self.schedule} if self.schedule != "constant" else {}),
             **({"weight_decay": self.weight_decay} if self.weight_decay else {}),
             **({"augment": "crop and flip"} if self.augment else {}),
+            **({"keep_state": True} if self.keep_state else {}),
         }
 
     def __str__(self) -> str:
@@ -115,7 +127,7 @@ class Recipe:
         return ", ".join(
             [
                 f"{'SGD' if self.optimizer == 'sgd' else 'Adam'} {self.learning_rate:g}{momentum} "
-                "reset for each task",
+                f"{'kept from task to task' if self.keep_state else 'reset for each task'}",
                 *(["falling to 0 by a cosine"] if self.schedule == "cosine" else []),
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),
                 *(["random crops and flips"] if self.augment else []),

@@ -134,8 +134,8 @@ def run_sequence(
         batch_size: Batch size for arrays; a `tf.data.Dataset` is batched already. Several workers
             (see `DWDModel.compile`) share each batch.
         learning_rate: Learning rate of Adam; short for `recipe=Recipe(learning_rate=…)`.
-        recipe: Optimizer, whose state is reset for each task, learning rate and augmentation; by
-            default Adam with the learning rate 0.001.
+        recipe: Optimizer, whose state is reset for each task unless the recipe keeps it, learning
+            rate and augmentation; by default Adam with the learning rate 0.001.
         fisher_examples: Number of examples per task for a boundary pass, if tasks are arrays.
         seed: Seed of weights, shuffling and dropout.
         callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
@@ -160,6 +160,8 @@ def run_sequence(
     recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
+    if method.keep_state:
+        recipe = replace(recipe, keep_state=True)
     measured = task_metrics(metrics)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
@@ -244,8 +246,9 @@ def run_sequence(
             continue
         if not progress.epoch:
             # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
-            for variable, value in zip(model.optimizer.variables, fresh, strict=True):
-                variable.assign(value)
+            if not recipe.keep_state:
+                for variable, value in zip(model.optimizer.variables, fresh, strict=True):
+                    variable.assign(value)
             if technique:
                 technique.begin_task(model)
         if technique:
@@ -268,7 +271,8 @@ def run_sequence(
             )
             progress.trained()
         progress.end()
-        result.steps += int(model.optimizer.iterations)
+        steps = int(model.optimizer.iterations)
+        result.steps = steps if recipe.keep_state else result.steps + steps
 
         started = time.perf_counter()
         if policy is not None:
@@ -292,7 +296,9 @@ def run_sequence(
 
 def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:
     """Raise `ValueError` if a recipe has settings that would have no effect or no meaning."""
-    if "optimizer" in compile_settings and replace(recipe, augment=False) != Recipe():
+    if "optimizer" in compile_settings and (
+        replace(recipe, augment=False, keep_state=False) != Recipe()
+    ):
         raise ValueError(
             "Give the optimizer and its learning rate in `recipe` or in `compile_settings`, not in "
             f"both. Received: {recipe}"
