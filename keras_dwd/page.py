@@ -321,6 +321,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 a { color: var(--link); }
 .wide { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th:only-of-type, thead th:last-child:nth-child(2) { text-align: left; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid var(--faint);
   vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
@@ -328,7 +329,7 @@ td { white-space: nowrap; }
 td:only-of-type { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tbody th { font-weight: 500; white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; flex: 1 1 20rem; max-width: 34rem; }
+figure { margin: 0; flex: 1 1 26rem; max-width: 34rem; }
 figcaption { font-size: .875rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: system-ui, sans-serif !important; }
