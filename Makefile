@@ -8,10 +8,14 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run test test-long test-oldest test-keras conformance lint bench saved-model clean
+.PHONY: run report test test-long test-oldest test-keras conformance lint bench saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
+
+# The comparison of `make run` as a page to look at: report.html.
+report: $(VENV)/.plots
+	$(BIN)/keras-dwd run --out results.json --report report.html
 
 test: lint $(VENV)/.horovod
 	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not long"
@@ -65,6 +69,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e ".[experiments]"
+	touch $@
+
+$(VENV)/.plots: $(VENV)/.package
+	$(PIP) -e ".[experiments,plots]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package

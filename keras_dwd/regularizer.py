@@ -232,7 +232,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
     def layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
-        shapes = {n: tuple(array.shape) for n, array in self._slots().items()}
+        shapes = {n: tuple(array.shape) for n, array in self.slots().items()}
         return shapes, dict(self.budget_strengths.group_of), dict(self.folded)
 
     def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
@@ -388,7 +388,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
     def state(self) -> Arrays:
         """All slots as arrays, by `NAME/PATH`; `level` holds the group's number and its λ_k."""
         levels = {f"level/{key}": a for key, a in self.budget_strengths.state().items()}
-        slots = {name: np.asarray(v) for name, v in self._slots().items()}
+        slots = {name: np.asarray(v) for name, v in self.slots().items()}
         folded = {f"folded/{path}": np.asarray(strength) for path, strength in self.folded.items()}
         return slots | levels | folded | {"tie": np.asarray(self.task_weight)}
 
@@ -469,7 +469,8 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
         return commit
 
-    def _slots(self) -> Variables:
+    def slots(self) -> Variables:
+        """All variables of the state, by `NAME/PATH`."""
         slots = {
             f"{name}/{key}": array
             for key, block in self.precisions.items()
