@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from keras_dwd.evaluation.ablation import parts
+from keras_dwd.evaluation.methods import BEST_EWC, method_named
 from keras_dwd.evaluation.methods import METHODS as METHODS_OF_PACKAGE
-from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.report import table
 from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
 
@@ -95,10 +95,11 @@ GRIDS["split-digits-class"] = GRIDS["split-mnist-class"] = GRIDS["split-digits"]
 GRIDS["split-cifar100-class"] = GRIDS["split-cifar100"]
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
+    *("ewc+keep-state", BEST_EWC, "dwd-online+keep-state"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
 )
 CLASS_METHODS = (
-    *("ewc", "ewc:influence", "dwd", "dwd-online", "lwf", "dwd-online+distill", "er"),
+    *("ewc", BEST_EWC, "ewc:influence", "dwd", "dwd-online", "lwf", "dwd-online+distill", "er"),
     "dwd-online+er",
 )
 # DWD with all its defaults, λ included.

@@ -434,11 +434,10 @@ def test_a_rehearsal_of_the_full_profile(data_dir, tmp_path):
 
 def test_an_optimizer_can_keep_its_state_from_task_to_task(tmp_path):
     """Its steps are counted on, and a run that was resumed ends as one that was not."""
-    kept = Recipe(keep_state=True)
-    given = {"method": Method("plain", lambda s: {"strength": 0.0, "grouping": None})}
-    result = run(kept, **given, checkpoint_dir=tmp_path / "whole")
-    assert result.steps == int(result.model.optimizer.iterations) == 12
-    assert run(Recipe(), **given).steps == 12
+    kept, plain = Recipe(keep_state=True), Method("plain", lambda s: {"strength": 0.0})
+
+    def ran(folder, recipe=kept, method=plain, callbacks=()):
+        return run(recipe, method, checkpoint_dir=tmp_path / folder, callbacks=callbacks)
 
     class StoppedError(Exception):
         pass
@@ -448,17 +447,18 @@ def test_an_optimizer_can_keep_its_state_from_task_to_task(tmp_path):
             if epoch == 1 and int(self.model.optimizer.iterations) > 6:
                 raise StoppedError
 
+    whole, anew = ran("whole"), ran("anew", Recipe())
+    assert whole.steps == anew.steps == int(whole.model.optimizer.iterations) == 12
+    assert int(anew.model.optimizer.iterations) == 6
     with pytest.raises(StoppedError):
-        run(kept, **given, checkpoint_dir=tmp_path / "part", callbacks=[Stop()])
-    again = run(kept, **given, checkpoint_dir=tmp_path / "part")
+        ran("part", callbacks=[Stop()])
+    again = ran("part")
     assert again.steps == 12
-    for one, other in zip(weights_of(result), weights_of(again), strict=True):
-        np.testing.assert_array_equal(one, other)
-    for one, other in zip(weights_of(result), weights_of(run(Recipe(), **given)), strict=True):
-        assert not np.array_equal(one, other)
-    variant = replace(given["method"], keep_state=True)
-    for one, other in zip(weights_of(result), weights_of(run(Recipe(), variant)), strict=True):
-        np.testing.assert_array_equal(one, other)
+    variant = ran("variant", Recipe(), replace(plain, keep_state=True))
+    for i, expected in enumerate(weights_of(whole)):
+        np.testing.assert_array_equal(weights_of(again)[i], expected)
+        np.testing.assert_array_equal(weights_of(variant)[i], expected)
+        assert not np.array_equal(weights_of(anew)[i], expected)
     assert method_named("ewc+keep-state").keep_state
     assert str(kept) == "Adam 0.001 kept from task to task"
     assert kept.configuration() == {"learning_rate": 1e-3, "keep_state": True}

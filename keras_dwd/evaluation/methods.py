@@ -190,6 +190,9 @@ def _replaying(method: Method) -> Method:
     return replace(method, technique=lambda strength: ExperienceReplay())
 
 
+BEST_EWC = "online-ewc+keep-state"
+"""EWC in its best form: the anchor at the newest parameters, and an optimizer that is not reset."""
+
 VARIANTS: dict[str, Callable[[Method], Method]] = {
     "no-groups": _grouped(lambda: None),
     "layers": _grouped(LayerGrouping),
@@ -216,6 +219,8 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     ),
     "gamma-0.9": _estimated(gamma=0.9),
     "gamma-0.99": _estimated(gamma=0.99),
+    "damping-0": _estimated(damping=0.0),
+    "damping-1": _estimated(damping=1.0),
     "decay-0.5": _decaying(0.5),
     "decay-0.8": _decaying(0.8),
     "diagonal": _with(fisher=lambda before: DiagonalFisher("influence")),
