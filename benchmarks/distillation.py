@@ -1,4 +1,4 @@
-"""Distillation on and off, each with several λ, where tasks have heads, classes or inputs of their own.
+"""Distillation on and off, with several λ, where tasks have own heads, classes or inputs.
 
 No value is chosen here, so all runs are on the test data. The file is written after each run, and
 a later call goes on from it.

@@ -120,7 +120,8 @@ def network(settings):
     hidden = inputs
     for _ in range(2):
         hidden = layers.Dense(settings["width"], activation="relu")(hidden)
-    sizes = [10 if loss is CLASSES else a.shape[1] for loss, a in zip(settings["losses"], y)]
+    both = zip(settings["losses"], y, strict=True)
+    sizes = [10 if loss is CLASSES else values.shape[1] for loss, values in both]
     outputs = [layers.Dense(size)(hidden) for size in sizes]
     return keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0])
 
