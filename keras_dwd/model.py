@@ -33,10 +33,12 @@ from keras_dwd.groupings.grouping import Grouping, Summary
 from keras_dwd.keras_private import (
     CloneAware,
     evaluates_within_fit,
+    layers_within,
     own_metrics,
     set_dtype_policy,
     within_hdf5,
 )
+from keras_dwd.layers.task_heads import TaskHeads
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.saving import (
     as_plain,
@@ -91,8 +93,10 @@ class DWDModel(CloneAware):
 
     Args:
         *args: `inputs, outputs` of a functional model. For other models use `from_model`.
-        strength: λ ≥ 0, how strongly earlier tasks hold; 200 by default, 0 is fine-tuning. Short
-            for `regularizer=DWDRegularizer(strength)`.
+        strength: λ ≥ 0, how strongly earlier tasks hold; 0 is fine-tuning. Short for
+            `regularizer=DWDRegularizer(strength)`. The default is 200; with `distillation` and
+            `TaskHeads` it is 20, as both then hold the same. Outputs that tasks share need the
+            200 with distillation too.
         regularizer: A `DWDRegularizer`: the penalty and its settings.
         fisher: A `KroneckerFisher` (the default) or a `DiagonalFisher`: the estimate of the Fisher
             information, that is, of the importance of parameters.
@@ -166,7 +170,7 @@ class DWDModel(CloneAware):
         if dtype is not None:
             set_dtype_policy(self, dtype)
         self._consolidation = Consolidation(
-            own_regularizer or DWDRegularizer(),
+            own_regularizer or DWDRegularizer(_default_strength(self, own_distillation)),
             own_fisher or KroneckerFisher(),
             own_grouping,
             own_graph,
@@ -782,6 +786,12 @@ class DWDModel(CloneAware):
     def _prepare_clone(self, outputs: list[keras.KerasTensor]) -> None:
         """Attach the settings to the outputs of a clone: `clone_model` does not pass them on."""
         mark_clone(outputs, self._settings())
+
+
+def _default_strength(model: keras.Model, distillation: Distillation | None) -> float:
+    """λ for a model that is given none."""
+    heads = any(isinstance(layer, TaskHeads) for layer in layers_within(model))
+    return 20.0 if distillation is not None and heads else 200.0
 
 
 def _hint(kind: type, name: str) -> str:
