@@ -346,5 +346,5 @@ def test_a_diagonal_of_an_earlier_version_goes_on_as_a_product():
     values = {"kernel": np.ones((3, 4)), "bias": np.ones(4)}
     variables = {path: keras.Variable(value, name=path) for path, value in values.items()}
     for block in (old, new):
-        regularizer.prepare_task({"kernel": block}, variables)()
+        regularizer.prepare_task(variables, {"kernel": block})()
     assert regularizer.precisions["kernel"].trace == pytest.approx(old.trace + new.trace)
