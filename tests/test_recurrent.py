@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import dtype_policy, pass_statistics, sweep
+from cases import blocks_of, dtype_policy, pass_statistics, sweep
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
@@ -141,3 +141,74 @@ def test_closed_forms_are_those_of_single_examples(cases, kronecker, monkeypatch
         for side, equation in (("input", "bio,bjo->ij"), ("output", "bio,bij->oj")):
             expected = np.einsum(equation, d, d) / len(d)
             close(found[f"{side}/{ruled.kernel}"], expected, f"{side}/{ruled.kernel}")
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.7])
+def test_the_inputs_of_layers_over_time_are_damped(damping):
+    inputs = keras.Input((TIME, FEATURES))
+    h = layers.EinsumDense("abc,cd->abd", (None, 3), name="einsum")(inputs)
+    h = layers.LSTM(3, name="lstm")(layers.Dense(3, name="over_time")(h))
+    outputs = layers.Dense(2, name="head")(h)
+    model = made(keras.Model(inputs, outputs), KroneckerFisher(damping=damping))
+    rng = np.random.default_rng(0)
+    halves = {name: rng.normal(size=shape) for name, shape in shapes_of(model).items() if shape}
+    statistics = {name: half @ half.T if half.ndim == 2 else half for name, half in halves.items()}
+    statistics |= {name: np.ones(()) for name in shapes_of(model) if name not in statistics}
+    blocks = blocks_of(model, statistics)
+    kernels = [name.partition("/")[2] for name in statistics if name.startswith("input/")]
+    assert len(kernels) == 5
+    for kernel in kernels:
+        share = 0 if kernel.startswith("head") else min(2 * damping, 1)
+        given = np.linalg.eigvalsh(statistics[f"input/{kernel}"] / 1.1)[::-1]
+        expected = (1 - share) * given + share * given.mean()
+        np.testing.assert_allclose(blocks[kernel].a.values, expected, rtol=1e-5, atol=1e-9)
+
+
+def shapes_of(model):
+    return model.fisher.shapes(model, model._consolidation.pulled_variables(model))
+
+
+def test_cells_of_ones_own_have_no_closed_form():
+    class OwnLayer(layers.GRU):
+        def inner_loop(self, *args, **kwargs):
+            return super().inner_loop(*args, **kwargs)
+
+    class OwnCell(layers.GRUCell):
+        def call(self, *args, **kwargs):
+            return super().call(*args, **kwargs)
+
+    class Named(layers.GRU):
+        pass
+
+    stacked = layers.RNN([layers.GRUCell(2), layers.GRUCell(2)])
+    for layer in (OwnLayer(3), layers.RNN(OwnCell(3)), stacked):
+        layer.build((None, TIME, FEATURES))
+        assert rules.nested_rule_for(layer) is None
+    named = Named(3)
+    named.build((None, TIME, FEATURES))
+    assert rules.nested_rule_for(named) is not None
+
+
+def test_a_stateful_layer_starts_from_its_states(monkeypatch):
+    """The states before a batch are constants; without them no gradient could be right."""
+    monkeypatch.setattr(Fisher, "_one_by_one", None)  # fails on the slow path
+    inputs = keras.Input(batch_shape=(3, TIME, FEATURES))
+    layer = layers.GRU(UNITS, stateful=True, name="gru")
+    base = keras.Model(inputs, layers.Dense(3, name="head")(layer(inputs)))
+    model = made(base, DiagonalFisher("empirical", gamma=None))
+    x, y = (a[:3] for a in data())
+    state = np.random.default_rng(1).normal(size=(3, UNITS)).astype("float32")
+    layer.states[0].assign(state)
+    found = pass_statistics(model, (x, y), 3)
+    expected = np.zeros(layer.cell.kernel.shape)
+    plain = layers.GRU(UNITS)
+    plain.build(x.shape)
+    plain.set_weights(layer.get_weights())
+    head = base.get_layer("head")
+    for i in range(3):
+        with tf.GradientTape() as tape:
+            h = plain(x[i : i + 1], initial_state=[tf.constant(state[i : i + 1])])
+            loss = -tf.nn.log_softmax(head(h))[0, y[i]]
+        gradient = tape.gradient(loss, plain.cell.kernel.value)
+        expected += np.asarray(gradient, "float64") ** 2 / 3
+    close(found[next(n for n in found if n.endswith("gru_cell/kernel"))], expected, "kernel")

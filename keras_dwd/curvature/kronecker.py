@@ -44,9 +44,9 @@ class KroneckerFisher(Fisher):
         damping: In [0, 1], the weight of the identity when G is averaged with a multiple of the
             identity of the same trace. The gradients of a few classes span few directions of the
             outputs; without damping, later tasks would change the other directions freely. In
-            layers over time (recurrent layers, attention, `Dense` on sequences) A is damped as
-            well: a few directions of the summed inputs decide about a task, but later tasks move
-            the embeddings of its tokens out of these.
+            layers over time (recurrent layers, attention, `Dense` on sequences) A is damped too,
+            with twice this weight: a few directions of the inputs, summed over time, decide about a
+            task, but later tasks move the embeddings of its tokens out of these.
         correction: Rank of a low-rank correction to the diagonal of variables outside a matrix
             (normalization, heads per task, layers without a rule), except embeddings. 0 for none.
         sparsity: Whether to make use of inactive units, for activations such as `KWinners`. Units
@@ -140,7 +140,7 @@ class KroneckerFisher(Fisher):
                 self._factor(side, ruled.kernel, statistics) for side in SIDES
             )
             if ruled.rule.over_time(ruled.layer):
-                a = a.damped(self.damping)
+                a = a.damped(min(2 * self.damping, 1.0))
             trace = a.trace
             g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
             rows = inputs, outputs

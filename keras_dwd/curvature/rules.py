@@ -263,7 +263,7 @@ def rule_for(layer: keras.Layer) -> Rule:
     return rule if known and rule.supports(layer) else GENERIC
 
 
-def _nested_rule_for(layer: keras.Layer) -> NestedRule | None:
+def nested_rule_for(layer: keras.Layer) -> NestedRule | None:
     """The rule for the variables of the layer within a layer, if there is one."""
     parent = _registered(type(layer), _NESTED)
     if parent is None or not computes_as(layer, parent):
@@ -404,7 +404,7 @@ def ruled_layers(model: Learner) -> list[RuledLayer]:
 def _layers_with_variables(model: Learner) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
     found = layers_within(model)
-    nested = {id(layer): rule for layer in found if (rule := _nested_rule_for(layer))}
+    nested = {id(layer): rule for layer in found if (rule := nested_rule_for(layer))}
     callers = Counter(id(nested[id(layer)].within(layer)) for layer in found if id(layer) in nested)
     candidates, owners = [], Counter[int]()
     for layer in found:
