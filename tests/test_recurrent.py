@@ -10,6 +10,7 @@ from keras import layers
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
 from keras_dwd.curvature import rules
 from keras_dwd.curvature.fisher import Fisher
+from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.variables import by_path, trainable_by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -187,6 +188,14 @@ def test_cells_of_ones_own_have_no_closed_form():
     named = Named(3)
     named.build((None, TIME, FEATURES))
     assert rules.nested_rule_for(named) is not None
+
+
+def test_both_directions_are_called_on_a_gpu_too():
+    """There `Bidirectional` computes both layers itself, if these allow cuDNN."""
+    layer = layers.LSTM(2)
+    with LayerRecorder([layer]):
+        assert layer.use_cudnn is False
+    assert layer.use_cudnn == "auto"
 
 
 def test_a_stateful_layer_starts_from_its_states(monkeypatch):

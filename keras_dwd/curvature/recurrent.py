@@ -141,6 +141,7 @@ def _unfold(layer: keras.Layer, flow: LayerIO) -> tuple[LayerIO, LayerIO]:
         return_sequences=True,
         return_state=True,
         go_backwards=layer.go_backwards,
+        unroll=layer.unroll,
         zero_output_for_mask=layer.zero_output_for_mask,
         dtype="float32",
     )
@@ -155,22 +156,30 @@ def _unfold(layer: keras.Layer, flow: LayerIO) -> tuple[LayerIO, LayerIO]:
     if layer.go_backwards:  # the recurrence gives its results in the order of its steps
         found = tf.reverse(found, [1])
     _, state, *reset = tf.split(found, found.shape[-1] // cell.units, -1)
-    rows, at_state = state, gradient
-    if reset:  # of a GRU, whose candidate has a gate before the product with the state or after
-        gates, candidate = gradient[..., : 2 * cell.units], gradient[..., 2 * cell.units :]
-        if cell.reset_after:
-            at_state = tf.concat([gates, reset[0] * candidate], -1)
-        else:  # two products at each step, each for a part of the columns
-            rows = tf.concat([state, reset[0] * state], 1)
-            none = tf.zeros_like
-            at_state = tf.concat(
-                [
-                    tf.concat([gates, none(candidate)], -1),
-                    tf.concat([none(gates), candidate], -1),
-                ],
-                1,
-            )
+    rows, at_state = _products_with_state(cell, state, *reset, gradient=gradient)
     return LayerIO((inputs,), gradient, flow.first), LayerIO((rows,), at_state, flow.first)
+
+
+def _products_with_state(
+    cell: keras.Layer, state: tf.Tensor, reset: tf.Tensor | None = None, *, gradient: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What the recurrent kernel multiplies, and the gradient at the products.
+
+    Args:
+        cell: The cell.
+        state: The states before all time steps.
+        reset: The reset gates of a GRU.
+        gradient: The gradient at the products of the inputs, which are added to those of the state.
+    """
+    if reset is None:
+        return state, gradient
+    gates, candidate = gradient[..., : 2 * cell.units], gradient[..., 2 * cell.units :]
+    if cell.reset_after:  # the product is multiplied by the gate
+        return state, tf.concat([gates, reset * candidate], -1)
+    # Two products at each step, each for a part of the columns.
+    of_gates = tf.concat([gates, tf.zeros_like(candidate)], -1)
+    of_candidate = tf.concat([tf.zeros_like(gates), candidate], -1)
+    return tf.concat([state, reset * state], 1), tf.concat([of_gates, of_candidate], 1)
 
 
 class _Recurrence(layers.Layer):
