@@ -144,7 +144,7 @@ def test_closed_forms_are_those_of_single_examples(cases, kronecker, monkeypatch
             close(found[f"{side}/{ruled.kernel}"], expected, f"{side}/{ruled.kernel}")
 
 
-@pytest.mark.parametrize("damping", [0.3, 0.7])
+@pytest.mark.parametrize("damping", sweep([0.3, 0.7], 0.3))
 def test_the_inputs_of_layers_over_time_are_damped(damping):
     inputs = keras.Input((TIME, FEATURES))
     h = layers.EinsumDense("abc,cd->abd", (None, 3), name="einsum")(inputs)
