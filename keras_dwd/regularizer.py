@@ -13,6 +13,8 @@ from keras_dwd.groupings.budget_strengths import BudgetStrengths
 from keras_dwd.precision.block import Block, Place
 from keras_dwd.precision.blocks import NAMES as BLOCK_ARRAYS
 from keras_dwd.precision.blocks import arrays_by_path, block_from
+from keras_dwd.precision.diagonal import Diagonal
+from keras_dwd.precision.kronecker import Kronecker
 from keras_dwd.state import UNCHANGED, Commit, refuse
 from keras_dwd.variables import Arrays, Variables, insert, untracked
 
@@ -187,6 +189,8 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                 continue
             new = block.scale_variables(strengths)
             old = self.precisions.get(key)
+            if isinstance(old, Diagonal) and isinstance(block, Kronecker):
+                old = block.of_diagonal(old)
             if old is not None and type(old) is not type(block):
                 raise ValueError(
                     f"The precision of {key!r} so far is {type(old).__name__}, the new Fisher "

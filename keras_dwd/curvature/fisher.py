@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature import closed_forms  # noqa: F401  (to register the rules)
+from keras_dwd.curvature import closed_forms, recurrent  # noqa: F401  (to register the rules)
 from keras_dwd.curvature.examples import (
     TOLERANCE,
     carried_states,
@@ -352,7 +352,8 @@ class Fisher(FixedSettings):
         ]
         with tf.GradientTape() as tape:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
-            with LayerRecorder((ruled.layer for ruled in layers), activated=generic) as recorder:
+            recorded = [ruled.recorded for ruled in layers]
+            with LayerRecorder(recorded, activated=generic) as recorder:
                 outputs = model(x, training=False)
             loss_outputs = self._loss_outputs(model, outputs)
         masks = masks_of(outputs)
@@ -378,34 +379,37 @@ class Fisher(FixedSettings):
             )
             roots = [tf.sqrt(factor) for factor in factors]
             by_loss_outputs = [_times(r, g) for r, g in zip(roots, by_loss_outputs, strict=True)]
-        calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
+        calls = {ruled: recorder.calls(ruled.recorded) for ruled in layers}
         for ruled, layer_calls in calls.items():
-            if ruled.rule is GENERIC and not all(call.plain for call in layer_calls or ()):
+            plain = ruled.rule is not GENERIC or all(call.plain for call in layer_calls or ())
+            if not plain or (ruled.random and any(call.trains for call in layer_calls or ())):
                 calls[ruled] = None
-        recorded = [call for layer_calls in calls.values() for call in layer_calls or ()]
+        known_calls = {id(c): c for layer_calls in calls.values() for c in layer_calls or ()}
         targets = tf.nest.flatten(loss_outputs)
         by_calls = tape.gradient(
             [target for target in targets if has_gradient(target)],
-            [call.output for call in recorded],
+            [call.output for call in known_calls.values()],
             output_gradients=[
                 g for g, t in zip(by_loss_outputs, targets, strict=True) if has_gradient(t)
             ],
             unconnected_gradients="zero",
         )
-        gradients = iter(by_calls)
+        flows_by_call = {
+            key: LayerIO(
+                tuple(_floats(i) for i in call.inputs),
+                tf.nest.map_structure(lambda g: _unscaled(g, scale), gradient),
+                first,
+                tf.nest.map_structure(_floats, call.initial_state),
+                call.mask,
+            )
+            for (key, call), gradient in zip(known_calls.items(), by_calls, strict=True)
+        }
 
         statistics: Statistics = {}
         covered: set[str] = set()
         of_users: dict[RuledLayer, list[LayerIO]] = {}
         for ruled, layer_calls in calls.items():
-            flows = [
-                LayerIO(
-                    tuple(_floats(i) for i in call.inputs),
-                    _unscaled(next(gradients), scale),
-                    first,
-                )
-                for call in layer_calls or ()
-            ]
+            flows = [flows_by_call[id(call)] for call in layer_calls or ()]
             if flows:
                 found = self.layer_statistics(ruled, flows, weights)
                 statistics |= found
