@@ -104,7 +104,7 @@ class DWDModel(CloneAware):
     Example:
 
     ```python
-    model = DWDModel.from_model(keras.Sequential([...]))
+    model = DWDModel.from_model(network)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     for x, y in tasks:
         model.fit(x, y, epochs=10)
@@ -616,7 +616,7 @@ class DWDModel(CloneAware):
         ```python
         model.export("saved", verbose=False)
         served = tf.saved_model.load("saved").signatures["serving_default"]
-        logits = served(image=x, task=ids)["output_0"]
+        outputs = served(pixels=x)["output_0"]  # by the names of the model's inputs
         ```
         """
         if self.workers.leads:

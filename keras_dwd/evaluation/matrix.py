@@ -13,6 +13,13 @@ class AccuracyMatrix:
         after: The matrix a, `(tasks, tasks)`; NaN where the accuracy was not measured.
         before: Accuracies of the untrained model, `(tasks,)`, for forward transfer.
 
+    Example:
+
+    ```python
+    matrix = AccuracyMatrix(np.array([[0.9, 0.1], [0.7, 0.8]]), before=np.array([0.1, 0.1]))
+    print(matrix.average_accuracy, matrix.forgetting)  # 0.75 and 0.2
+    ```
+
     Reference:
         [Lopez-Paz & Ranzato, 2017](https://arxiv.org/abs/1706.08840), equations 2 to 4;
         [Chaudhry et al., 2018](https://arxiv.org/abs/1801.10112), equation 3 (forgetting).

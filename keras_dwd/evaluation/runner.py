@@ -65,6 +65,13 @@ class SequenceResult:
         boundary_seconds: Seconds of the task boundary, per task.
         peak_memory: Peak resident memory of the process during the run, in bytes.
         model: The trained model.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "finetune", epochs=1)
+    print(result.matrix.after, sum(result.train_seconds), result.model.tasks_learned)
+    ```
     """
 
     matrix: AccuracyMatrix
@@ -134,6 +141,13 @@ def run_sequence(
 
     Raises:
         ValueError: If arguments exclude each other, or do not fit the tasks.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "dwd-online", epochs=1)
+    print(result.metrics())
+    ```
     """
     if recipe is not None and learning_rate is not None:
         raise ValueError("Give `learning_rate` or `recipe`, not both.")

@@ -23,6 +23,12 @@ class Task:
         train: Training data: `(x, y)` of arrays, or a batched `tf.data.Dataset` of such pairs. `x`
             may be any structure of arrays, for instance `(images, task_ids)`.
         test: Test data, in the same form.
+
+    Example:
+
+    ```python
+    night = Task("night", train=(x, y), test=(new_x, new_y))
+    ```
     """
 
     name: str
