@@ -136,8 +136,9 @@ def test_every_public_name_is_in_the_reference_with_an_example(name):
     if name in DATA:
         assert re.search(rf"```python\n[^`]*\b{name.rpartition('.')[2]}\b", REFERENCE)
     else:
-        assert re.search(rf"^::: {re.escape(name)}$", REFERENCE, re.M)
-        assert examples_of(PUBLIC[name])
+        listed = re.search(rf"^::: {re.escape(name)}$", REFERENCE, re.M)
+        assert listed, f"no page of docs/reference has the line `::: {name}`"
+        assert examples_of(PUBLIC[name]), f"the docstring of {name} has no `Example:` with code"
 
 
 @pytest.fixture
@@ -177,6 +178,7 @@ def vocabulary(tmp_path, monkeypatch):
         **{"keras": keras, "np": np, "tf": tf, "keras_dwd": keras_dwd, "Scale": Scale},
         **{"network": network, "model": model, "loss": loss, "build": build},
         **{"tasks": tasks, "validation": validation, "pretrained": network},
+        **dict(zip(("x_test", "y_test"), validation[0], strict=True)),
         **dict(zip(("x", "y", "new_x", "new_y"), (*tasks[0], *tasks[1]), strict=True)),
         **{"inputs": inputs, "outputs": keras.layers.Dense(3, name="head")(x)},
         "scenario": keras_dwd.evaluation.Scenario.from_tasks([("one", *[tasks[0]] * 2)]),
@@ -213,9 +215,11 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 def test_the_wheel_works_without_the_source_tree(tmp_path):
     source, fresh, wheels = (tmp_path / name for name in ("source", "fresh", "wheels"))
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "keras_dwd_command.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "keras_dwd", source / "keras_dwd")
+    for part in ROOT.glob("keras_dwd*"):
+        copy = shutil.copytree if part.is_dir() else shutil.copy
+        copy(part, source / part.name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source]
     subprocess.run(build, check=True, capture_output=True)
