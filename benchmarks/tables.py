@@ -154,21 +154,15 @@ def misuse_table():
 def examples_table():
     """Table of the numbers of examples given to `consolidate`."""
     results = json.loads((RESULTS / "misuse.json").read_text())
-    never = next(row for label, row in results["misuse"].items() if label.startswith("never"))
-    lines = [
-        ["examples", *(f"{of} data, {how}, %" for how in HOW.values() for of in ("old", "new"))]
-    ]
-    lines.append(["none", *_old_and_new(never), "", ""])
+    how = {"inputs": "inputs alone", "labelled": "with labels"}
+    lines = [["examples", *(f"{of} data, {h}, %" for h in how.values() for of in ("old", "new"))]]
     for count, row in results["examples"].items():
-        lines.append([count, *(text for how in HOW for text in _old_and_new(row[how]))])
+        lines.append([count, *(text for key in how for text in _old_and_new(row.get(key)))])
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
-HOW = {"inputs": "inputs alone", "labelled": "with labels"}
-
-
 def _old_and_new(row):
-    return [cell("accuracy", row[name]) for name in ("old", "new")]
+    return [cell("accuracy", row[name]) if row else "" for name in ("old", "new")]
 
 
 def of_all_scenarios():
