@@ -111,7 +111,7 @@ class DWDModel(CloneAware):
     Example:
 
     ```python
-    model = DWDModel.from_model(keras.Sequential([...]))
+    model = DWDModel.from_model(network)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     for x, y in tasks:
         model.fit(x, y, epochs=10)
@@ -713,7 +713,7 @@ class DWDModel(CloneAware):
         ```python
         model.export("saved", verbose=False)
         served = tf.saved_model.load("saved").signatures["serving_default"]
-        logits = served(image=x, task=ids)["output_0"]
+        outputs = served(pixels=x)["output_0"]  # by the names of the model's inputs
         ```
         """
         if self.workers.leads:

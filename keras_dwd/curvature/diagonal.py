@@ -50,6 +50,12 @@ class DiagonalFisher(Fisher):
         every: The online estimate is updated at every n-th training step. Neighbouring steps have
             similar gradients, and each update costs a pass over memory.
 
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, fisher=DiagonalFisher("empirical"))
+    ```
+
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);
         [van de Ven, 2025](https://arxiv.org/abs/2502.11756) on the estimators;

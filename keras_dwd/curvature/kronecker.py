@@ -55,6 +55,12 @@ class KroneckerFisher(Fisher):
             which takes less time and memory. The model then does not support `jit_compile`, which
             needs fixed shapes.
 
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, fisher=KroneckerFisher(rank=64, every=5))
+    ```
+
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
         [Martens & Grosse, 2015](https://arxiv.org/abs/1503.05671);

@@ -41,6 +41,15 @@ class LayerIO:
         first: The number of examples of the task that were processed before this batch.
         initial_state: The states that a recurrent layer was given; `None` for its own.
         mask: The mask that it was given.
+
+    Example:
+
+    ```python
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def gradients(self, layer, flow):  # a LayerIO
+            return {"w": flow.inputs[0] * flow.gradient}
+    ```
     """
 
     inputs: tuple[tf.Tensor, ...]
@@ -59,7 +68,7 @@ class Rule:
     @register_rule(Scale)
     class ScaleRule(Rule):  # y = w * x, x and y of shape (batch, features)
         def gradients(self, layer, flow):
-            return {layer.w.name: flow.inputs[0] * flow.gradient}
+            return {"w": flow.inputs[0] * flow.gradient}
     ```
 
     Attributes:
@@ -219,6 +228,22 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
     Raises:
         ValueError: If a type is not a Keras layer, if the rule defines neither `gradients` nor
             `squares`, or if it defines only one of `matrix` and `rows`.
+
+    Example:
+
+    ```python
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1],), name="w")
+
+        def call(self, x):
+            return x * self.w
+
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def gradients(self, layer, flow):
+            return {"w": flow.inputs[0] * flow.gradient}
+    ```
     """
     for layer_type in types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):

@@ -55,6 +55,15 @@ class Method:
         keep_state: Whether the optimizer keeps its state from task to task, whatever the recipe.
         technique: Function that returns what the method adds to training, see `Technique`, for a
             strength.
+
+    Example:
+
+    ```python
+    def settings(strength):
+        return {"strength": strength, "grouping": LayerGrouping()}
+
+    result = run_sequence(build, scenario, Method("layers", settings, 50.0), epochs=1)
+    ```
     """
 
     name: str

@@ -48,6 +48,13 @@ class Recipe:
     Raises:
         ValueError: If a setting is not one of those above.
 
+    Example:
+
+    ```python
+    recipe = Recipe("sgd", learning_rate=0.05, schedule="cosine", weight_decay=2e-4)
+    result = run_sequence(build, scenario, "finetune", recipe=recipe, epochs=1)
+    ```
+
     Reference:
         [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983), for the cosine;
         [Loshchilov & Hutter, 2019](https://arxiv.org/abs/1711.05101), for weight decay;

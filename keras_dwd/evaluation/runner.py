@@ -67,6 +67,13 @@ class SequenceResult:
         model: The trained model.
         others: The matrices of further metrics, by name.
         consolidation: What the model retains, see `ConsolidationSummary.as_dict`.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "finetune", epochs=1)
+    print(result.matrix.after, sum(result.train_seconds), result.model.tasks_learned)
+    ```
     """
 
     matrix: MetricMatrix
@@ -154,6 +161,13 @@ def run_sequence(
 
     Raises:
         ValueError: If arguments exclude each other, or do not fit the tasks.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "dwd-online", epochs=1)
+    print(result.metrics())
+    ```
     """
     if recipe is not None and learning_rate is not None:
         raise ValueError("Give `learning_rate` or `recipe`, not both.")

@@ -24,6 +24,12 @@ class Task:
             `tf.data.Dataset` of these. `x` may be any structure of arrays, for instance
             `(images, task_ids)`, and so may `y` where a model has several outputs.
         test: Test data, in the same form.
+
+    Example:
+
+    ```python
+    night = Task("night", train=(x, y), test=(new_x, new_y))
+    ```
     """
 
     name: str
