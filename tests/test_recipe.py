@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -14,6 +15,7 @@ from keras_dwd import DiagonalFisher
 from keras_dwd.cli import _again, app
 from keras_dwd.evaluation import Method, Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import profile_for
 from keras_dwd.evaluation.recipe import CosineOfTask, cropped_and_flipped, mixed
 from keras_dwd.files import read_arrays
@@ -428,3 +430,37 @@ def test_a_rehearsal_of_the_full_profile(data_dir, tmp_path):
     assert protocol["network"] == "ResNet-32"
     assert protocol["optimizer"] == "SGD"
     assert protocol["images_per_class"] == 20
+
+
+def test_an_optimizer_can_keep_its_state_from_task_to_task(tmp_path):
+    """Its steps are counted on, and a run that was resumed ends as one that was not."""
+    kept, plain = Recipe(keep_state=True), Method("plain", lambda s: {"strength": 0.0})
+
+    def ran(folder, recipe=kept, method=plain, callbacks=()):
+        return run(recipe, method, checkpoint_dir=tmp_path / folder, callbacks=callbacks)
+
+    class StoppedError(Exception):
+        pass
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1 and int(self.model.optimizer.iterations) > 6:
+                raise StoppedError
+
+    whole, anew = ran("whole"), ran("anew", Recipe())
+    assert whole.steps == anew.steps == int(whole.model.optimizer.iterations) == 12
+    assert int(anew.model.optimizer.iterations) == 6
+    with pytest.raises(StoppedError):
+        ran("part", callbacks=[Stop()])
+    again = ran("part")
+    assert again.steps == 12
+    variant = ran("variant", Recipe(), replace(plain, keep_state=True))
+    for i, expected in enumerate(weights_of(whole)):
+        np.testing.assert_array_equal(weights_of(again)[i], expected)
+        np.testing.assert_array_equal(weights_of(variant)[i], expected)
+        assert not np.array_equal(weights_of(anew)[i], expected)
+    assert method_named("ewc+keep-state").keep_state
+    assert str(kept) == "Adam 0.001 kept from task to task"
+    assert kept.configuration() == {"learning_rate": 1e-3, "keep_state": True}
+    with pytest.raises(ValueError, match="`keep_state` needs the schedule 'constant'"):
+        Recipe(schedule="cosine", keep_state=True)

@@ -25,10 +25,12 @@ FLOORS = [
     ["training.step"],
     ["growing", "consolidation"],
     ["distributed.fitting"],
-    ["hub_tasks", "saving", "wrapping", "export"],
+    ["hub_tasks", "saving", "wrapping", "export", "summary"],
     ["model"],
     ["stripping", "callbacks", "settings", "experimental"],
     ["evaluation"],
+    ["plots"],
+    ["page"],
     ["cli", "__main__"],
 ]
 

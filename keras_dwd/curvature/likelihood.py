@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_dwd.curvature.examples import one_each
 from keras_dwd.keras_private import loss_arguments, loss_weights
 from keras_dwd.learner import Learner, has_own_loss
 
@@ -128,19 +129,19 @@ def counted_positions(
         The positions of each output, in its shape without the axis of the classes.
     """
     found: Counted = []
-    flat, losses = [_with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
+    flat, losses = [with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
     labels, each_weight = (by_output(values, losses) for values in (y, weights))
     for index, (loss, output) in enumerate(zip(losses, flat, strict=True)):
         known, counted = known_loss(loss), []
         shape = tf.shape(classes_last(output, known.axis))[:-1]
         if index in masks:
-            counted.append(_at_positions(tf.cast(masks[index], "bool"), shape, output))
+            counted.append(at_positions(tf.cast(masks[index], "bool"), shape, output))
         if known.ignored is not None and labels[index] is not None:
             kept = tf.cast(labels[index], "float32") != float(known.ignored)
             counted.append(tf.reshape(kept, shape))
         if each_weight[index] is not None:
             positive = tf.convert_to_tensor(each_weight[index]) > 0
-            counted.append(_at_positions(positive, shape, output))
+            counted.append(at_positions(positive, shape, output))
         together = tf.reduce_all(tf.stack(counted), 0) if counted else None
         found.append(None if together is None else tf.cast(together, "float32"))
     return found
@@ -156,7 +157,7 @@ def by_output(values: Any, losses: list[Any]) -> list[Any]:
     return [next(left, None) if every or loss is not None else None for loss in losses]
 
 
-def _at_positions(x: tf.Tensor, shape: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+def at_positions(x: tf.Tensor, shape: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
     """A mask or weights, with axes added or dropped at the end, in the shape of the positions."""
     rank = len(output.shape) - 1
     if len(x.shape) == rank + 1 and x.shape[-1] == 1:
@@ -176,10 +177,10 @@ def present(counted: Counted, outputs: Any) -> tf.Tensor:
     return tf.reduce_any(tf.stack(any_of_each), 0)
 
 
-def positions_per_example(
+def positions_of(
     model: Learner, outputs: Any, counted: Counted, weights: Any = None
-) -> tf.Tensor | None:
-    """How many positions the loss of an example is a mean of, `(batch,)`; `None` for one.
+) -> list[tf.Tensor] | None:
+    """Of how many positions the loss of an example at each output is a mean, `(batch,)`.
 
     Such as the tokens of a sequence. The cross-entropy of an example is Σ_t c_t ℓ_t. The gradients
     of the ℓ_t do not correlate under the model: the expected square of their sum is Σ_t c_t² times
@@ -187,78 +188,34 @@ def positions_per_example(
     on how many are padded. With n equal weights that is n, for a mean.
 
     Args:
-        model: A compiled model. `None` is returned if it has several outputs with a loss, a loss
-            of its own, or a loss other than a cross-entropy.
+        model: A compiled model.
         outputs: The outputs of the model.
         counted: Which positions the loss counts, by output.
         weights: Sample weights of positions, if there are any.
+
+    Returns:
+        1 / Σ_t c_t² by output, ones where there are no positions or the loss is no cross-entropy;
+        `None` if no output has positions, or if the model has a loss of its own.
     """
-    given = [(i, loss) for i, loss in enumerate(losses_of(model)) if loss is not None]
-    if len(given) != 1 or has_own_loss(model):
-        return None
-    ((index, loss),) = given
-    output, known = tf.nest.flatten(outputs)[index], known_loss(loss)
-    if known.kind not in ("sparse", "categorical", "binary") or len(output.shape) < 3:
-        return None
-    shape = tf.shape(classes_last(output, known.axis))[:-1]
-    each = counted[index]
-    mask = tf.ones(shape) if each is None else each
-    weighted = mask
-    if weights is not None:
-        weighted = mask * _at_positions(tf.cast(weights, "float32"), shape, output)
-    divisor = {"mean": mask, "weighted mean": weighted}.get(_reduction(loss))
-    squares = tf.reduce_sum(_flat(weighted) ** 2, 1)
-    total = 1.0 if divisor is None else tf.reduce_sum(_flat(divisor), 1)
-    return tf.math.divide_no_nan(total**2, squares)
-
-
-def squared_margins(
-    model: Learner, outputs: Any, counted: Counted | None = None, weights: Any = None
-) -> tf.Tensor:
-    """The squared margin of each example, `(batch,)`, averaged over positions and outputs.
-
-    The margin is how far the logits may move before the prediction changes. For a cross-entropy it
-    is the distance between the two highest logits, for a binary cross-entropy the distance of the
-    logit from zero. Outputs with other losses have no margin; if there are no others, it is one.
-
-    Args:
-        model: A compiled model.
-        outputs: The outputs of the model.
-        counted: See `counted_positions`; all positions if left out.
-        weights: Sample weights of positions, by which these are averaged.
-    """
-    flat = tf.nest.flatten(outputs)
-    sums, counts = [], []
-    all_of_each = [None] * len(flat)
-    losses = losses_of(model)
-    for loss, output, where, weight in zip(
-        losses, flat, counted or all_of_each, by_output(weights, losses), strict=True
+    losses, flat = losses_of(model), tf.nest.flatten(outputs)
+    found, several = [], False
+    for loss, output, each, weight in zip(
+        losses, flat, counted, by_output(weights, losses), strict=True
     ):
         known = known_loss(loss)
-        output = tf.cast(tf.stop_gradient(_with_an_axis(output)), "float32")
-        output = classes_last(output, known.axis)
-        if known.kind == "binary":
-            logits = output if known.from_logits else log_of(output) - log_of(1 - output)
-            squares = tf.reduce_mean(logits**2, -1)
-        elif known.kind in ("sparse", "categorical") and output.shape[-1] > 1:
-            highest = tf.math.top_k(output if known.from_logits else log_of(output), 2).values
-            squares = (highest[..., 0] - highest[..., 1]) ** 2
-        else:
+        if known.kind not in ("sparse", "categorical", "binary") or len(output.shape) < 3:
+            found.append(tf.ones(tf.shape(output)[:1]))
             continue
-        where = tf.ones_like(squares) if where is None else where
-        if weight is not None:
-            where *= tf.cast(_at_positions(weight, tf.shape(squares), output), where.dtype)
-        where = _flat(where)
-        # Where all classes but one are masked by −inf, there is nothing to decide.
-        where *= tf.cast(tf.math.is_finite(_flat(squares)), where.dtype)
-        squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
-        total = tf.reduce_sum(_flat(squares) * where, 1)
-        number = tf.reduce_sum(where, 1)
-        sums.append(tf.math.divide_no_nan(total, number))
-        counts.append(tf.cast(number > 0, "float32"))
-    if not sums:
-        return tf.ones(tf.shape(flat[0])[:1])
-    return tf.math.divide_no_nan(tf.add_n(sums), tf.add_n(counts))
+        several = True
+        shape = tf.shape(classes_last(output, known.axis))[:-1]
+        weighted = mask = tf.ones(shape) if each is None else each
+        if weight is not None and not one_each(weight):
+            weighted = mask * at_positions(tf.cast(weight, "float32"), shape, output)
+        divisor = {"mean": mask, "weighted mean": weighted}.get(_reduction(loss))
+        total = 1.0 if divisor is None else tf.reduce_sum(_flat(divisor), 1)
+        squares = tf.reduce_sum(_flat(weighted) ** 2, 1)
+        found.append(tf.math.divide_no_nan(total**2, squares))
+    return found if several and not has_own_loss(model) else None
 
 
 def sample_labels(
@@ -308,7 +265,7 @@ def _drawn(
     if known.kind == "squares":
         # The mean of n squares is −log of a normal density of variance n / 2, up to a constant.
         n = tf.cast(tf.size(output[0]), "float32")
-        last = tf.cast(tf.shape(_with_an_axis(output))[-1], "float32")
+        last = tf.cast(tf.shape(with_an_axis(output))[-1], "float32")
         if _reduction(loss) == "sum":  # of means over the last axis
             n = last
         elif counted is not None:
@@ -445,7 +402,7 @@ def example_weights(
     return tf.math.divide_no_nan(weights, tf.reduce_mean(weights))
 
 
-def _with_an_axis(x: tf.Tensor) -> tf.Tensor:
+def with_an_axis(x: tf.Tensor) -> tf.Tensor:
     """Outputs of shape `(batch,)` with an axis more."""
     return x[:, None] if len(x.shape) == 1 else x
 

@@ -34,7 +34,8 @@ class Experiment:
     """A scenario, given by name, and the training protocol.
 
     Attributes:
-        scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`.
+        scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`,
+            or a path of the user's own data.
         tasks: Number of tasks.
         setting: `task`, `domain` or `class`; by default `task` for split, `domain` for permuted.
         class_order_seed: Seed of the class order in `split` (by default 1993 for cifar100 and the
@@ -52,6 +53,7 @@ class Experiment:
         augment: By default of the profile.
         warmup: By default of the profile.
         mixup: By default of the profile.
+        keep_state: By default of the profile.
         metrics: What is measured, see `run_sequence`.
     """
 
@@ -71,6 +73,7 @@ class Experiment:
     augment: bool | None = None
     warmup: float | None = None
     mixup: float | None = None
+    keep_state: bool | None = None
     metrics: Metrics = (ACCURACY,)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,7 @@ class Experiment:
                 augment=self.augment,
                 warmup=self.warmup,
                 mixup=self.mixup,
+                keep_state=self.keep_state,
             ),
         )
         images = self.protocol.images_per_class
@@ -158,6 +162,7 @@ class Experiment:
         observer: Observer | None = None,
         checkpoint_dir: Path | None = None,
         sharded: bool = False,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Run several methods, each with the seeds 0 to `seeds − 1`.
 
@@ -168,11 +173,14 @@ class Experiment:
             observer: Returns the callbacks of each `fit`.
             checkpoint_dir: Folder for checkpoints, with a subfolder per method and seed.
             sharded: Whether workers divide the consolidation state among themselves.
+            keep: Called after each run with the results so far, in which `unfinished` has the
+                number of runs that are still to come.
 
         Returns:
             A JSON-serializable dictionary with `protocol`, `versions` and `methods`. The latter has
-            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each) and
-            its `accuracy_matrices` (or `mae_matrices`, by the names of the metrics).
+            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each),
+            its `accuracy_matrices` (or `mae_matrices`, by the names of the metrics), and the
+            `consolidation` of the model of the first seed, see `ConsolidationSummary.as_dict`.
         """
         if not methods:
             raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
@@ -182,21 +190,20 @@ class Experiment:
         strengths = strengths or {}
         chosen = {name: strengths.get(name, method.strength) for name, method in known.items()}
         settings = {name: known[name].configuration(s) for name, s in chosen.items()}
-        results = {}
+        results: dict[str, Any] = {}
+        made = {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
+        left = len(chosen) * seeds
         for name, strength in chosen.items():
-            runs = [
-                self.run(
-                    name,
-                    seed,
-                    strength,
-                    observer,
-                    checkpoint_dir and checkpoint_dir / name.replace(":", "_") / f"seed_{seed}",
-                    sharded,
-                )
-                for seed in range(seeds)
-            ]
-            results[name] = {"settings": settings[name], **summarize(runs)}
-        return {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
+            runs: list[SequenceResult] = []
+            for seed in range(seeds):
+                folder = name.replace(":", "_")
+                subfolder = checkpoint_dir and checkpoint_dir / folder / f"seed_{seed}"
+                runs.append(self.run(name, seed, strength, observer, subfolder, sharded))
+                left -= 1
+                results[name] = {"settings": settings[name], **summarize(runs)}
+                if keep is not None:
+                    keep(made | ({"unfinished": left} if left else {}))
+        return made
 
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""
@@ -207,7 +214,8 @@ class Experiment:
             f"{protocol.batch_size}, {self.epochs} epochs a task, "
             f"{'all' if images is None else images} training images a class, Fisher "
             f"information from a pass over {FISHER_EXAMPLES} of a task, class order or "
-            f"permutation seed {self.class_order_seed}, seeds 0–{seeds - 1}, mean ± std; "
+            f"permutation seed {self.class_order_seed}, "
+            + (f"seeds 0–{seeds - 1}, mean ± std; " if seeds > 1 else "seed 0; ")
             + (
                 f"evaluated on {self.validation:.0%} of the training data, held back."
                 if self.validation
@@ -246,10 +254,11 @@ def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
             "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "per_seed": values,
         }
-    summary = {
+    summary: dict[str, Any] = {
         "metrics": metrics,
         "train_seconds": [run.train_seconds for run in runs],
         "boundary_seconds": [run.boundary_seconds for run in runs],
+        "consolidation": runs[0].consolidation,  # of the first seed
     }
     for name in runs[0].matrices:
         matrices = [run.matrices[name] for run in runs]

@@ -44,13 +44,15 @@ def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile
     """The protocol for images of this shape.
 
     Args:
-        shape: `(height, width, channels)`.
+        shape: `(height, width, channels)`, or `(features,)` of examples that are no images.
         kind: `split` or `permuted`. Permuted images have no local structure, so they get an MLP in
             place of a convolutional network.
         name: `cpu`, sized for two cores, or `full`, for a GPU.
     """
     if name not in PROFILES:
         raise ValueError(f"`profile` must be one of {', '.join(PROFILES)}. Received: {name!r}")
+    if len(shape) == 1:  # no image
+        return Profile("MLP 100-100", mlp, 10)
     if kind == "permuted" or shape[-1] == 1:
         small = shape[0] < 16  # such as digits: training is fast with all images
         images = None if small or name == "full" else 400

@@ -41,9 +41,19 @@ class Recipe:
             and flipped horizontally at random.
         mixup: If above 0, training examples are mixed in pairs, and their labels alike: a share m
             of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup).
+        keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
+            instead of starting each task anew. A new Adam moves every parameter by about the
+            learning rate in its first steps, however small its gradient, and so forgets more.
 
     Raises:
         ValueError: If a setting is not one of those above.
+
+    Example:
+
+    ```python
+    recipe = Recipe("sgd", learning_rate=0.05, schedule="cosine", weight_decay=2e-4)
+    result = run_sequence(build, scenario, "finetune", recipe=recipe, epochs=1)
+    ```
 
     Reference:
         [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983), for the cosine;
@@ -60,6 +70,7 @@ class Recipe:
     augment: bool = False
     warmup: float = 0.0
     mixup: float = 0.0
+    keep_state: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -70,8 +81,15 @@ class Recipe:
         sgd = self.optimizer == "sgd"
         if self.momentum is not None and not sgd:
             raise ValueError(f"`momentum` is a setting of SGD. Received: {self.momentum!r}")
-        if not isinstance(self.augment, bool):
-            raise ValueError(f"`augment` must be True or False. Received: {self.augment!r}")
+        for name in ("augment", "keep_state"):
+            if not isinstance(getattr(self, name), bool):
+                given = getattr(self, name)
+                raise ValueError(f"`{name}` must be True or False. Received: {given!r}")
+        if self.keep_state and self.schedule == "cosine":
+            raise ValueError(
+                "`keep_state` needs the schedule 'constant': 'cosine' counts the steps of each "
+                "task from 0, as a new optimizer does."
+            )
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", _LEARNING_RATES[self.optimizer])
         if self.momentum is None and sgd:
@@ -138,6 +156,7 @@ class Recipe:
             **({"augment": "crop and flip"} if self.augment else {}),
             **({"warmup": self.warmup} if self.warmup else {}),
             **({"mixup": self.mixup} if self.mixup else {}),
+            **({"keep_state": True} if self.keep_state else {}),
         }
 
     def __str__(self) -> str:
@@ -146,7 +165,7 @@ class Recipe:
         return ", ".join(
             [
                 f"{'SGD' if self.optimizer == 'sgd' else 'Adam'} {self.learning_rate:g}{momentum} "
-                "reset for each task",
+                f"{'kept from task to task' if self.keep_state else 'reset for each task'}",
                 *([f"rising for {self.warmup:g} epochs"] if self.warmup else []),
                 *(["falling to 0 by a cosine"] if self.schedule == "cosine" else []),
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),

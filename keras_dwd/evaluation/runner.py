@@ -66,6 +66,14 @@ class SequenceResult:
         peak_memory: Peak resident memory of the process during the run, in bytes.
         model: The trained model.
         others: The matrices of further metrics, by name.
+        consolidation: What the model retains, see `ConsolidationSummary.as_dict`.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "finetune", epochs=1)
+    print(result.matrix.after, sum(result.train_seconds), result.model.tasks_learned)
+    ```
     """
 
     matrix: MetricMatrix
@@ -75,6 +83,7 @@ class SequenceResult:
     peak_memory: int
     model: DWDModel = field(repr=False)
     others: dict[str, MetricMatrix] = field(default_factory=dict)
+    consolidation: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def matrices(self) -> dict[str, MetricMatrix]:
@@ -132,8 +141,8 @@ def run_sequence(
         batch_size: Batch size for arrays; a `tf.data.Dataset` is batched already. Several workers
             (see `DWDModel.compile`) share each batch.
         learning_rate: Learning rate of Adam; short for `recipe=Recipe(learning_rate=…)`.
-        recipe: Optimizer, whose state is reset for each task, learning rate and augmentation; by
-            default Adam with the learning rate 0.001.
+        recipe: Optimizer, whose state is reset for each task unless the recipe keeps it, learning
+            rate and augmentation; by default Adam with the learning rate 0.001.
         fisher_examples: Number of examples per task for a boundary pass, if tasks are arrays.
         seed: Seed of weights, shuffling and dropout.
         callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
@@ -152,12 +161,21 @@ def run_sequence(
 
     Raises:
         ValueError: If arguments exclude each other, or do not fit the tasks.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "dwd-online", epochs=1)
+    print(result.metrics())
+    ```
     """
     if recipe is not None and learning_rate is not None:
         raise ValueError("Give `learning_rate` or `recipe`, not both.")
     recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
+    if method.keep_state:
+        recipe = replace(recipe, keep_state=True)
     measured = task_metrics(metrics)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
@@ -246,8 +264,9 @@ def run_sequence(
             continue
         if not progress.epoch:
             # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
-            for variable, value in zip(model.optimizer.variables, fresh, strict=True):
-                variable.assign(value)
+            if not recipe.keep_state:
+                for variable, value in zip(model.optimizer.variables, fresh, strict=True):
+                    variable.assign(value)
             if technique:
                 technique.begin_task(model)
         if technique:
@@ -271,7 +290,8 @@ def run_sequence(
             )
             progress.trained()
         progress.end()
-        result.steps += int(model.optimizer.iterations)
+        steps = int(model.optimizer.iterations)
+        result.steps = steps if recipe.keep_state else result.steps + steps
 
         started = time.perf_counter()
         if policy is not None:
@@ -280,7 +300,7 @@ def run_sequence(
         if isinstance(model, TechniqueModel):
             rng = np.random.default_rng([seed, t, 1])
             model.end_task(task.train, _sample(task.train, fisher_examples), rng)
-        model.consolidate(sample, batch_size=batch_size)
+        model.consolidate(sample, batch_size=batch_size, verbose=0)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
             after[:] = evaluate(model)[:, None]
@@ -289,12 +309,14 @@ def run_sequence(
             after[:, t, : t + 2] = evaluate(model, t + 2)
         progress.boundary()
     result.peak_memory = memory.peak()
+    result.consolidation = model.consolidation.as_dict()
     return result
 
 
 def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:
     """Raise `ValueError` if a recipe has settings that would have no effect or no meaning."""
-    if "optimizer" in compile_settings and replace(recipe, augment=False, mixup=0.0) != Recipe():
+    own = replace(recipe, augment=False, mixup=0.0, keep_state=False)
+    if "optimizer" in compile_settings and own != Recipe():
         raise ValueError(
             "Give the optimizer and its learning rate in `recipe` or in `compile_settings`, not in "
             f"both. Received: {recipe}"

@@ -53,14 +53,8 @@ class Diagonal(EarlierNames):
         """The block scaled by the strength of its variable."""
         return replace(self, values=strengths[self.path] * np.asarray(self.values, "float64"))
 
-    def merged(self, new: Any, decay: float) -> Any:
-        """The sum of `decay` times this block and a new one.
-
-        A large table of embeddings had a diagonal in earlier versions, and has none any more: the
-        sum is then of the type of the new block.
-        """
-        if not isinstance(new, Diagonal):
-            return new.from_diagonal(np.asarray(self.values)).merged(new, decay)
+    def merged(self, new: "Diagonal", decay: float) -> "Diagonal":
+        """The sum of `decay` times this block and a new one."""
         return replace(self, values=decay * np.asarray(self.values, "float64") + new.values)
 
     def importances(self) -> np.ndarray:

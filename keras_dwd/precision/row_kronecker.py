@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.precision.block import EarlierNames, Place
+from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.precision.factor import Factor
 from keras_dwd.variables import Arrays
 
@@ -58,9 +59,12 @@ class RowKronecker(EarlierNames):
         of_g = {n.removeprefix("output_"): v for n, v in arrays.items() if n != "input_values"}
         return replace(self, rows=arrays["input_values"], g=Factor.from_arrays(of_g))
 
-    def from_diagonal(self, values: np.ndarray) -> "RowKronecker":
-        """A block with the traces, by row and by column, of a diagonal over the same table."""
-        values = np.asarray(values, "float64")
+    def of_diagonal(self, diagonal: Diagonal) -> "RowKronecker":
+        """A block with the same sums over rows and over columns as a diagonal over the table.
+
+        Earlier versions have a diagonal for all embeddings.
+        """
+        values = np.asarray(diagonal.values, "float64")
         total = values.sum()
         columns = values.sum(0) / (total if total > 0 else 1.0)
         return replace(self, rows=values.sum(1), g=Factor.from_matrix(np.diag(columns), self.rank))
