@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_dwd.checks import number
+from keras_dwd.checks import integer, number
 from keras_dwd.variables import untracked
 
 # The default learning rate of each optimizer.
@@ -37,6 +37,9 @@ class Recipe:
         momentum: Momentum of SGD, 0.9 by default; `None` for Adam.
         augment: Whether training images are cropped at random, after padding by 4 pixels of zeros,
             and flipped horizontally at random.
+        bucket: For sequences that are padded at their ends, with a sample weight for each time
+            step: those of similar length are trained on together, without the padding beyond a
+            multiple of this number of time steps. `None` for other data.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -53,6 +56,7 @@ class Recipe:
     weight_decay: float = 0.0
     momentum: float | None = None
     augment: bool = False
+    bucket: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -73,6 +77,8 @@ class Recipe:
         if not self.learning_rate:
             raise ValueError("`learning_rate` must be above 0. Received: 0")
         number("weight_decay", self.weight_decay, 0)
+        if self.bucket is not None:
+            integer("bucket", self.bucket, 1)
         if sgd:
             number("momentum", self.momentum, 0, 1, closed=False)
 
@@ -107,6 +113,7 @@ class Recipe:
             **({"schedule": self.schedule} if self.schedule != "constant" else {}),
             **({"weight_decay": self.weight_decay} if self.weight_decay else {}),
             **({"augment": "crop and flip"} if self.augment else {}),
+            **({"bucket": self.bucket} if self.bucket else {}),
         }
 
     def __str__(self) -> str:
@@ -119,6 +126,7 @@ class Recipe:
                 *(["falling to 0 by a cosine"] if self.schedule == "cosine" else []),
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),
                 *(["random crops and flips"] if self.augment else []),
+                *(["batches of similar length"] if self.bucket else []),
             ]
         )
 
@@ -172,6 +180,16 @@ def cropped_and_flipped(x: Any, seed: tf.Tensor) -> Any:
         return tf.ensure_shape(result, images.shape)
 
     return tf.nest.map_structure(changed, x)
+
+
+def check_time_steps(train: Any) -> None:
+    """Raise `ValueError` if arrays have no sample weight for each time step, as `bucket` needs."""
+    shapes = [np.shape(array) for part in train for array in tf.nest.flatten(part)]
+    if len(train) != 3 or any(len(s) < 2 or s[:2] != shapes[-1] for s in shapes):
+        raise ValueError(
+            "`bucket` needs arrays (x, y, sample_weight), all with an axis of examples and one of "
+            f"time steps. Received arrays of shape {', '.join(map(str, shapes))}."
+        )
 
 
 def check_images(x: Any) -> None:
