@@ -13,7 +13,8 @@ from pathlib import Path
 from retention import DEFAULT, METHODS, SCENARIOS
 
 from keras_dwd.evaluation.ablation import PARTS, compare
-from keras_dwd.evaluation.report import COLUMNS, cell, method_cells
+from keras_dwd.evaluation.metric import primary
+from keras_dwd.evaluation.report import COLUMNS, cell, columns, method_cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,9 +30,10 @@ def rows(lines):
 def methods_table(results):
     """Table of methods and metrics, mean ± standard deviation over the seeds."""
     tuned = "tuning" in results
-    lines = [["method", *(["λ"] if tuned else []), *COLUMNS.values()]]
+    headings = columns(results["protocol"])
+    lines = [["method", *(["λ"] if tuned else []), *headings.values()]]
     lines += [
-        method_cells(name, method, tuned)
+        method_cells(name, method, tuned, headings)
         for name, method in sorted(results["methods"].items(), key=lambda item: _place(item[0]))
         if name not in PARTS.values() or name in (*METHODS, DEFAULT)
     ]
@@ -39,9 +41,10 @@ def methods_table(results):
     text = f"{protocol['title']}: {protocol['text']}"
     if tuned:
         tuning = results["tuning"]
-        count = max(len(tried) for tried in tuning["validation_accuracy"].values())
+        metric = primary(protocol).name
+        count = max(len(tried) for tried in tuning[f"validation_{metric}"].values())
         text += (
-            f" λ is the best of {count} per method by the accuracy on "
+            f" λ is the best of {count} per method by the {metric} on "
             f"{tuning['validation_fraction']:.0%} of the training data held back, "
             f"seeds {', '.join(map(str, tuning['seeds']))}."
         )

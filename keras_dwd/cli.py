@@ -96,6 +96,12 @@ _Augment = Annotated[
         show_default=False,
     ),
 ]
+_Metrics = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated metrics of Keras, or loss; methods are compared by the first."
+    ),
+]
 _DataDir = Annotated[
     Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
 ]
@@ -141,6 +147,7 @@ def run(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     workers: _Workers = 1,
     sharded: Annotated[
@@ -156,7 +163,7 @@ def run(
     out: _Out = None,
     as_json: _Json = False,
 ) -> None:
-    """Train several methods on a sequence of tasks and compare accuracy and forgetting."""
+    """Train several methods on a sequence of tasks and compare what they learn and forget."""
     console = Console(stderr=as_json)
     experiment = Experiment(**_settings(context))
     names = _names(methods)
@@ -173,7 +180,7 @@ def run(
     if workers > 1 and not is_worker():
         raise typer.Exit(launch(_again(context, resume=checkpoint_dir is not None), workers))
     leads = detect_communicator().rank == 0
-    with _progress(console, leads) as observer:
+    with _progress(console, leads, experiment.measured[0].name) as observer:
         results = experiment.compare(
             names,
             seeds,
@@ -222,6 +229,7 @@ def tune(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
@@ -261,6 +269,7 @@ def ablate(
     schedule: _Schedule = None,
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
+    metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
@@ -330,7 +339,8 @@ def plan(
 def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
-    return {name: value for name, value in context.params.items() if name in names}
+    found = {name: value for name, value in context.params.items() if name in names}
+    return found | {"metrics": _names(found["metrics"])}
 
 
 def _tuned(
@@ -403,19 +413,21 @@ def _strengths(option: str | None, methods: list[str]) -> dict[str, float]:
 
 
 class _EpochBar(keras.callbacks.Callback):
-    def __init__(self, progress: Progress, bar: Any) -> None:
+    def __init__(self, progress: Progress, bar: Any, metric: str) -> None:
         super().__init__()
-        self.progress, self.bar = progress, bar
+        self.progress, self.bar, self.metric = progress, bar, metric
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        accuracy = (logs or {}).get("accuracy")
-        text = "" if accuracy is None else f"training accuracy {float(accuracy):.3f}"
+        value = (logs or {}).get(self.metric)
+        text = "" if value is None else f"training {self.metric} {float(value):.3f}"
         self.progress.update(self.bar, advance=1, running=text)
 
 
 @contextmanager
-def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]:
-    """A progress bar per task that counts epochs and shows the training accuracy."""
+def _progress(
+    console: Console, shown: bool = True, metric: str = "accuracy"
+) -> Iterator[Observer | None]:
+    """A progress bar per task that counts epochs and shows a metric on the training data."""
     if not shown:
         yield None
         return
@@ -437,7 +449,7 @@ def _progress(console: Console, shown: bool = True) -> Iterator[Observer | None]
                     progress.remove_task(bars.pop())
             label = f"{method}, seed {seed}, task {t + 1}: {task.name[:40]}"
             bars.append(progress.add_task(label, total=epochs, running=""))
-            return [_EpochBar(progress, bars[-1])]
+            return [_EpochBar(progress, bars[-1], metric)]
 
         yield observer
 

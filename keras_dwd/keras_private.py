@@ -170,6 +170,12 @@ def loss_metric(model: keras.Model) -> keras.metrics.Metric:
     return metrics[0]
 
 
+def higher_is_better(metric: Any) -> bool | None:
+    """Whether higher values of a metric are better; `None` if Keras does not know."""
+    direction = getattr(metric, "_direction", None)
+    return None if direction is None else direction == "up"
+
+
 def loss_weights(model: keras.Model) -> Any:
     """The argument `loss_weights` of `compile`, which the public API does not give back."""
     loss = _of(model, "_compile_loss")

@@ -478,3 +478,10 @@ def test_nothing_of_the_package_is_imported():
     text = Path(keras_private.__file__).read_text()
     assert not re.search(r"^\s*(from|import) keras_dwd", text, re.MULTILINE)
     assert Path(keras_private.__file__).parent == Path(keras_dwd.__file__).parent
+
+
+def test_higher_is_better():
+    expected = {"accuracy": True, "AUC": True, "r2_score": True, "mae": False, "hinge": False}
+    for name, higher in expected.items():
+        assert keras_private.higher_is_better(keras.metrics.get(name)) is higher
+    assert keras_private.higher_is_better(keras.metrics.Mean()) is None

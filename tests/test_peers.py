@@ -198,6 +198,14 @@ def test_er_trains_on_the_batch_and_as_many_earlier_examples():
     assert 8 < len(seen) <= 20
     weights = technique.batch(model, (x, y, tf.fill((8,), 0.5)))[2]
     np.testing.assert_array_equal(weights, [0.5] * 8 + [1.0] * 8)
+    weighed = ExperienceReplay(20)
+    given = np.arange(20, dtype="float32")
+    weighed.end_task(model, (old_x, old_y, given), np.random.default_rng(0))
+    both_x, _, weights = weighed.batch(model, (x, y, tf.fill((8,), 0.5)))
+    for example, weight in zip(np.array(both_x)[8:], weights[8:], strict=True):
+        assert (old_x == example).all(1)[int(weight)]
+    with pytest.raises(ValueError, match=r"'der\+\+' does not work with sample weights"):
+        DarkExperienceReplay().end_task(model, (old_x, old_y, given), np.random.default_rng(0))
     technique.augment = lambda x, seed: -x
     changed, _ = technique.batch(model, (x, y))
     np.testing.assert_array_equal(changed[:8], x)

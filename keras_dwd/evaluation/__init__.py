@@ -1,7 +1,8 @@
-"""Training on sequences of tasks, and metrics of accuracy and forgetting."""
+"""Training on sequences of tasks, and metrics of what was learned and forgotten."""
 
-from keras_dwd.evaluation.matrix import AccuracyMatrix
+from keras_dwd.evaluation.matrix import AccuracyMatrix, MetricMatrix
 from keras_dwd.evaluation.methods import METHODS, Method
+from keras_dwd.evaluation.metric import TaskMetric
 from keras_dwd.evaluation.recipe import Recipe
 from keras_dwd.evaluation.runner import SequenceResult, run_sequence
 from keras_dwd.evaluation.scenario import Scenario, Task
@@ -12,10 +13,12 @@ __all__ = [
     "METHODS",
     "AccuracyMatrix",
     "Method",
+    "MetricMatrix",
     "Recipe",
     "Scenario",
     "SequenceResult",
     "Task",
+    "TaskMetric",
     "Technique",
     "held_by_importance",
     "linear_cka",

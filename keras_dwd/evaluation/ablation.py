@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel
 
+from keras_dwd.evaluation.metric import primary
 from keras_dwd.evaluation.tuning import UNTOUCHED
 
 BASELINE = "ewc"
@@ -51,14 +52,15 @@ PARTS: dict[str, str] = {
 
 
 def compare(
-    results: dict[str, Any], baseline: str = BASELINE, metric: str = "average_accuracy"
+    results: dict[str, Any], baseline: str = BASELINE, metric: str | None = None
 ) -> dict[str, dict[str, float]]:
     """Compare each method with a baseline, paired by seed.
 
     Args:
         results: The return value of `tune` or `Experiment.compare`.
         baseline: Name of the method to compare with.
-        metric: Name of the metric to compare.
+        metric: Name of the metric to compare, such as `forgetting`; by default the average of the
+            first one that was measured.
 
     Returns:
         By method, a dictionary with the mean `difference` to the baseline, its `std` over the
@@ -67,6 +69,8 @@ def compare(
     methods = results["methods"]
     if baseline not in methods:
         raise ValueError(f"`baseline` must be one of {', '.join(methods)}. Received: {baseline!r}")
+    if metric is None:
+        metric = f"average_{primary(results.get('protocol', {})).name}"
     base = _per_seed(methods, baseline, metric)
     comparisons = {}
     for name in methods:

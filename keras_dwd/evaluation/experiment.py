@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.evaluation.metric import ACCURACY, Metrics, metric_settings, task_metrics
 from keras_dwd.evaluation.profiles import Profile, profile_for
 from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
 from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
@@ -49,6 +50,7 @@ class Experiment:
         schedule: By default of the profile.
         weight_decay: By default of the profile.
         augment: By default of the profile.
+        metrics: What is measured, see `run_sequence`.
     """
 
     scenario: str = "permuted:digits"
@@ -65,6 +67,7 @@ class Experiment:
     schedule: str | None = None
     weight_decay: float | None = None
     augment: bool | None = None
+    metrics: Metrics = (ACCURACY,)
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")
@@ -80,6 +83,7 @@ class Experiment:
             raise ValueError("`augment` must be off for permuted pixels: these are no images.")
         if self.images_per_class is not None:
             integer("images_per_class", self.images_per_class, 1)
+        self.measured = task_metrics(self.metrics)
         if self.setting is None:
             self.setting = "task" if kind == "split" else "domain"
         data = datasets.load(name, self.data_dir)
@@ -129,6 +133,7 @@ class Experiment:
             self.protocol.build,
             self.built,
             method,
+            metrics=self.measured,
             strength=strength,
             epochs=epochs,
             batch_size=self.protocol.batch_size,
@@ -161,7 +166,7 @@ class Experiment:
         Returns:
             A JSON-serializable dictionary with `protocol`, `versions` and `methods`. The latter has
             for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each) and
-            its `accuracy_matrices`.
+            its `accuracy_matrices` (or `mae_matrices`, by the names of the metrics).
         """
         if not methods:
             raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
@@ -220,11 +225,12 @@ class Experiment:
             "fisher_examples": FISHER_EXAMPLES,
             "validation": self.validation,
             "seeds": list(range(seeds)),
+            **metric_settings(self.measured),
         }
 
 
 def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
-    """Mean, standard deviation (n − 1) and values per run of each metric; accuracy matrices."""
+    """Mean, standard deviation (n − 1) and values per run of each metric; their matrices."""
     per_run = [run.metrics() for run in runs]
     metrics = {}
     for name in per_run[0]:
@@ -234,16 +240,20 @@ def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
             "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "per_seed": values,
         }
-    return {
+    summary = {
         "metrics": metrics,
         "train_seconds": [run.train_seconds for run in runs],
         "boundary_seconds": [run.boundary_seconds for run in runs],
-        "accuracy_matrices": [
-            [[None if math.isnan(a) else float(a) for a in row] for row in run.matrix.after]
-            for run in runs
-        ],
-        "untrained_accuracies": [[float(a) for a in run.matrix.before] for run in runs],
     }
+    for name in runs[0].matrices:
+        matrices = [run.matrices[name] for run in runs]
+        summary[f"{name}_matrices"] = [
+            [[None if math.isnan(a) else float(a) for a in row] for row in matrix.after]
+            for matrix in matrices
+        ]
+        plural = "accuracies" if name == ACCURACY else name
+        summary[f"untrained_{plural}"] = [[float(a) for a in m.before] for m in matrices]
+    return summary
 
 
 def versions() -> dict[str, str]:

@@ -152,7 +152,12 @@ class Replay(Technique):
 
     Args:
         size: The number of examples to keep, of all tasks together.
+
+    Attributes:
+        weighted: Whether examples may have sample weights, which are kept with them.
     """
+
+    weighted = False
 
     def __init__(self, size: int = 200):
         super().__init__()
@@ -160,8 +165,11 @@ class Replay(Technique):
 
     def end_task(self, model: DWDModel, data: Any, rng: np.random.Generator) -> None:
         empty = not self.memory.slots
-        for x, y, _ in batches(data, _BATCH):
-            self.memory.add([*tf.nest.flatten((x, y)), *self.noted(model, x)], rng)
+        for x, y, weight in batches(data, _BATCH):
+            kept = (x, y) if weight is None else (x, y, weight)
+            if weight is not None and not self.weighted:
+                raise ValueError(f"{self.name!r} does not work with sample weights.")
+            self.memory.add([*tf.nest.flatten(kept), *self.noted(model, x)], rng)
         if empty and model.train_function is not None:  # steps draw from the memory from now on
             model.make_train_function(force=True)
 
@@ -212,18 +220,20 @@ class ExperienceReplay(Replay):
     """
 
     name = "er"
+    weighted = True
 
     def batch(self, model: Learner, data: Any) -> Any:
         if not self.memory.slots:
             return data
-        count = count_of(data[0])
-        x, y, _ = self.replayed(model, data, count)
+        x, y, kept = self.replayed(model, data, count_of(data[0]))
         both = tf.nest.map_structure(lambda a, b: tf.concat([a, b], 0), tuple(data[:2]), (x, y))
         if len(data) < 3 or data[2] is None:
             return both
-        ones = tf.nest.map_structure(tf.ones_like, data[2])
-        weights = tf.nest.map_structure(lambda a, b: tf.concat([a, b], 0), data[2], ones)
-        return (*both, weights)
+        # Examples of a task without weights count as much as those of weight 1.
+        replayed = (
+            packed_as(kept, data[2]) if kept else tf.nest.map_structure(tf.ones_like, data[2])
+        )
+        return (*both, tf.nest.map_structure(lambda a, b: tf.concat([a, b], 0), data[2], replayed))
 
 
 class DarkExperienceReplay(Replay):

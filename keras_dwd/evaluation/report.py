@@ -1,61 +1,87 @@
 """Tables of results for the terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from keras_dwd.evaluation import ablation
 from keras_dwd.evaluation.methods import strength_of
+from keras_dwd.evaluation.metric import TaskMetric, recorded
 from keras_dwd.evaluation.plan import Plan
 
-COLUMNS = {
-    "average_accuracy": "accuracy %",
-    "forgetting": "forgetting %",
-    "relative_forgetting": "relative forgetting %",
-    "learning_accuracy": "right after learning %",
-    "steps_per_second_with_boundaries": "steps/s",
-}
+
+def columns(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """The headings of a table of results with this protocol, by the keys of what is shown."""
+    first, *others = recorded(protocol)
+    unit = " %" if first.percent else ""
+    return {
+        f"average_{first.name}": _heading(first),
+        "forgetting": f"forgetting{unit}",
+        "relative_forgetting": "relative forgetting %",
+        f"learning_{first.name}": f"right after learning{unit}",
+        **{f"average_{other.name}": _heading(other) for other in others},
+        "steps_per_second_with_boundaries": "steps/s",
+    }
+
+
+def _heading(metric: TaskMetric) -> str:
+    lower = "" if metric.higher_is_better else " (lower is better)"
+    return f"{metric.name}{' %' if metric.percent else ''}{lower}"
+
+
+COLUMNS = columns({})
+"""The headings of a table of accuracies."""
 
 
 def table(results: dict[str, Any]) -> Table:
     """Table of methods and metrics, mean ± standard deviation over the seeds.
 
-    If the results contain a tuned EWC, further columns show the difference in accuracy to it and
-    the p of a paired t-test.
+    If the results contain a tuned EWC, further columns show the difference to it in the first
+    metric, such as accuracy, and the p of a paired t-test.
     """
+    headings = columns(results["protocol"])
     methods = Table(title=results["protocol"]["title"])
     methods.add_column("method")
     tuned = "tuning" in results
     if tuned:
         methods.add_column("λ", justify="right")
-    for heading in COLUMNS.values():
+    for heading in headings.values():
         methods.add_column(heading, justify="right")
     comparisons = {}
     if tuned and ablation.BASELINE in results["methods"]:
         comparisons = ablation.compare(results)
         methods.add_column(f"− {ablation.BASELINE}", justify="right")
         methods.add_column("p", justify="right")
+    percent = recorded(results["protocol"])[0].percent
     for name, method in results["methods"].items():
-        cells = method_cells(name, method, tuned)
+        cells = method_cells(name, method, tuned, headings)
         if name in comparisons:
-            comparison = comparisons[name]
-            cells += [f"{100 * comparison['difference']:+.1f}", f"{comparison['p']:.3f}"]
+            difference, p = (comparisons[name][key] for key in ("difference", "p"))
+            shown = f"{100 * difference:+.1f}" if percent else f"{difference:+.3g}"
+            cells += [shown, f"{p:.3f}"]
         methods.add_row(*cells)
     return methods
 
 
-def method_cells(name: str, method: dict[str, Any], tuned: bool) -> list[str]:
-    """The cells of a method's row: its name, λ if `tuned`, and the metrics of `COLUMNS`."""
+def method_cells(
+    name: str, method: dict[str, Any], tuned: bool, headings: Mapping[str, str] = COLUMNS
+) -> list[str]:
+    """The cells of a method's row: its name, λ if `tuned`, and what the `headings` name."""
     strength = strength_of(method["settings"])
     shown = [f"{strength:g}" if strength else ""] if tuned else []
-    return [name, *shown, *(cell(key, method["metrics"][key]) for key in COLUMNS)]
+    metrics = method["metrics"]
+    values = [cell(key, metrics[key], "%" in heading) for key, heading in headings.items()]
+    return [name, *shown, *values]
 
 
-def cell(key: str, metric: dict[str, Any]) -> str:
-    """A metric of a result file as text: mean ± standard deviation in percent, or a rate."""
+def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
+    """A metric of a result file as text: mean ± standard deviation, or a rate."""
     if key.startswith("steps"):
         return f"{metric['mean']:.0f}"
-    return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
+    if percent:
+        return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
+    return f"{metric['mean']:.3g} ± {metric['std']:.2g}"
 
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:

@@ -1,4 +1,4 @@
-"""Trains a model on a sequence of tasks and measures its accuracy after each."""
+"""Trains a model on a sequence of tasks and measures it on all of them after each."""
 
 import contextlib
 import os
@@ -18,15 +18,24 @@ import tensorflow as tf
 
 from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.checkpoint import Checkpoints
-from keras_dwd.evaluation.matrix import AccuracyMatrix
+from keras_dwd.evaluation.matrix import MetricMatrix
 from keras_dwd.evaluation.methods import Method, method_named
+from keras_dwd.evaluation.metric import (
+    ACCURACY,
+    Evaluator,
+    Metrics,
+    TaskMetric,
+    metric_settings,
+    of_compile,
+    task_metrics,
+)
 from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
     check_images,
     cropped_and_flipped,
 )
-from keras_dwd.evaluation.scenario import Scenario, Task
+from keras_dwd.evaluation.scenario import Scenario, Task, are_classes
 from keras_dwd.evaluation.technique import TechniqueModel
 from keras_dwd.files import FileError, checksum
 from keras_dwd.groupings.policy import GroupingPolicy
@@ -44,40 +53,44 @@ _HELD_BACK = 0.1
 # Number of probe inputs of a task graph, taken from the first task.
 _PROBES = 500
 
-METRICS = (
-    "average_accuracy",
-    "learning_accuracy",
-    "forgetting",
-    "relative_forgetting",
-    "backward_transfer",
-    "forward_transfer",
-)
-
 
 @dataclass
 class SequenceResult:
     """The result of one run of a method on a scenario.
 
     Attributes:
-        matrix: Accuracies after each task; all rows are equal for a joint run.
+        matrix: The values of the first metric after each task; all rows are equal for a joint run.
         steps: Number of optimizer steps.
         train_seconds: Seconds in `fit`, per task; the first includes tracing the graph.
         boundary_seconds: Seconds of the task boundary, per task.
         peak_memory: Peak resident memory of the process during the run, in bytes.
         model: The trained model.
+        others: The matrices of further metrics, by name.
     """
 
-    matrix: AccuracyMatrix
+    matrix: MetricMatrix
     steps: int
     train_seconds: list[float]
     boundary_seconds: list[float]
     peak_memory: int
     model: DWDModel = field(repr=False)
+    others: dict[str, MetricMatrix] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> dict[str, MetricMatrix]:
+        """The matrices of all metrics by name, the first one first."""
+        return {self.matrix.name: self.matrix, **self.others}
 
     def metrics(self) -> dict[str, float]:
-        """All metrics by name: accuracies and forgetting (from 0 to 1), time and memory."""
+        """All metrics by name, see `MetricMatrix.metrics`, time and memory.
+
+        What is computed from a further metric has its name in it: `loss_forgetting`.
+        """
         training, boundaries = sum(self.train_seconds), sum(self.boundary_seconds)
-        return {name: getattr(self.matrix, name) for name in METRICS} | {
+        found = self.matrix.metrics()
+        for matrix in self.others.values():
+            found |= matrix.metrics(first=False)
+        return found | {
             "steps_per_second": self.steps / training,
             "steps_per_second_with_boundaries": self.steps / (training + boundaries),
             "seconds": training + boundaries,
@@ -90,6 +103,7 @@ def run_sequence(
     scenario: Scenario,
     method: str | Method = "dwd",
     *,
+    metrics: Metrics = (ACCURACY,),
     strength: float | None = None,
     epochs: int = 10,
     batch_size: int = 32,
@@ -109,6 +123,9 @@ def run_sequence(
             set.
         scenario: The sequence of tasks.
         method: A `Method` or the name of one, see `method_named`.
+        metrics: What is measured on all tasks after each: metrics of Keras or their names,
+            `"loss"`, or `TaskMetric`s with functions of your own. The first is the one by which
+            methods are compared.
         strength: λ; the default of the method if `None`.
         epochs: Epochs per task. A joint run trains this many epochs on the union of all tasks,
             which gives the same number of steps.
@@ -122,7 +139,8 @@ def run_sequence(
         callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
             the task and the task.
         compile_settings: Further arguments of `compile`, or replacements of the defaults (the
-            optimizer of the recipe, sparse categorical cross-entropy on logits, accuracy).
+            optimizer of the recipe, sparse categorical cross-entropy on logits, `metrics`). Names
+            in `metrics` then are of what `evaluate` returns, such as `OUTPUT_mae`.
         checkpoint_dir: Folder for a checkpoint after each epoch and each task boundary. If it has
             checkpoints of the same run already, the run is resumed, with any number of workers, and
             gives the same result as an uninterrupted run. Tasks must be arrays. Not restored are
@@ -140,6 +158,7 @@ def run_sequence(
     recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
+    measured = task_metrics(metrics)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
     arrays = all(isinstance(task.train, (tuple, list)) for task in scenario.tasks)
@@ -151,6 +170,8 @@ def run_sequence(
             f"with its task id. Received: {scenario.setting!r}"
         )
     _check_recipe(recipe, scenario, compile_settings or {})
+    if "loss" not in (compile_settings or {}):
+        _check_classes(scenario)
     arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -177,7 +198,7 @@ def run_sequence(
     settings = {
         "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        "metrics": ["accuracy"],
+        "metrics": of_compile(measured),
         # For small networks the overhead of `fit` between two steps exceeds the step itself.
         "steps_per_execution": 64,
         "sharded": sharded,
@@ -187,15 +208,16 @@ def run_sequence(
         raise ValueError(f"{method.name!r} works with one worker only.")
     model.optimizer.build(model.trainable_variables)
     fresh = [np.asarray(v) for v in model.optimizer.variables]
-    tests = [_as_batches(task.test) for task in scenario.tasks]
-    count = len(tests)
-    after = np.full((count, count), np.nan)
-    before = _accuracies(model, tests)
-    result = SequenceResult(AccuracyMatrix(after, before), 0, [], [], 0, model)
+    evaluate = Evaluator(measured, [task.test for task in scenario.tasks])
+    count = len(scenario.tasks)
+    after = np.full((len(measured), count, count), np.nan)
+    before = evaluate(model)
+    matrix, *others = (m.matrix(a, b) for m, a, b in zip(measured, after, before, strict=True))
+    result = SequenceResult(matrix, 0, [], [], 0, model, {other.name: other for other in others})
     policy = model.grouping if isinstance(model.grouping, GroupingPolicy) else None
     if policy is not None:  # hold back validation data for its rewards
         scenario = scenario.holdout(_HELD_BACK)
-        held_back = [_as_batches(task.test) for task in scenario.tasks]
+        reward = Evaluator([TaskMetric(ACCURACY)], [task.test for task in scenario.tasks])
     asked = {
         "scenario": scenario.name,
         "tasks": [task.name for task in scenario.tasks],
@@ -207,6 +229,7 @@ def run_sequence(
         "fisher_examples": fisher_examples,
         "seed": seed,
         "data": _checksum(scenario) if checkpoint_dir else "",
+        **metric_settings(measured),
     }
     checkpoints = Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None
     progress = _Progress(result, checkpoints, epochs)
@@ -247,7 +270,7 @@ def run_sequence(
 
         started = time.perf_counter()
         if policy is not None:
-            policy.reward(_accuracies(model, held_back[: t + 1]).tolist())
+            policy.reward(reward(model, t + 1)[0].tolist())
         sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
         if isinstance(model, TechniqueModel):
             rng = np.random.default_rng([seed, t, 1])
@@ -255,10 +278,10 @@ def run_sequence(
         model.consolidate(sample, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
-            after[:] = _accuracies(model, tests)
+            after[:] = evaluate(model)[:, None]
         else:
             # Among future tasks only the next one is needed, for forward transfer.
-            after[t, : t + 2] = _accuracies(model, tests[: t + 2])
+            after[:, t, : t + 2] = evaluate(model, t + 2)
         progress.boundary()
     result.peak_memory = memory.peak()
     return result
@@ -285,6 +308,16 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
                 "`schedule` 'cosine' needs to know the number of steps. The dataset of task "
                 f"{task.name!r} does not tell its length: give it one by "
                 "`tf.data.experimental.assert_cardinality`."
+            )
+
+
+def _check_classes(scenario: Scenario) -> None:
+    """Raise `ValueError` if labels are not class numbers, which the default loss takes."""
+    for task in scenario.tasks:
+        if isinstance(task.train, (tuple, list)) and not are_classes(task.train[1]):
+            raise ValueError(
+                f"The labels of task {task.name!r} are no class numbers: give the `loss` in "
+                "`compile_settings`."
             )
 
 
@@ -321,7 +354,8 @@ def _fit_arguments(
             f"Received: {batch_size}"
         )
     if order is None:
-        return {"x": data[0], "y": data[1], "batch_size": batch_size}, []
+        parts = dict(zip(("x", "y", "sample_weight"), data, strict=False))
+        return {**parts, "batch_size": batch_size}, []
     share = batch_size // communicator.size
     ordered = TrainingArrays(
         tuple(data),
@@ -361,8 +395,8 @@ class _Progress(keras.callbacks.Callback):
         self.result.steps = int(saved["steps"])
         self.result.train_seconds[:] = saved["train_seconds"].tolist()
         self.result.boundary_seconds[:] = saved["boundary_seconds"].tolist()
-        self.result.matrix.after[:] = saved["after"]
-        self.result.matrix.before[:] = saved["before"]
+        for matrix, (after, before) in self._names():
+            matrix.after[:], matrix.before[:] = saved[after], saved[before]
 
     def _check(self, saved: Arrays) -> None:
         """Raise `FileError` if this cannot be the progress of this run."""
@@ -417,9 +451,18 @@ class _Progress(keras.callbacks.Callback):
             "steps": np.array(result.steps),
             "train_seconds": np.array(result.train_seconds),
             "boundary_seconds": np.array(result.boundary_seconds),
-            "after": result.matrix.after,
-            "before": result.matrix.before,
+            **{
+                name: values
+                for matrix, names in self._names()
+                for name, values in zip(names, (matrix.after, matrix.before), strict=True)
+            },
         }
+
+    def _names(self) -> list[tuple[MetricMatrix, tuple[str, str]]]:
+        """The matrices, and the names of their arrays: `after` and `before` of the first metric."""
+        named = [(self.result.matrix, ("after", "before"))]
+        others = self.result.others.items()
+        return named + [(m, (f"after/{name}", f"before/{name}")) for name, m in others]
 
 
 def _checksum(scenario: Scenario) -> str:
@@ -438,25 +481,6 @@ def _sample(data: Any, count: int) -> Any:
     size = len(tf.nest.flatten(data)[0])
     chosen = np.random.default_rng(0).permutation(size)[:count]
     return tuple(tf.nest.map_structure(lambda a: a[chosen], part) for part in data)
-
-
-def _as_batches(data: Any) -> tf.data.Dataset:
-    """Test data as a cached dataset, prepared once for all evaluations."""
-    if isinstance(data, tf.data.Dataset):
-        return data
-    x, y = data
-    x = tuple(x) if isinstance(x, list) else x  # `tf.data` would stack a list
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(256).cache().prefetch(1)
-
-
-def _accuracies(model: DWDModel, tests: list[tf.data.Dataset]) -> np.ndarray:
-    results = [model.evaluate(test, verbose=0, return_dict=True) for test in tests]
-    if "accuracy" not in results[0]:
-        raise ValueError(
-            "`compile_settings` must keep a metric called 'accuracy', which is what is compared. "
-            f"Received metrics {sorted(results[0])}."
-        )
-    return np.array([result["accuracy"] for result in results])
 
 
 class _PeakMemory:

@@ -20,8 +20,9 @@ class Task:
 
     Attributes:
         name: Name in reports.
-        train: Training data: `(x, y)` of arrays, or a batched `tf.data.Dataset` of such pairs. `x`
-            may be any structure of arrays, for instance `(images, task_ids)`.
+        train: Training data: `(x, y)` or `(x, y, sample_weight)` of arrays, or a batched
+            `tf.data.Dataset` of these. `x` may be any structure of arrays, for instance
+            `(images, task_ids)`, and so may `y` where a model has several outputs.
         test: Test data, in the same form.
     """
 
@@ -40,7 +41,8 @@ class Scenario:
         setting: `"task"`: each example comes with its task id, and each task has its own head.
             `"domain"`: no task ids, all tasks share the outputs. `"class"`: no task ids, every
             class of every task has its own output.
-        outputs: Number of outputs of the model; per head in the setting `"task"`.
+        outputs: Number of outputs of the model; per head in the setting `"task"`. For labels that
+            are no class numbers, as in regression, the length of a label.
         input_shape: Shape of one example without the task id; `None` for `tf.data`.
 
     Example:
@@ -69,8 +71,8 @@ class Scenario:
         Args:
             tasks: `Task`s or tuples `(name, train, test)`.
             name: Name in reports.
-            outputs: Number of classes (per head in the setting `"task"`). By default the highest
-                label in arrays plus one.
+            outputs: See `Scenario`. By default the highest label in arrays plus one; or, for labels
+                with fractions, their length. With several arrays of labels it is that of the first.
             setting: See `Scenario`. In the setting `"task"` the data must include task ids.
 
         Raises:
@@ -81,12 +83,7 @@ class Scenario:
         if not sequence:
             raise ValueError("`tasks` must hold at least one task. Received none.")
         if outputs is None:
-            parts = [data for task in sequence for data in (task.train, task.test)]
-            pairs = [d for d in parts if isinstance(d, (tuple, list)) and len(d) == 2]
-            labels = [np.nanmax(y) for _, y in pairs if np.size(y)]
-            if not pairs:
-                raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
-            outputs = int(max(labels, default=0)) + 1
+            outputs = _outputs(sequence)
         shapes = [_check(task, outputs) for task in sequence]
         first = shapes[0]
         for task, shape in zip(sequence, shapes, strict=True):
@@ -240,6 +237,31 @@ def _in_setting(name: str, tasks: Sequence[Any], setting: Setting, classes: int)
     return Scenario.from_tasks(sequence, name, outputs, setting)
 
 
+def are_classes(labels: Any) -> bool:
+    """Whether labels can be class numbers: whole numbers in a single array."""
+    if tf.nest.is_nested(labels) and not isinstance(labels, list):
+        return False
+    array = np.asarray(labels)
+    return array.dtype.kind in "iub" or (array.dtype.kind == "f" and not np.any(array % 1))
+
+
+def _outputs(tasks: Sequence[Task]) -> int:
+    """The default of `Scenario.outputs`."""
+    parts = [data for task in tasks for data in (task.train, task.test)]
+    given = [d[1] for d in parts if isinstance(d, (tuple, list)) and len(d) in (2, 3)]
+    if not given:
+        raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
+    arrays = [np.asarray(_arrays(y)[0]) for y in given]
+    if all(are_classes(array) for array in arrays):
+        return int(max((array.max() for array in arrays if array.size), default=0)) + 1
+    return int(np.prod(arrays[0].shape[1:]))
+
+
+def _arrays(labels: Any) -> list[Any]:
+    """The arrays of labels; a list, as of numbers, is one."""
+    return [labels] if isinstance(labels, list) else tf.nest.flatten(labels)
+
+
 def _check(task: Task, outputs: int) -> tuple[tuple[int, ...], ...] | None:
     """The shapes of an example, `None` for `tf.data`; raises `ValueError` for unusable data."""
     from keras_dwd.training.data import check_finite
@@ -255,21 +277,24 @@ def _check(task: Task, outputs: int) -> tuple[tuple[int, ...], ...] | None:
                     f"The {part} data of task {task.name!r} must give (x, y). Received: {spec}"
                 )
             continue
-        if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        if not (isinstance(data, (tuple, list)) and len(data) in (2, 3)):
             raise ValueError(
-                f"The {part} data of task {task.name!r} must be (x, y) or a `tf.data.Dataset`. "
-                f"Received: {type(data).__name__}"
+                f"The {part} data of task {task.name!r} must be (x, y), (x, y, sample_weight) or a "
+                f"`tf.data.Dataset`. Received: {type(data).__name__}"
             )
-        x, y = tf.nest.flatten(data[0]), np.asarray(data[1])
-        if not len(y):
+        x, labels = tf.nest.flatten(data[0]), _arrays(data[1])
+        lengths = [len(a) for a in [*x, *labels, *tf.nest.flatten(data[2:])]]
+        if not lengths[len(x)]:
             raise ValueError(f"The {part} data of task {task.name!r} is empty.")
-        if any(len(a) != len(y) for a in x):
+        if len({*lengths}) > 1:
             raise ValueError(
-                f"The {part} data of task {task.name!r} has {[len(a) for a in x]} examples and "
-                f"{len(y)} labels."
+                f"The {part} data of task {task.name!r} has {lengths[: len(x)]} examples and "
+                f"{', '.join(map(str, lengths[len(x) :]))} labels."
             )
         check_finite(f"{part} data of task {task.name}", data)
-        if y.ndim == 1 and not 0 <= y.min() <= y.max() < outputs:
+        y = np.asarray(labels[0])
+        classes = len(labels) == 1 and y.ndim == 1 and are_classes(y)
+        if classes and not 0 <= y.min() <= y.max() < outputs:
             raise ValueError(
                 f"The labels of task {task.name!r} must be in [0, {outputs}). Received labels "
                 f"from {y.min()} to {y.max()} in its {part} data."

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from keras_dwd.checks import number
 from keras_dwd.evaluation.experiment import Experiment, summarize, versions
 from keras_dwd.evaluation.methods import method_named, same_settings, strength_of
+from keras_dwd.evaluation.metric import ACCURACY, TaskMetric, primary
 from keras_dwd.files import FileError, read_json, write_json
 
 VALIDATION = 0.2
@@ -45,7 +46,10 @@ def tune(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Tune λ of each method by validation accuracy, then measure the method on the test data.
+    """Tune λ of each method on validation data, then measure the method on the test data.
+
+    The best λ is that with the best average of the first metric, which is accuracy unless the
+    settings have others.
 
     All methods are tuned with the same seeds and epochs. λ is chosen by training data alone, a part
     of which is held back as validation data. Runs are executed in parallel, each in a process with
@@ -65,18 +69,21 @@ def tune(
         say: Function that is called with a message about each run.
 
     Returns:
-        The dictionary of `Experiment.compare`, with the validation accuracy of each λ in `tuning`.
+        The dictionary of `Experiment.compare`, with the validation accuracy of each λ in `tuning`;
+        or the average of the first metric, if it is another one.
     """
     for method in methods:  # raises for unknown names before anything runs
         method_named(_base(method))
+    experiment = Experiment(**settings)
+    metric = experiment.measured[0]
     results: dict[str, Any] = {
-        "protocol": Experiment(**settings).describe(seeds),
+        "protocol": experiment.describe(seeds),
         "versions": versions(),
         "methods": {},
         "tuning": {
             "validation_fraction": VALIDATION,
             "seeds": list(tuning_seeds),
-            "validation_accuracy": {},
+            f"validation_{metric.name}": {},
         },
     }
     rows: dict[str, Any] = {}
@@ -96,7 +103,7 @@ def tune(
             if row is not None:
                 rows[name] = row
             results["methods"] = {m: rows[m] for m in order if m in rows}
-            tuning["validation_accuracy"] = {m: tuned[m] for m in order if m in tuned}
+            tuning[f"validation_{metric.name}"] = {m: tuned[m] for m in order if m in tuned}
             if out is not None:
                 write_json(out, results)
 
@@ -108,7 +115,7 @@ def tune(
         ProcessPoolExecutor(processes, context, initializer=_one_of_several) as pool,
         ThreadPoolExecutor(1 + -(-processes // 3)) as threads,
     ):
-        bench = _Bench(pool, settings, seeds, tuning_seeds, say, keep)
+        bench = _Bench(pool, settings, metric, seeds, tuning_seeds, say, keep)
         jobs = [
             threads.submit(bench.measure, name, grid, rows.get(name, {}), tuned.get(name, {}))
             for name in order
@@ -130,7 +137,7 @@ def tune(
 
 
 def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The results to reuse from a file: rows by method, and validation accuracies by method and λ.
+    """The results to reuse from a file: rows by method, and validation results by method and λ.
 
     Raises:
         FileError: If it is not a file of results, or one of another protocol or other versions.
@@ -149,9 +156,11 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
                 values = [metric["mean"], metric["std"], *metric["per_seed"]]
                 if not all(isinstance(value, (int, float)) for value in values):
                     raise TypeError
+        metric = primary(saved["protocol"]).name
+        limits = (0, 1) if metric == ACCURACY else (-np.inf, np.inf)
         tuned = {
-            name: {float(s): number("accuracy", a, 0, 1) for s, a in tried.items()}
-            for name, tried in saved["tuning"]["validation_accuracy"].items()
+            name: {float(s): number(metric, a, *limits) for s, a in tried.items()}
+            for name, tried in saved["tuning"][f"validation_{metric}"].items()
         }
         seeds = saved["tuning"]["seeds"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -167,6 +176,7 @@ class _Bench:
 
     pool: ProcessPoolExecutor
     settings: dict[str, Any]
+    metric: TaskMetric
     seeds: int
     tuning_seeds: Sequence[int]
     say: Callable[[str], None]
@@ -185,7 +195,7 @@ class _Bench:
             name: Name of the method.
             grid: Function that returns the values of λ to try.
             result: The method's row of an earlier run, reused if its settings are the same.
-            known: Validation accuracies by λ of an earlier run.
+            known: Validation results by λ of an earlier run.
         """
         method = method_named(_base(name))
         tried: dict[float, float] = {}
@@ -195,7 +205,7 @@ class _Bench:
             if earlier and not same_settings(earlier, method.configuration(strength_of(earlier))):
                 known = {}  # the method has changed since
             tried = self._tune(name, tuple(grid(name)), {float(s): a for s, a in known.items()})
-            strength = max(tried, key=lambda s: tried[s])
+            strength = self.metric.best(tried)
             end = strength in (min(tried), max(tried)) and len(tried) > 1
             self.say(f"best λ of {name}: {strength}{', an end of its grid' if end else ''}")
         chosen = method.configuration(strength)
@@ -205,7 +215,7 @@ class _Bench:
                 for seed in range(self.seeds)
             ]
             results = [run.result() for run in runs]
-            mean = np.mean([r.matrix.average_accuracy for r in results])
+            mean = np.mean([r.matrix.average for r in results])
             self.say(f"{name}, λ={strength}: {mean:.4f}")
             result = {"settings": chosen, **summarize(results)}
         self.keep(name, tried, result)
@@ -213,7 +223,7 @@ class _Bench:
     def _tune(
         self, name: str, grid: tuple[float, ...], known: dict[float, float]
     ) -> dict[float, float]:
-        """The mean validation accuracy of each λ of the grid."""
+        """The mean of the first metric on the validation data, for each λ of the grid."""
         held_back = self.settings | {"validation": VALIDATION}
         tried = {strength: known[strength] for strength in grid if strength in known}
         pending = {
@@ -225,7 +235,7 @@ class _Bench:
             if strength not in tried
         }
         for strength, runs in pending.items():
-            results = [run.result().matrix.average_accuracy for run in runs]
+            results = [run.result().matrix.average for run in runs]
             tried[strength] = float(np.mean(results))
             self.say(f"{name}, λ={strength}, validation: {tried[strength]:.4f}")
             self.keep(name, dict(tried))
