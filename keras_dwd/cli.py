@@ -36,7 +36,8 @@ _Scenario = Annotated[
     str,
     typer.Option(
         help="split:NAME or permuted:NAME, where NAME is digits or a prepared classification "
-        "data set of tensorflow-datasets."
+        "data set of tensorflow-datasets; or text:TASK,TASK…, where TASK is a folder of JSONL "
+        "files in --data-dir, a path, or one of summarize, translate, code and qa."
     ),
 ]
 _Methods = Annotated[
@@ -103,7 +104,26 @@ _Metrics = Annotated[
     ),
 ]
 _DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
+    Path | None,
+    typer.Option(
+        help="Folder of tfds data sets, by default TFDS_DATA_DIR; or of text tasks, by default the "
+        "current one."
+    ),
+]
+_Examples = Annotated[int | None, typer.Option(help="Text: the most training rows of a task.")]
+_Tokenizer = Annotated[str | None, typer.Option(help="Text: bpe (the default) or byte.")]
+_Beams = Annotated[int | None, typer.Option(help="Text: beams of the search; 1 by default.")]
+_RunCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--run-code",
+        help="Text: run programs that the model writes with their tests, with limits of time and "
+        "memory and without network.",
+    ),
+]
+_CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Text: folder for the pretrained model, by default in ~/.cache."),
 ]
 _Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
 _Resumed = Annotated[
@@ -149,6 +169,11 @@ def run(
     augment: _Augment = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
+    examples: _Examples = None,
+    tokenizer: _Tokenizer = None,
+    beams: _Beams = None,
+    run_code: _RunCode = None,
+    cache_dir: _CacheDir = None,
     workers: _Workers = 1,
     sharded: Annotated[
         bool, typer.Option("--sharded", help="Divide the consolidation state among the workers.")
@@ -231,6 +256,11 @@ def tune(
     augment: _Augment = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
+    examples: _Examples = None,
+    tokenizer: _Tokenizer = None,
+    beams: _Beams = None,
+    run_code: _RunCode = None,
+    cache_dir: _CacheDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
     as_json: _Json = False,
@@ -271,6 +301,11 @@ def ablate(
     augment: _Augment = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
+    examples: _Examples = None,
+    tokenizer: _Tokenizer = None,
+    beams: _Beams = None,
+    run_code: _RunCode = None,
+    cache_dir: _CacheDir = None,
     processes: _Processes = None,
     out: _Resumed = None,
     as_json: _Json = False,
@@ -340,7 +375,7 @@ def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
     found = {name: value for name, value in context.params.items() if name in names}
-    return found | {"metrics": _names(found["metrics"])}
+    return found | {"metrics": tuple(_names(found["metrics"]))}
 
 
 def _tuned(

@@ -35,7 +35,9 @@ def test_chrf_equals_a_calculation_by_hand():
 
 
 def test_answers_are_compared_without_case_articles_and_punctuation():
-    assert metrics.exact_match(["The Cat!", "a dog", ""], [["x", "cat"], ["dogs"], ["the"]]) == 2 / 3
+    assert (
+        metrics.exact_match(["The Cat!", "a dog", ""], [["x", "cat"], ["dogs"], ["the"]]) == 2 / 3
+    )
     # P = 1/3, R = 1; nothing in common; a word that occurs twice counts once.
     got = metrics.f1(["in Paris, France", "x", "b b"], [["Paris"], ["y"], ["b c"]])
     assert got == pytest.approx((0.5 + 0 + 0.5) / 3)

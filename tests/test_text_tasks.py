@@ -64,7 +64,9 @@ def test_tasks_of_code_have_tests(tmp_path):
     assert task.test[0].tests == "def check(f): ...\ncheck(f)"
 
 
-@pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', '["a", "b"]', '{"prompt": 1, "target": 2}'])
+@pytest.mark.parametrize(
+    "line", ["{", '{"prompt": "a"}', '["a", "b"]', '{"prompt": 1, "target": 2}']
+)
 def test_lines_that_are_no_examples(tmp_path, line):
     write(tmp_path / "bad" / "test.jsonl", pair())
     (tmp_path / "bad" / "train.jsonl").write_text(json.dumps(pair()) + "\n" + line)
@@ -74,7 +76,7 @@ def test_lines_that_are_no_examples(tmp_path, line):
 
 def test_tasks_that_do_not_exist(tmp_path):
     write(tmp_path / "one" / "train.jsonl", pair())
-    with pytest.raises(FileNotFoundError, match="no file test.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file test\.jsonl"):
         load("one", tmp_path)
     write(tmp_path / "one" / "test.jsonl", pair())
     with pytest.raises(FileNotFoundError, match=r"no task 'two' in .*: one\."):

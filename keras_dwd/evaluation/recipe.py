@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_dwd.checks import integer, number
+from keras_dwd.evaluation.scenario import Task
 from keras_dwd.variables import untracked
 
 # The default learning rate of each optimizer.
@@ -182,13 +183,15 @@ def cropped_and_flipped(x: Any, seed: tf.Tensor) -> Any:
     return tf.nest.map_structure(changed, x)
 
 
-def check_time_steps(train: Any) -> None:
-    """Raise `ValueError` if arrays have no sample weight for each time step, as `bucket` needs."""
-    shapes = [np.shape(array) for part in train for array in tf.nest.flatten(part)]
-    if len(train) != 3 or any(len(s) < 2 or s[:2] != shapes[-1] for s in shapes):
+def check_time_steps(task: Task) -> None:
+    """Raise `ValueError` if a task has no sample weight for each time step, as `bucket` needs."""
+    arrays = tf.nest.flatten(task.train) if isinstance(task.train, (tuple, list)) else []
+    shapes = [np.shape(array) for array in arrays]
+    if len(task.train) != 3 or any(len(s) < 2 or s[:2] != shapes[-1] for s in shapes):
         raise ValueError(
             "`bucket` needs arrays (x, y, sample_weight), all with an axis of examples and one of "
-            f"time steps. Received arrays of shape {', '.join(map(str, shapes))}."
+            f"time steps. Received for task {task.name!r}: "
+            f"{', '.join(map(str, shapes)) or type(task.train).__name__}"
         )
 
 

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.distributed.data import TrainingArrays
+from keras_dwd.distributed.data import TrainingArrays, cut
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import MetricMatrix
 from keras_dwd.evaluation.methods import Method, method_named
@@ -33,6 +33,7 @@ from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
     check_images,
+    check_time_steps,
     cropped_and_flipped,
 )
 from keras_dwd.evaluation.scenario import Scenario, Task, are_classes
@@ -177,7 +178,7 @@ def run_sequence(
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
-        probe, _ = _sample(scenario.tasks[0].train, _PROBES)
+        probe, *_ = _sample(scenario.tasks[0].train, _PROBES)
         arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
     network = build(scenario)
     if method.task_norm:
@@ -253,9 +254,10 @@ def run_sequence(
             rate.steps.assign(epochs * _batches(task.train, batch_size, size))
         progress.begin()
         if progress.epoch < epochs:
-            ordered = checkpoint_dir or model.workers.several or recipe.augment
+            several = model.workers.several
+            ordered = checkpoint_dir or several or recipe.augment or recipe.bucket
             order = _drawn(seed, t) if ordered else None
-            data, own = _fit_arguments(model, task.train, batch_size, order, recipe.augment)
+            data, own = _fit_arguments(model, task.train, batch_size, order, recipe)
             shown = callbacks(t, task) if callbacks else []
             model.fit(
                 **data,
@@ -271,11 +273,12 @@ def run_sequence(
         started = time.perf_counter()
         if policy is not None:
             policy.reward(reward(model, t + 1)[0].tolist())
-        sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
+        sample = _sample(task.train, fisher_examples)
+        if recipe.bucket is not None:
+            sample = tuple(np.asarray(part) for part in cut(sample, recipe.bucket))
         if isinstance(model, TechniqueModel):
-            rng = np.random.default_rng([seed, t, 1])
-            model.end_task(task.train, _sample(task.train, fisher_examples), rng)
-        model.consolidate(sample, batch_size=batch_size)
+            model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
+        model.consolidate(sample if method.boundary_pass else None, batch_size=batch_size)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
             after[:] = evaluate(model)[:, None]
@@ -303,6 +306,8 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
             )
         if recipe.augment:
             check_images(task.train[0])
+        if recipe.bucket is not None:
+            check_time_steps(task)
         if recipe.schedule == "cosine" and not arrays and int(task.train.cardinality()) < 0:
             raise ValueError(
                 "`schedule` 'cosine' needs to know the number of steps. The dataset of task "
@@ -334,7 +339,7 @@ def _batches(data: Any, batch_size: int, workers: int) -> int:
 
 
 def _fit_arguments(
-    model: DWDModel, data: Any, batch_size: int, order: int | None, augment: bool
+    model: DWDModel, data: Any, batch_size: int, order: int | None, recipe: Recipe
 ) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
     """The arguments of `fit` for a task's data, and the callbacks that this data needs.
 
@@ -343,7 +348,8 @@ def _fit_arguments(
         data: Training data of the task.
         batch_size: Batch size of all workers together.
         order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
-        augment: Whether to augment the images, by draws that `order` alone determines too.
+        recipe: Whether to augment the images, by draws that `order` alone determines too, and how
+            to batch sequences.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
@@ -363,7 +369,8 @@ def _fit_arguments(
         communicator.rank,
         communicator.size,
         order,
-        cropped_and_flipped if augment else None,
+        cropped_and_flipped if recipe.augment else None,
+        recipe.bucket,
     )
     return {"x": ordered.batches, "shuffle": False}, [ordered]
 

@@ -46,7 +46,7 @@ class Encoding:
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The tokens of each row's prompt, with the separator at its end."""
         encoded = self.tokenizer.encode([row.prompt for row in rows])
-        return [self._shortened(tokens) + [SEPARATOR] for tokens in encoded]
+        return [[*self._shortened(tokens), SEPARATOR] for tokens in encoded]
 
     def _shortened(self, tokens: list[int]) -> list[int]:
         room = self.prompt - 1

@@ -31,7 +31,7 @@ def rouge_l(texts: Texts, references: References) -> float:
 
 
 def chrf(texts: Texts, references: References) -> float:
-    """chrF of all texts together: F2 of runs of up to six characters.
+    """The chrF of all texts together: F2 of runs of up to six characters.
 
     Reference:
         [Popović, 2015](https://aclanthology.org/W15-3049).
@@ -40,7 +40,7 @@ def chrf(texts: Texts, references: References) -> float:
 
 
 def bleu(texts: Texts, references: References) -> float:
-    """BLEU of all texts together: precision of runs of up to four words.
+    """The BLEU of all texts together: precision of runs of up to four words.
 
     Reference:
         [Papineni et al., 2002](https://aclanthology.org/P02-1040);

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
 from keras_dwd.evaluation.text.encoding import Arrays3, Encoding, sequence_loss
 from keras_dwd.evaluation.text.tasks import Row
-from keras_dwd.evaluation.text.tokenizer import BPETokenizer, ByteTokenizer, END, Tokenizer
+from keras_dwd.evaluation.text.tokenizer import END, BPETokenizer, ByteTokenizer, Tokenizer
 from keras_dwd.files import FileError, read_arrays, write_arrays
 
 TOKENIZERS = ("bpe", "byte")
@@ -34,7 +34,7 @@ class Pretraining:
         tokens: Number of tokens of `"bpe"`.
         size: Of the decoder.
         window: Number of tokens of the pieces of text to continue.
-        gaps: Number of passages with a gap.
+        words_per_gap: Of the text, for each passage with a gap that is made of it.
         epochs: Passes over all.
         batch_size: Examples of a step.
         learning_rate: Of Adam at the start; it falls to 0.
@@ -43,9 +43,9 @@ class Pretraining:
 
     tokenizer: str = "bpe"
     tokens: int = 2048
-    size: DecoderSize = DecoderSize()
+    size: DecoderSize = field(default_factory=DecoderSize)
     window: int = 128
-    gaps: int = 8_000
+    words_per_gap: int = 40
     epochs: int = 1
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -122,7 +122,7 @@ class Pretraining:
         tokens = np.array(stream, "int32")
         inputs, following = tokens[starts], tokens[starts + 1]
         whole = inputs, following, np.ones(inputs.shape, "float32")
-        rows = gaps(texts, self.gaps, rng)
+        rows = gaps(texts, sum(len(t.split()) for t in texts) // self.words_per_gap, rng)
         if not rows:
             return whole
         encoding = Encoding(tokenizer, self.window - 15, 16)

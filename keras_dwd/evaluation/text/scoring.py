@@ -100,7 +100,9 @@ def _likelihood(model: keras.Model) -> Callable[[Any], dict[str, float]]:
         logits = tf.cast(of()(inputs, training=False), "float32")
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(following, logits)
         right = tf.cast(tf.argmax(logits, -1, "int32") == following, "float32")
-        return tf.stack([tf.reduce_sum(t * weights) for t in (right, losses, tf.ones_like(weights))])
+        return tf.stack(
+            [tf.reduce_sum(t * weights) for t in (right, losses, tf.ones_like(weights))]
+        )
 
     of: Any = weakref.ref(model)
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_dwd.checks import integer
 from keras_dwd.evaluation.metric import TaskMetric
+from keras_dwd.evaluation.prepared import Prepared
 from keras_dwd.evaluation.profiles import Profile
 from keras_dwd.evaluation.recipe import Recipe
 from keras_dwd.evaluation.scenario import Scenario, Task
@@ -53,23 +53,6 @@ class TextSettings:
             integer(name, getattr(self, name), 1)
 
 
-@dataclass(frozen=True)
-class TextSequence:
-    """A sequence of text tasks.
-
-    Attributes:
-        scenario: The tasks as arrays of tokens.
-        profile: The model and the training protocol.
-        metrics: What is measured, ROUGE-L first.
-        about: Further entries of the protocol.
-    """
-
-    scenario: Scenario
-    profile: Profile
-    metrics: tuple[TaskMetric, ...]
-    about: dict[str, Any]
-
-
 def text_sequence(
     names: str,
     data_dir: Path | None = None,
@@ -77,7 +60,7 @@ def text_sequence(
     validation: float | None = None,
     pretraining: Pretraining | None = None,
     say: Callable[[str], None] = print,
-) -> TextSequence:
+) -> Prepared:
     """Read tasks, and pretrain the small decoder if that has not been done yet.
 
     It is pretrained on the training rows that the tasks leave over, prompts and targets apart, and
@@ -111,15 +94,13 @@ def text_sequence(
     measured = tuple(dict.fromkeys(n for t in tasks for n in t.metrics if n in METRICS))
     if settings.run_code:
         measured += (PASSED,)
-    scorer = Scorer(
-        zip(tasks, encodings, strict=True), ("rouge_l", *measured), settings.beams
-    )
+    scorer = Scorer(zip(tasks, encodings, strict=True), ("rouge_l", *measured), settings.beams)
     scenario = Scenario.from_tasks(
         [_arrays(task, e, validation) for task, e in zip(tasks, encodings, strict=True)],
         f"text:{names}",
         outputs=tokenizer.size,
     )
-    return TextSequence(
+    return Prepared(
         scenario,
         _profile(tokenizer.size, pretraining.size, weights),
         _metrics(scorer, measured),
@@ -132,6 +113,9 @@ def text_sequence(
             "beams": settings.beams,
             "pretraining": pretraining.description(texts),
         },
+        f"{' and '.join(str(len(task.train)) for task in tasks)} training rows",
+        f"pretrained on {sum(map(len, texts)):,} other characters",
+        "validation data",
     )
 
 
