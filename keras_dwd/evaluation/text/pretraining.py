@@ -108,7 +108,9 @@ class Pretraining:
             steps_per_execution=min(16, steps),
         )
         batches = TrainingArrays(data, self.batch_size, 0, 1, self.seed, bucket=16)
-        model.fit(batches.batches, epochs=self.epochs, verbose=0, callbacks=[batches])
+        model.fit(
+            batches.batches, epochs=self.epochs, shuffle=False, verbose=0, callbacks=[batches]
+        )
         return model
 
     def examples(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Arrays3:

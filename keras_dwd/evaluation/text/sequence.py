@@ -163,9 +163,7 @@ def _profile(tokens: int, size: DecoderSize, weights: Sequence[np.ndarray]) -> P
         compile_settings={
             "loss": sequence_loss,
             "metrics": lambda: [],
-            "weighted_metrics": lambda: [
-                keras.metrics.SparseCategoricalAccuracy(name="token_accuracy")
-            ],
+            "weighted_metrics": lambda: [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
             "steps_per_execution": lambda: 16,
         },
     )
