@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dwd.checks import integer
 from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
 from keras_dwd.evaluation.text.encoding import Arrays3, Encoding, sequence_loss
@@ -37,7 +38,7 @@ class Pretraining:
         words_per_gap: Of the text, for each passage with a gap that is made of it.
         epochs: Passes over all.
         batch_size: Examples of a step.
-        learning_rate: Of Adam at the start; it falls to 0.
+        learning_rate: Of Adam after a short warm-up; it then falls nearly to 0.
         seed: Of the weights, the gaps and the order.
     """
 
@@ -56,6 +57,7 @@ class Pretraining:
             raise ValueError(
                 f"`tokenizer` must be one of {', '.join(TOKENIZERS)}. Received: {self.tokenizer!r}"
             )
+        integer("window", self.window, 24)  # room for a gap and what is around it
 
     def __call__(
         self,
