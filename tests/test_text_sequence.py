@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -241,17 +242,36 @@ def test_buckets_need_weights_of_time_steps():
         Recipe(bucket=0)
 
 
+def test_of_much_text_a_part_is_used():
+    texts = [str(i) * 10 for i in range(10)]
+    assert Pretraining(characters=100).used(texts) == texts
+    used = Pretraining(characters=39).used(texts)
+    assert len(used) == len(set(used)) == 3
+    assert set(used) < set(texts)
+    assert used != Pretraining(characters=39, seed=1).used(texts)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(
     not os.environ.get("KERAS_DWD_TEXT_DIR"), reason="KERAS_DWD_TEXT_DIR names no folder of tasks"
 )
-def test_real_tasks_are_learned_a_little(small, tmp_path):
+def test_real_tasks_are_learned_a_little(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sequence,
+        "Pretraining",
+        lambda kind: Pretraining(kind, 400, DecoderSize(16, 1, 2), characters=20_000),
+    )
     made = Experiment(
         "text:translate,qa",
-        data_dir=os.environ["KERAS_DWD_TEXT_DIR"],
+        data_dir=Path(os.environ["KERAS_DWD_TEXT_DIR"]),
         cache_dir=tmp_path,
         examples=64,
         epochs=1,
     )
-    matrix = made.run("ewc").matrices["loss"]
-    assert matrix.after[0, 0] < matrix.before[0]
+    result = made.run("ewc")
+    loss = result.matrices["loss"]
+    assert loss.after[0, 0] < loss.before[0]
+    assert loss.after[1, 1] < loss.before[1]
+    assert set(result.matrices) == {
+        *("rouge_l", "token_accuracy", "chrf", "bleu", "exact_match", "f1", "loss")
+    }

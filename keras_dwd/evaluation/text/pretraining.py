@@ -34,6 +34,7 @@ class Pretraining:
         tokenizer: `"bpe"`, learned from the text, or `"byte"`.
         tokens: Number of tokens of `"bpe"`.
         size: Of the decoder.
+        characters: The most text that is used; of more, a part drawn at random.
         window: Number of tokens of the pieces of text to continue.
         words_per_gap: Of the text, for each passage with a gap that is made of it.
         epochs: Passes over all.
@@ -45,6 +46,7 @@ class Pretraining:
     tokenizer: str = "bpe"
     tokens: int = 2048
     size: DecoderSize = field(default_factory=DecoderSize)
+    characters: int = 2_000_000
     window: int = 128
     words_per_gap: int = 40
     epochs: int = 1
@@ -73,6 +75,7 @@ class Pretraining:
                 `keras_dwd` in the folder for such files, `XDG_CACHE_HOME` or `~/.cache`.
             say: Called with a message when pretraining begins.
         """
+        texts = self.used(texts)
         folder = cache_folder() if cache_dir is None else cache_dir.expanduser()
         about = {"version": _VERSION, **asdict(self), "text": _digest(texts)}
         path = folder / f"decoder-{_digest([json.dumps(about, sort_keys=True)])[:16]}.safetensors"
@@ -90,9 +93,13 @@ class Pretraining:
         write_arrays(path, weights, {"pretraining": about, "tokenizer": serialized})
         return tokenizer, list(weights.values())
 
-    def description(self, texts: Sequence[str]) -> dict[str, Any]:
-        """The settings and the amount of text, for result files."""
-        return {**asdict(self), "characters": sum(map(len, texts))}
+    def used(self, texts: Sequence[str]) -> list[str]:
+        """The text that is used."""
+        if sum(map(len, texts)) <= self.characters:
+            return list(texts)
+        order = np.random.default_rng(self.seed).permutation(len(texts))
+        ends = np.cumsum([len(texts[i]) for i in order])
+        return [texts[i] for i in order[: np.searchsorted(ends, self.characters, "right")]]
 
     def trained(self, tokenizer: Tokenizer, texts: Sequence[str]) -> keras.Model:
         """A new decoder, trained on text."""

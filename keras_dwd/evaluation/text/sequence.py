@@ -1,7 +1,7 @@
 """Sequences of text tasks, with the model, the training protocol and the metrics for them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import keras
@@ -91,6 +91,7 @@ def text_sequence(
     pretraining = pretraining or Pretraining(settings.tokenizer)
     tokenizer, weights = pretraining(texts, settings.cache_dir, say)
     encodings = [Encoding.fitted(tokenizer, task.train, LENGTH) for task in tasks]
+    characters = sum(map(len, pretraining.used(texts)))
     measured = tuple(dict.fromkeys(n for t in tasks for n in t.metrics if n in METRICS))
     if settings.run_code:
         measured += (PASSED,)
@@ -111,10 +112,10 @@ def text_sequence(
             "tokens": tokenizer.size,
             "length": LENGTH,
             "beams": settings.beams,
-            "pretraining": pretraining.description(texts),
+            "pretraining": asdict(pretraining) | {"characters": characters},
         },
         f"{' and '.join(str(len(task.train)) for task in tasks)} training rows",
-        f"pretrained on {sum(map(len, texts)):,} other characters",
+        f"pretrained on {characters:,} other characters",
         "validation data",
     )
 
