@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import compiled
+from cases import compiled, sweep
 
 from keras_dwd.curvature.rules import GENERIC, ruled_layers
 from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
@@ -45,7 +45,7 @@ def searched(model, prompt, steps, beams):
     return [t for t in best if t not in (END, PAD)]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", sweep((1, 3), 3))
 def test_what_is_written_equals_a_search_without_a_cache(beams):
     model = untidy()
     expected = [searched(model, prompt, 7, beams) for prompt in prompts()]
@@ -89,6 +89,7 @@ def test_all_layers_of_the_decoder_have_closed_forms():
     assert all(each.rule is not GENERIC for each in ruled)
 
 
+@pytest.mark.long
 def test_the_decoder_is_saved_and_loaded(tmp_path):
     model = untidy()
     model.save(tmp_path / "decoder.keras")
