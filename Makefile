@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run text test test-long test-oldest test-keras conformance lint bench saved-model clean
+.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures package saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -20,11 +20,15 @@ text: $(VENV)/.text
 	$(BIN)/keras-dwd run --scenario text:summarize,translate --data-dir "$(TEXT_DIR)" \
 	  --methods finetune,ewc,dwd --strength ewc=10000 --seeds 1 --examples 800
 
+# The comparison of `make run` as a page to look at: report.html.
+report: $(VENV)/.plots
+	$(BIN)/keras-dwd run --out results.json --report report.html
+
 test: lint $(VENV)/.horovod
 	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not long"
 
 # Real crashes, several hosts, many damaged files.
-test-long: $(VENV)/.horovod
+test-long: $(VENV)/.horovod $(VENV)/.docs
 	KERAS_DWD_REQUIRE_HOROVOD=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m long
 
 # With exactly the lowest versions that pyproject.toml allows, without Horovod.
@@ -53,11 +57,29 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py --parts
 	$(BIN)/python benchmarks/policy.py
+	$(BIN)/python benchmarks/strength.py
+	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/crash.py
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/checkpoint_cost.py
 	$(BIN)/python benchmarks/import_cost.py
+	$(BIN)/python benchmarks/misuse.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python scripts/make_figures.py
+
+# The pages of docs/ as a site in build/docs; a warning or a broken link is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pictures of the README and docs/, from benchmarks/results.
+figures: $(VENV)/.dev
+	$(BIN)/python scripts/make_figures.py
+
+# The wheel and the source distribution, in dist.
+package: $(VENV)/.packaging
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 # The model in saved_models, with its card.
 saved-model: $(VENV)/.package
@@ -78,8 +100,20 @@ $(VENV)/.text: $(VENV)/.package
 	$(PIP) -e ".[experiments,text]"
 	touch $@
 
+$(VENV)/.plots: $(VENV)/.package
+	$(PIP) -e ".[experiments,plots]"
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) -e ".[dev,experiments,export,plots,text]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) -e ".[docs]"
+	touch $@
+
+$(VENV)/.packaging: $(VENV)/.package
+	$(PIP) -e ".[package]"
 	touch $@
 
 $(OLDEST)/bin/python:

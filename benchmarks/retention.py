@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from keras_dwd.evaluation.ablation import parts
+from keras_dwd.evaluation.methods import BEST_EWC, method_named
 from keras_dwd.evaluation.methods import METHODS as METHODS_OF_PACKAGE
-from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.report import table
 from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
 
@@ -38,6 +38,12 @@ SCENARIOS = {
     },
     "split-cifar100": {"scenario": "split:cifar100", "tasks": 10},
 }
+# Class-incremental: one head with an output for every class, no task ids.
+CLASS_SCENARIOS = {
+    "split-digits-class": {"scenario": "split:digits", "tasks": 5, "setting": "class"},
+    "split-mnist-class": {"scenario": "split:mnist", "tasks": 5, "setting": "class"},
+    "split-cifar100-class": {"scenario": "split:cifar100", "tasks": 10, "setting": "class"},
+}
 TUNING_SEEDS = {
     "permuted-digits": (0, 1, 2),
     "split-digits": (0, 1, 2),
@@ -45,6 +51,9 @@ TUNING_SEEDS = {
     "split-mnist": (0, 1, 2),
     "permuted-mnist": (0,),
     "split-cifar100": (0,),
+    "split-digits-class": (0,),
+    "split-mnist-class": (0,),
+    "split-cifar100-class": (0,),
 }
 # All grids of a scenario have the same number of values over the same range of factors, placed so
 # that preliminary runs had their best values inside. The positions depend on the scale of the
@@ -82,9 +91,16 @@ GRIDS = {
     },
 }
 GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
+GRIDS["split-digits-class"] = GRIDS["split-mnist-class"] = GRIDS["split-digits"]
+GRIDS["split-cifar100-class"] = GRIDS["split-cifar100"]
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
+    *("ewc+keep-state", BEST_EWC, "dwd-online+keep-state"),
     *("dwd-diagonal", "dwd", "dwd:exact", "dwd:sampled", "dwd:negated", "dwd-online"),
+)
+CLASS_METHODS = (
+    *("ewc", BEST_EWC, "ewc:influence", "dwd", "dwd-online", "lwf", "dwd-online+distill", "er"),
+    "dwd-online+er",
 )
 # DWD with all its defaults, λ included.
 DEFAULT = f"dwd-online{UNTOUCHED}"
@@ -112,9 +128,10 @@ def grid_of(method):
 
 
 def main():
+    known = SCENARIOS | CLASS_SCENARIOS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenario", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--scenario", choices=known, nargs="+", default=list(known))
+    parser.add_argument("--methods", nargs="*")
     parser.add_argument("--parts", nargs="*")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
@@ -124,12 +141,13 @@ def main():
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.scenario:
-        methods = [m for m in METHODS if m in options.methods]
-        methods += [m for m in options.methods if m not in METHODS]
-        if options.parts is not None:
+        usual = CLASS_METHODS if name in CLASS_SCENARIOS else METHODS
+        wanted = usual if options.methods is None else options.methods
+        methods = [m for m in usual if m in wanted] + [m for m in wanted if m not in usual]
+        if options.parts is not None and name in SCENARIOS:
             methods += [m for m in parts(options.parts).values() if m not in (*methods, DEFAULT)]
         results = tune(
-            SCENARIOS[name] | {"data_dir": options.data_dir},
+            known[name] | {"data_dir": options.data_dir},
             ["finetune", *methods, DEFAULT, "joint"],
             grid=partial(values_of, name),
             seeds=options.seeds,

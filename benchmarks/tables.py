@@ -1,4 +1,4 @@
-"""Updates the tables in the README from the files in `benchmarks/results`.
+"""Updates the tables in the README and docs/ from the files in `benchmarks/results`.
 
 Usage: python benchmarks/tables.py [--check]
 """
@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from misuse import CASES
 from retention import DEFAULT, METHODS, SCENARIOS
 
 from keras_dwd.evaluation.ablation import PARTS, compare
@@ -126,6 +127,50 @@ def seeds_table():
     )
 
 
+def summary_table():
+    """Table of the accuracy of few methods in each scenario, for the README."""
+    shown = {
+        "finetune": "fine-tuning",
+        "ewc": "EWC, λ tuned",
+        DEFAULT: "DWD, nothing set",
+        "joint": "all tasks at once",
+    }
+    lines = [["tasks", *shown.values()]]
+    for results in of_all_scenarios().values():
+        methods = results["methods"]
+        cells = [cell(KEY, methods[name]["metrics"][KEY]) for name in shown]
+        lines.append([results["protocol"]["title"], *cells])
+    return (
+        f"{rows(lines)}\n\nAverage accuracy in percent on the test data of all tasks after the "
+        "last, mean ± std over three seeds."
+    )
+
+
+def misuse_table():
+    """Table of ways to call `consolidate`, and what they lead to."""
+    results = json.loads((RESULTS / "misuse.json").read_text())
+    lines = [["`consolidate` is called", "old data, %", "new data, %"]]
+    lines += [[c, *_old_and_new(results["misuse"][c])] for c in CASES if c in results["misuse"]]
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
+def examples_table():
+    """Table of the numbers of examples given to `consolidate`."""
+    results = json.loads((RESULTS / "misuse.json").read_text())
+    how = {"inputs": "inputs alone", "labelled": "with labels"}
+    lines = [["examples", *(f"{of} data, {h}, %" for h in how.values() for of in ("old", "new"))]]
+    for count, row in results["examples"].items():
+        if row:
+            lines.append([count, *(text for key in how for text in _old_and_new(row.get(key)))])
+    if len(lines) == 1:
+        return "Not measured yet."
+    return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
+
+
+def _old_and_new(row):
+    return [cell("accuracy", row[name]) if row else "" for name in ("old", "new")]
+
+
 def of_all_scenarios():
     """The results of `benchmarks/retention.py`, by scenario."""
     paths = {name: RESULTS / f"retention_{name}.json" for name in SCENARIOS}
@@ -213,6 +258,9 @@ def faults_table():
 
 
 OF_ALL = {
+    "summary": summary_table,
+    "misuse": misuse_table,
+    "examples": examples_table,
     "untouched": untouched_table,
     "seeds": seeds_table,
     "ablation": ablation_table,
@@ -229,7 +277,7 @@ TABLES = {
 
 
 def fill(text):
-    """The text of the README with each `<!-- results: FILE -->` block updated."""
+    """The text of a page with each `<!-- results: FILE -->` block updated."""
 
     def block(match):
         name = match[1]
@@ -242,15 +290,23 @@ def fill(text):
     return re.sub(r"<!-- results: (\S+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
+def pages():
+    """The README and the pages of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    outdated = {
+        page: text for page in pages() if (text := fill(page.read_text())) != page.read_text()
+    }
     if options.check:
-        sys.exit(0 if fill(text) == text else "README.md differs from benchmarks/results")
-    readme.write_text(fill(text))
+        names = ", ".join(str(page.relative_to(ROOT)) for page in outdated)
+        sys.exit(f"{names}: not as in benchmarks/results" if outdated else 0)
+    for page, text in outdated.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

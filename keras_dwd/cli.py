@@ -1,18 +1,27 @@
-"""The command line: `keras-dwd run`, `tune`, `ablate` and `plan`."""
+"""What the subcommands of `keras-dwd` do; their options and help are in `keras_dwd_command`."""
 
+import importlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import keras
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from keras_dwd.checks import integer, number
 from keras_dwd.communicator import INSTALL
@@ -20,180 +29,41 @@ from keras_dwd.distributed.horovod import detect_communicator
 from keras_dwd.distributed.launch import is_worker, launch
 from keras_dwd.evaluation import ablation, tuning
 from keras_dwd.evaluation import plan as planning
+from keras_dwd.evaluation.comparison import compared, comparison_table, differing
+from keras_dwd.evaluation.environment import environment
 from keras_dwd.evaluation.experiment import Experiment, Observer
-from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
+from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import NETWORKS, network
-from keras_dwd.evaluation.recipe import OPTIMIZERS
-from keras_dwd.evaluation.report import plan_table, table
+from keras_dwd.evaluation.report import dry_table, plan_table, table
 from keras_dwd.evaluation.scenario import Scenario, Task
-from keras_dwd.files import FileError, write_json
-
-app = typer.Typer(
-    help="Continual learning for Keras 3.", no_args_is_help=True, pretty_exceptions_enable=False
-)
-
-_Scenario = Annotated[
-    str,
-    typer.Option(
-        help="split:NAME or permuted:NAME, where NAME is digits or a prepared classification "
-        "data set of tensorflow-datasets; or text:TASK,TASK…, where TASK is a folder of JSONL "
-        "files in --data-dir, a path, or one of summarize, translate, code and qa."
-    ),
-]
-_Methods = Annotated[
-    str,
-    typer.Option(
-        help=f"Comma-separated methods: {', '.join(METHODS)}. NAME:ESTIMATOR uses another "
-        f"estimator of the Fisher information, NAME+VARIANT one of {', '.join(VARIANTS)}."
-    ),
-]
-_Tasks = Annotated[int, typer.Option(help="Number of tasks.")]
-_Setting = Annotated[
-    str | None,
-    typer.Option(
-        help="task (one head per task), domain (shared outputs) or class (an output per "
-        "class of each task). By default task for split, domain for permuted."
-    ),
-]
-_ClassOrderSeed = Annotated[
-    int | None,
-    typer.Option(help="Seed of the class order (split) or of the permutations (permuted)."),
-]
-_Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
-_TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
-_Points = Annotated[
-    int, typer.Option(help="Number of values of λ to try per method, over six decades.")
-]
-_Processes = Annotated[
-    int | None, typer.Option(help="Number of parallel runs; by default one per core.")
-]
-_Epochs = Annotated[int | None, typer.Option(help="Epochs per task; by default of the profile.")]
-_Profile = Annotated[
-    str, typer.Option(help="cpu (small network, part of the images) or full (for a GPU).")
-]
-_Images = Annotated[
-    int | None,
-    typer.Option(help="Training images per class; by default of the profile."),
-]
-_Optimizer = Annotated[
-    str | None, typer.Option(help=f"{' or '.join(OPTIMIZERS)}; by default of the profile.")
-]
-_LearningRate = Annotated[
-    float | None,
-    typer.Option(help="Learning rate; by default of the profile, or of another --optimizer."),
-]
-_Schedule = Annotated[
-    str | None,
-    typer.Option(help="constant, or cosine: to 0 in each task; by default of the profile."),
-]
-_WeightDecay = Annotated[
-    float | None, typer.Option(help="Weight decay; by default of the profile.")
-]
-_Augment = Annotated[
-    bool | None,
-    typer.Option(
-        "--augment/--no-augment",
-        help="Crop and flip training images at random; by default of the profile.",
-        show_default=False,
-    ),
-]
-_Metrics = Annotated[
-    str,
-    typer.Option(
-        help="Comma-separated metrics of Keras, or loss; methods are compared by the first."
-    ),
-]
-_DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of tfds data sets, by default TFDS_DATA_DIR; or of text tasks, by default the "
-        "current one."
-    ),
-]
-_Examples = Annotated[int | None, typer.Option(help="Text: the most training rows of a task.")]
-_Tokenizer = Annotated[str | None, typer.Option(help="Text: bpe (the default) or byte.")]
-_Beams = Annotated[int | None, typer.Option(help="Text: beams of the search; 1 by default.")]
-_RunCode = Annotated[
-    bool | None,
-    typer.Option(
-        "--run-code",
-        help="Text: run programs that the model writes with their tests, with limits of time and "
-        "memory and without network.",
-    ),
-]
-_CacheDir = Annotated[
-    Path | None,
-    typer.Option(help="Text: folder for the pretrained model, by default in ~/.cache."),
-]
-_Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
-_Resumed = Annotated[
-    Path | None,
-    typer.Option(
-        help="Write the results to this JSON file as runs are completed. Results that it already "
-        "has are not run again."
-    ),
-]
-_Workers = Annotated[
-    int, typer.Option(help="Number of workers on this machine that train together, by Horovod.")
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, not as a table.")]
+from keras_dwd.evaluation.stored import factor_of, results_of
+from keras_dwd.files import write_json
+from keras_dwd_command.app import app as app
+from keras_dwd_command.app import main as main
 
 
-@app.callback()
-def _commands() -> None:
-    """Continual learning for Keras 3."""
-
-
-@app.command()
 def run(
     context: typer.Context,
-    scenario: _Scenario = "permuted:digits",
-    methods: _Methods = "finetune,ewc,dwd,joint",
-    tasks: _Tasks = 5,
-    setting: _Setting = None,
-    class_order_seed: _ClassOrderSeed = None,
-    seeds: _Seeds = 3,
-    epochs: _Epochs = None,
-    strength: Annotated[
-        str | None,
-        typer.Option(
-            help="λ of all methods, or of some of them (ewc=1000,dwd=200); by default their own."
-        ),
-    ] = None,
-    profile: _Profile = "cpu",
-    images_per_class: _Images = None,
-    optimizer: _Optimizer = None,
-    learning_rate: _LearningRate = None,
-    schedule: _Schedule = None,
-    weight_decay: _WeightDecay = None,
-    augment: _Augment = None,
-    metrics: _Metrics = "accuracy",
-    data_dir: _DataDir = None,
-    examples: _Examples = None,
-    tokenizer: _Tokenizer = None,
-    beams: _Beams = None,
-    run_code: _RunCode = None,
-    cache_dir: _CacheDir = None,
-    workers: _Workers = 1,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="Divide the consolidation state among the workers.")
-    ] = False,
-    checkpoint_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder for a checkpoint after each epoch and each task."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the checkpoints in `--checkpoint-dir`.")
-    ] = False,
-    out: _Out = None,
-    as_json: _Json = False,
+    methods: str,
+    seeds: int,
+    strength: str | None,
+    workers: int,
+    sharded: bool,
+    checkpoint_dir: Path | None,
+    resume: bool,
+    out: Path | None,
+    report: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **_: Any,
 ) -> None:
-    """Train several methods on a sequence of tasks and compare what they learn and forget."""
+    """`keras-dwd run`."""
     console = Console(stderr=as_json)
     experiment = Experiment(**_settings(context))
     names = _names(methods)
     strengths = _strengths(strength, names)
     _check_out(out)
+    _check_report(report)
     integer("--workers", workers, 1)
     if resume and checkpoint_dir is None:
         raise ValueError("`--resume` needs `--checkpoint-dir`: where to go on from.")
@@ -202,149 +72,84 @@ def run(
             f"`--checkpoint-dir` {str(checkpoint_dir)!r} holds the progress of a run: go on with "
             "`--resume`, or name another folder."
         )
+    if dry_run:
+        known = {name: strengths.get(name, method_named(name).strength) for name in names}
+        _show_plan(experiment, known, seeds)
+        return
     if workers > 1 and not is_worker():
         raise typer.Exit(launch(_again(context, resume=checkpoint_dir is not None), workers))
     leads = detect_communicator().rank == 0
-    with _progress(console, leads, experiment.measured[0].name) as observer:
-        results = experiment.compare(
-            names,
-            seeds,
-            strengths=strengths,
-            observer=observer,
-            checkpoint_dir=checkpoint_dir,
-            sharded=sharded,
-        )
+    finished: dict[str, Any] = {}
+
+    def keep(results: dict[str, Any]) -> None:
+        finished.update(results)
+        if out is not None and leads:
+            write_json(out, results)
+
+    try:
+        with _progress(console, leads, experiment.measured[0].name) as observer:
+            results = experiment.compare(
+                names,
+                seeds,
+                strengths=strengths,
+                observer=observer,
+                checkpoint_dir=checkpoint_dir,
+                sharded=sharded,
+                keep=keep,
+            )
+    except KeyboardInterrupt:
+        if leads:
+            _tell_how_to_go_on(context, finished, out, checkpoint_dir)
+        raise typer.Exit(130) from None
     if not leads:
         return
     _show(results, as_json, console)
-    if out is not None:
-        write_json(out, results)
+    _write_report(report, results)
 
 
-def _again(context: typer.Context, **changed: Any) -> list[str]:
-    """The current command line, for workers to run, with some options `changed`."""
-    words = [sys.executable, "-m", "keras_dwd_command", str(context.info_name)]
-    for parameter in context.command.params:
-        value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
-        if value is True:
-            words.append(parameter.opts[0])
-        elif value is False:
-            words += parameter.secondary_opts[:1]
-        elif value is not None:
-            words += [parameter.opts[0], str(value)]
-    return words
-
-
-@app.command()
-def tune(
-    context: typer.Context,
-    scenario: _Scenario = "permuted:digits",
-    methods: _Methods = "finetune,ewc,dwd,joint",
-    tasks: _Tasks = 5,
-    setting: _Setting = None,
-    class_order_seed: _ClassOrderSeed = None,
-    seeds: _Seeds = 3,
-    tuning_seeds: _TuningSeeds = 1,
-    points: _Points = 7,
-    epochs: _Epochs = None,
-    profile: _Profile = "cpu",
-    images_per_class: _Images = None,
-    optimizer: _Optimizer = None,
-    learning_rate: _LearningRate = None,
-    schedule: _Schedule = None,
-    weight_decay: _WeightDecay = None,
-    augment: _Augment = None,
-    metrics: _Metrics = "accuracy",
-    data_dir: _DataDir = None,
-    examples: _Examples = None,
-    tokenizer: _Tokenizer = None,
-    beams: _Beams = None,
-    run_code: _RunCode = None,
-    cache_dir: _CacheDir = None,
-    processes: _Processes = None,
-    out: _Resumed = None,
-    as_json: _Json = False,
+def _tell_how_to_go_on(
+    context: typer.Context, finished: dict[str, Any], out: Path | None, folder: Path | None
 ) -> None:
-    """Tune λ of each method on held-back training data, then compare them on the test data.
+    """Say after an interruption what was finished, and how to go on."""
+    console = Console(stderr=True)
+    runs = sum(len(method["train_seconds"]) for method in finished.get("methods", {}).values())
+    where = f", written to {out}" if out is not None and runs else ""
+    lines = [f"Interrupted. Finished: {runs} run{'' if runs == 1 else 's'}{where}."]
+    if folder is not None:
+        words = ["keras-dwd", *_again(context, resume=True)[3:]]
+        lines.append(f"To go on: {shlex.join(words)}")
+    else:
+        lines.append("With `--checkpoint-dir FOLDER` a run can be resumed after an interruption.")
+    if finished and out is None:
+        console.print(table(finished))
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    Each method that has a λ is tuned with the same number of values around its default, the same
-    seeds and the same epochs.
-    """
-    settings = _settings(context)
-    _tuned(settings, _names(methods), seeds, tuning_seeds, points, processes, out, as_json)
+
+def tune(context: typer.Context, methods: str, **given: Any) -> None:
+    """`keras-dwd tune`."""
+    _tuned(_settings(context), _names(methods), **given)
 
 
-@app.command()
-def ablate(
-    context: typer.Context,
-    scenario: _Scenario = "permuted:digits",
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated words, such as groups, budget, γ, estimator: only parts whose "
-            "names contain one of them. By default all parts."
-        ),
-    ] = "",
-    tasks: _Tasks = 5,
-    setting: _Setting = None,
-    class_order_seed: _ClassOrderSeed = None,
-    seeds: _Seeds = 3,
-    tuning_seeds: _TuningSeeds = 1,
-    points: _Points = 7,
-    epochs: _Epochs = None,
-    profile: _Profile = "cpu",
-    images_per_class: _Images = None,
-    optimizer: _Optimizer = None,
-    learning_rate: _LearningRate = None,
-    schedule: _Schedule = None,
-    weight_decay: _WeightDecay = None,
-    augment: _Augment = None,
-    metrics: _Metrics = "accuracy",
-    data_dir: _DataDir = None,
-    examples: _Examples = None,
-    tokenizer: _Tokenizer = None,
-    beams: _Beams = None,
-    run_code: _RunCode = None,
-    cache_dir: _CacheDir = None,
-    processes: _Processes = None,
-    out: _Resumed = None,
-    as_json: _Json = False,
-) -> None:
-    """Change one part of DWD at a time and compare the result with tuned EWC, paired by seed.
-
-    λ is the default. For EWC, and where a change affects the scale of the Fisher information, it is
-    tuned as by `tune`.
-    """
+def ablate(context: typer.Context, parts: str, **given: Any) -> None:
+    """`keras-dwd ablate`."""
     words = [word.strip() for word in parts.split(",") if word.strip()]
     chosen = ablation.parts(words)
-    settings = _settings(context)
     names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
-    _tuned(settings, names, seeds, tuning_seeds, points, processes, out, as_json)
+    _tuned(_settings(context), names, **given)
 
 
-@app.command()
 def plan(
-    model: Annotated[
-        str | None, typer.Option(help=f"A network of this package: {', '.join(NETWORKS)}.")
-    ] = None,
-    params: Annotated[
-        float | None,
-        typer.Option(help="Or a transformer with this number of parameters, such as 1.75e11."),
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Number of workers.")] = 1,
-    curvature: Annotated[str, typer.Option(help=", ".join(planning.CURVATURES))] = "kronecker",
-    optimizer: Annotated[str, typer.Option(help="sgd, momentum or adam")] = "adam",
-    replicated: Annotated[
-        bool,
-        typer.Option("--replicated", help="Each worker stores the whole consolidation state."),
-    ] = False,
-    link: Annotated[
-        float | None,
-        typer.Option(help="Bytes per second between workers; by default measured on this machine."),
-    ] = None,
-    as_json: _Json = False,
+    model: str | None,
+    params: float | None,
+    workers: int,
+    curvature: str,
+    optimizer: str,
+    replicated: bool,
+    link: float | None,
+    as_json: bool,
 ) -> None:
-    """Estimate the memory, communication and time that training needs per worker."""
+    """`keras-dwd plan`."""
     if (model is None) == (params is None):
         raise ValueError("Give `--model` or `--params`, one of them.")
     if model is not None and model not in NETWORKS:
@@ -371,6 +176,57 @@ def plan(
     Console().print(plan_table(estimate, curvature, replicated))
 
 
+def report(results: list[Path], out: Path) -> None:
+    """`keras-dwd report`."""
+    from keras_dwd.page import write_report  # which needs matplotlib
+
+    _check_file("--out", out)
+    write_report(out, results)
+    Console().print(f"Written: {out}", highlight=False)
+
+
+def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
+    """`keras-dwd compare`."""
+    one, other = (results_of(path) for path in (a, b))
+    found = compared(one, other, metric)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=1))
+        return
+    console = Console()
+    console.print(comparison_table(found, factor_of(one, found[0].metric)))
+    for name, path in (("a", a), ("b", b)):
+        console.print(f"{name}: {path}", style="dim", highlight=False, markup=False)
+    for name, values in differing(one, other).items():
+        first, second = (json.dumps(value) for value in values)
+        line = f"The protocols differ in {name}: {first[:60]} and {second[:60]}"
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def info(as_json: bool) -> None:
+    """`keras-dwd info`."""
+    found = environment()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+        print(f"{name:18} {shown}")
+
+
+def _again(context: typer.Context, **changed: Any) -> list[str]:
+    """The current command line, for workers to run, with some options `changed`."""
+    words = [sys.executable, "-m", "keras_dwd_command", str(context.info_name)]
+    for parameter in context.command.params:
+        value = changed.get(str(parameter.name), context.params.get(str(parameter.name)))
+        if value is True:
+            words.append(parameter.opts[0])
+        elif value is False:
+            words += parameter.secondary_opts[:1]
+        elif value is not None:
+            words += [parameter.opts[0], str(value)]
+    return words
+
+
 def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
@@ -386,7 +242,10 @@ def _tuned(
     points: int,
     processes: int | None,
     out: Path | None,
+    report: Path | None,
+    dry_run: bool,
     as_json: bool,
+    **_: Any,
 ) -> None:
     for name, value in (
         ("seeds", seeds),
@@ -397,6 +256,10 @@ def _tuned(
         if value is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1. Received: {value}")
     _check_out(out)
+    _check_report(report)
+    if dry_run:
+        _show_plan(Experiment(**settings), {n: method_named(n).strength for n in methods}, seeds)
+        return
     console = Console(stderr=True)
     results = tuning.tune(
         settings,
@@ -409,6 +272,7 @@ def _tuned(
         say=lambda line: console.print(line, style="dim", highlight=False, markup=False),
     )
     _show(results, as_json, Console(stderr=as_json))
+    _write_report(report, results)
 
 
 def _names(methods: str) -> list[str]:
@@ -416,10 +280,36 @@ def _names(methods: str) -> list[str]:
 
 
 def _check_out(out: Path | None) -> None:
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ValueError(f"`--out`: the folder {str(out.parent)!r} does not exist.")
-    if out is not None and out.is_dir():
-        raise ValueError(f"`--out` must be a file. Received the folder {str(out)!r}.")
+    if out is not None:
+        _check_file("--out", out)
+
+
+def _check_report(report: Path | None) -> None:
+    if report is not None:
+        _check_file("--report", report)
+        importlib.import_module("keras_dwd.page")  # raises if matplotlib is missing
+
+
+def _write_report(report: Path | None, results: dict[str, Any]) -> None:
+    if report is not None:
+        from keras_dwd.page import write_report
+
+        write_report(report, results)
+        Console(stderr=True).print(f"Report: {report}", highlight=False, markup=False)
+
+
+def _check_file(option: str, path: Path) -> None:
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"`{option}`: the folder {str(path.parent)!r} does not exist.")
+    if path.is_dir():
+        raise ValueError(f"`{option}` must be a file. Received the folder {str(path)!r}.")
+
+
+def _show_plan(experiment: Experiment, strengths: dict[str, float], seeds: int) -> None:
+    """What would be run, for `--dry-run`."""
+    console = Console()
+    console.print(dry_table(experiment, strengths, seeds))
+    console.print(experiment.describe(seeds)["text"], style="dim", highlight=False)
 
 
 def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
@@ -472,6 +362,8 @@ def _progress(
         MofNCompleteColumn(),
         TextColumn("{task.fields[running]}"),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
         bars: list[Any] = []
@@ -487,17 +379,3 @@ def _progress(
             return [_EpochBar(progress, bars[-1], metric)]
 
         yield observer
-
-
-def main() -> None:
-    """Entry point; prints errors that the user can correct in one line, without a traceback."""
-    try:
-        app(prog_name="keras-dwd")
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        known = (ValueError, FileError, FileNotFoundError)
-        if type(error) not in known and str(error) != INSTALL:
-            raise
-        Console(stderr=True).print(
-            f"keras-dwd: {error}", style="red", highlight=False, markup=False
-        )
-        sys.exit(2)

@@ -23,6 +23,17 @@ class Communicator:
     Attributes:
         rank: Rank of this worker, from 0.
         size: Number of workers.
+
+    Example:
+
+    ```python
+    class Logged(Communicator):  # a single worker that tells what it would send
+        def mean(self, tensors, name):
+            print(name, len(tensors))
+            return super().mean(tensors, name)
+
+    model.compile("adam", loss, communicator=Logged())
+    ```
     """
 
     rank: int = 0

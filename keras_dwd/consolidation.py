@@ -1,7 +1,8 @@
 """The consolidation state of a model: what it keeps of earlier tasks, and how tasks are added."""
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +21,7 @@ from keras_dwd.distributed.workers import Workers, block_sizes
 from keras_dwd.files import FileError
 from keras_dwd.groupings.assignment import assignment_of
 from keras_dwd.groupings.grouping import BoundaryContext, Grouping, GroupingResult, Summary
+from keras_dwd.groupings.histograms import histograms
 from keras_dwd.keras_private import layers_within
 from keras_dwd.learner import Learner
 from keras_dwd.precision.block import Block, Place
@@ -50,6 +52,7 @@ from keras_dwd.variables import (
     digest_of,
     kinds_of,
     trainable_by_path,
+    untracked,
     weights_by_path,
 )
 
@@ -57,6 +60,20 @@ _GROUPING = "grouping."
 _OWN = {"value", "group"}
 _SCALARS = {"format", "tasks_learned", *FISHER_SCALARS, *REGULARIZER_SCALARS}
 _BYTES = {"weights_digest", "groups"}
+
+
+class LastBoundary(NamedTuple):
+    """What was noted at the last boundary, for reports; it is not saved.
+
+    Attributes:
+        examples: The number of examples of the pass over the task's data; `None` without a pass.
+        seconds: The time that the boundary took.
+        histograms: See `histograms`.
+    """
+
+    examples: int | None = None
+    seconds: float | None = None
+    histograms: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Consolidation:
@@ -82,6 +99,7 @@ class Consolidation:
         assignments: The group of each parameter at the last boundary, by block.
         weights_digest: A digest of the weights at the last boundary. Until they change, there is
             nothing to consolidate.
+        last_boundary: What was noted at the last boundary.
     """
 
     def __init__(
@@ -113,6 +131,9 @@ class Consolidation:
         self.groups: Summary = []
         self.assignments: Arrays = {}
         self.weights_digest = b""
+        self.last_boundary = LastBoundary()
+        # Counts changes of what a training step is made of, see `check_traced`.
+        self._version = untracked(np.zeros(()), "version", "int64")
         self._pass = BoundaryPass()
         self._built_for: set[str] | None = None
 
@@ -136,13 +157,31 @@ class Consolidation:
         """Create the slots that the training step updates, and drop those no longer needed."""
         if self.distillation is not None:
             self.distillation.build(model, self._whole_anchors())
-        self._built_for = self._held_paths(model)
+        held = self._held_paths(model)
+        if self._built_for is not None and held != self._built_for:
+            self._version.assign_add(1)
+        self._built_for = held
         pulled = self.pulled_variables(model)
         if self.fisher.online and pulled:
             self.fisher.forget_all_but(self.fisher.shapes(model, by_path(model)))
             shapes = self.local_shard(model, self.fisher.shapes(model, pulled))
             self.fisher.build(shapes, optimizer.find(model.optimizer))
         self.head_gate.build(trainable_by_path(model))
+
+    def check_traced(self) -> None:
+        """Fail where a `tf.function` goes on with a step of before the last boundary. Graph code.
+
+        `fit` traces its own function again; one of the user's would leave the pull out.
+        """
+        if tf.inside_function():
+            with tf.init_scope():
+                traced = int(self._version)
+            tf.debugging.assert_equal(
+                self._version.value,
+                tf.constant(traced, "int64"),
+                "The model was consolidated, or its state loaded, after this `tf.function` was "
+                "traced, so that it does not hold earlier tasks. Make a new `tf.function` then.",
+            )
 
     def _whole_anchors(self) -> Variables:
         """The anchors, by path, if this worker has all of them and they are of the last task."""
@@ -179,8 +218,9 @@ class Consolidation:
 
     # The boundary.
 
-    def add_task(self, model: Learner, data: Any, batch_size: int) -> None:
+    def add_task(self, model: Learner, data: Any, batch_size: int, verbose: int = 0) -> None:
         """Consolidate the current task, see `DWDModel.consolidate`."""
+        started = time.perf_counter()
         digest = digest_of(weights_by_path(model))
         if self.tasks_learned and digest == self.weights_digest:
             raise ValueError(
@@ -191,9 +231,12 @@ class Consolidation:
             self.task_graph.check(model, self.tasks_learned, self.weights_digest)
         variables = self.pulled_variables(model)
         check_weights(variables)
+        blocks: dict[str, Block] = {}
         result = GroupingResult({}, [], {})
         if variables:
-            result = self._grouped(model, self._estimated(model, variables, data, batch_size))
+            blocks = self._estimated(model, variables, data, batch_size, verbose)
+            result = self._grouped(model, blocks)
+        noted = histograms(blocks, result.assignments)
         adjusted: dict[str, int] = {}
         if self.grouping is not None and self.grouping.budget is not None:
             adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
@@ -224,8 +267,10 @@ class Consolidation:
         try:
             self.update_task_graph(model)
         finally:
+            examples = None if data is None or not variables else self._pass.examples
+            self.last_boundary = LastBoundary(examples, time.perf_counter() - started, noted)
             if self._layout() != layout:
-                _retrace(model)
+                self._retrace(model)
 
     def _layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
@@ -244,7 +289,7 @@ class Consolidation:
             regularizer.pull_to_tasks(*self.task_graph.anchor(weights, variables))
 
     def _estimated(
-        self, model: Learner, variables: Variables, data: Any, batch_size: int
+        self, model: Learner, variables: Variables, data: Any, batch_size: int, verbose: int
     ) -> dict[str, Block]:
         """The Fisher information of the current task."""
         if data is None:
@@ -260,7 +305,7 @@ class Consolidation:
             found = optimizer.find(model.optimizer)
             statistics = self.fisher.estimate(found, local_variables, summed)
         else:
-            statistics = self.pass_statistics(model, data, batch_size)
+            statistics = self.pass_statistics(model, data, batch_size, verbose)
         blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]
         local_sum = np.asarray(sum(np.abs(a).sum(dtype="float64") for a in blocks))
         coupled, wrong = (
@@ -275,10 +320,15 @@ class Consolidation:
         self.fisher.check(statistics, float(total[0]), model)
         return self.fisher.blocks(model, variables, statistics)
 
-    def pass_statistics(self, model: Learner, data: Any, batch_size: int) -> Arrays:
+    def pass_statistics(
+        self, model: Learner, data: Any, batch_size: int, verbose: int = 0
+    ) -> Arrays:
         """The mean statistics over `data`, for the blocks that this worker keeps."""
         variables, communicator = self.pulled_variables(model), self.workers.communicator
-        statistics = self._pass(model, self.fisher, variables, data, batch_size, communicator)
+        verbose = verbose if self.workers.leads else 0
+        statistics = self._pass(
+            model, self.fisher, variables, data, batch_size, communicator, verbose
+        )
         return self.local_shard(model, statistics)
 
     def _grouped(self, model: Learner, blocks: dict[str, Block]) -> GroupingResult:
@@ -297,6 +347,14 @@ class Consolidation:
             self.groups,
             self.workers.exchange,
         )
+
+    @property
+    def bytes(self) -> int:
+        """The size of the state on this worker, in memory."""
+        slots = [*self.regularizer.slots().values(), *self.fisher.slots.values()]
+        if self.distillation is not None:
+            slots += [*self.distillation.teacher.values()]
+        return sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in slots)
 
     # Files.
 
@@ -376,9 +434,10 @@ class Consolidation:
         for commit in commits:
             commit()
         self.tasks_learned = int(scalars["tasks_learned"])
+        self.last_boundary = LastBoundary()
         self.weights_digest = scalars["weights_digest"].tobytes()
         self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
-        _retrace(model)
+        self._retrace(model)
 
     def _prepare_own(
         self, model: Learner, arrays: Arrays, places: Mapping[str, Place], groups: Summary
@@ -430,6 +489,15 @@ class Consolidation:
         if state:
             self.load(model, state)
 
+    def _retrace(self, model: Learner) -> None:
+        """Trace the training step again, because the traced step does not include new slots.
+
+        A callback may call this during `fit`: the next step then uses the new function.
+        """
+        self._version.assign_add(1)
+        if model.train_function is not None:
+            model.make_train_function(force=True)
+
     # Growing models.
 
     def inherit(
@@ -475,15 +543,6 @@ class Consolidation:
             new[path].assign(value)
         if at_boundary:
             self.weights_digest = digest_of(new)
-
-
-def _retrace(model: Learner) -> None:
-    """Trace the training step again, because the traced step does not include new slots.
-
-    A callback may call this during `fit`: the next step then uses the new function.
-    """
-    if model.train_function is not None:
-        model.make_train_function(force=True)
 
 
 def _unsaved_variables(model: Learner) -> Variables:

@@ -55,8 +55,8 @@ class Distillation(FixedSettings):
     inference mode, on the same inputs as the model, and the divergence of the model's outputs from
     those of the teacher is added to what is differentiated. No data of earlier tasks are needed.
     This works well where inputs of the new task resemble earlier ones, and together with the
-    penalty, whose `strength` should then be lower; with `strength=0` it is Learning without
-    Forgetting.
+    penalty. With `TaskHeads` the `strength` of the penalty should then be lower, and is by default;
+    where tasks share outputs it should not. With `strength=0` this is Learning without Forgetting.
 
     The loss of an output decides what is compared, T being the temperature:
 
@@ -90,7 +90,7 @@ class Distillation(FixedSettings):
     Example:
 
     ```python
-    model = DWDModel.from_model(network, strength=20.0, distillation=Distillation())
+    model = DWDModel.from_model(network, distillation=Distillation())
     ```
 
     Reference:

@@ -1,6 +1,6 @@
 """Experimental features, which have shown no benefit so far and may change without notice.
 
-The ablation in the README has the measurements.
+The page "What each part is worth" of the documentation has the measurements.
 """
 
 from keras_dwd.groupings.policy import GroupingPolicy

@@ -17,7 +17,17 @@ from keras_dwd.variables import Arrays
 
 
 class FileError(ValueError):
-    """A file is damaged or has unexpected content. Nothing was changed."""
+    """A file is damaged or has unexpected content. Nothing was changed.
+
+    Example:
+
+    ```python
+    try:
+        model.load_weights("model.weights.h5")
+    except FileError as error:
+        print(error)  # names the file and what is wrong with it; the model is as before
+    ```
+    """
 
 
 @contextmanager

@@ -33,10 +33,12 @@ from keras_dwd.groupings.grouping import Grouping, Summary
 from keras_dwd.keras_private import (
     CloneAware,
     evaluates_within_fit,
+    layers_within,
     own_metrics,
     set_dtype_policy,
     within_hdf5,
 )
+from keras_dwd.layers.task_heads import TaskHeads
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.saving import (
     as_plain,
@@ -46,12 +48,13 @@ from keras_dwd.saving import (
     mark_clone,
     subclassed_within,
 )
+from keras_dwd.summary import ConsolidationSummary, summary_of
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
-from keras_dwd.training.given import batch_size_of, data_of, first_batches
+from keras_dwd.training.given import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
-from keras_dwd.wrapping import copied, wrapped
+from keras_dwd.wrapping import copied, warn_of_nothing_held, was_trained, wrapped
 
 # Arguments of a functional Keras model.
 _OF_FUNCTIONAL = {"inputs", "outputs", "name", "trainable", "dtype"}
@@ -78,18 +81,22 @@ class DWDModel(CloneAware):
     | Learning without Forgetting | `strength=0, distillation=Distillation()` |
 
     The pull is part of the training step, not of the loss: neither `model.losses` nor `evaluate`
-    has it. Where you write the training loop yourself, either call `train_on_batch` or
-    `train_step`, which do as `fit` does, or differentiate `loss + model.penalty()`: that is the
-    same pull, but makes no online estimate, so pass data to `consolidate`. The package cannot
-    notice a loop that leaves the penalty out.
+    has it. Where you write the training loop yourself, call `train_on_batch` or `train_step`, which
+    do as `fit` does; or `apply_gradients`, which does so with gradients; or differentiate
+    `loss + model.penalty()`, which is the same pull. The last two make no online estimate, so pass
+    data to `consolidate`. A `tf.function` of yours has to be made anew after each `consolidate`:
+    with `train_step` or `apply_gradients` in it, it raises an error otherwise. The package cannot
+    notice a loop that leaves the pull out.
 
     A `.keras` file is loaded by `keras.models.load_model` after `import keras_dwd`. Without the
     import Keras says that it "Could not locate class 'DWDModel'".
 
     Args:
         *args: `inputs, outputs` of a functional model. For other models use `from_model`.
-        strength: λ ≥ 0, how strongly earlier tasks hold; 200 by default, 0 is fine-tuning. Short
-            for `regularizer=DWDRegularizer(strength)`.
+        strength: λ ≥ 0, how strongly earlier tasks hold; 0 is fine-tuning. Short for
+            `regularizer=DWDRegularizer(strength)`. The default is 200; with `distillation` and
+            `TaskHeads` it is 20, as both then hold the same. Outputs that tasks share need the
+            200 with distillation too.
         regularizer: A `DWDRegularizer`: the penalty and its settings.
         fisher: A `KroneckerFisher` (the default) or a `DiagonalFisher`: the estimate of the Fisher
             information, that is, of the importance of parameters.
@@ -104,7 +111,7 @@ class DWDModel(CloneAware):
     Example:
 
     ```python
-    model = DWDModel.from_model(keras.Sequential([...]))
+    model = DWDModel.from_model(network)
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     for x, y in tasks:
         model.fit(x, y, epochs=10)
@@ -163,7 +170,7 @@ class DWDModel(CloneAware):
         if dtype is not None:
             set_dtype_policy(self, dtype)
         self._consolidation = Consolidation(
-            own_regularizer or DWDRegularizer(),
+            own_regularizer or DWDRegularizer(_default_strength(self, own_distillation)),
             own_fisher or KroneckerFisher(),
             own_grouping,
             own_graph,
@@ -173,6 +180,7 @@ class DWDModel(CloneAware):
         self._in_step = False
         self.supports_jit = self.fisher.supports_jit
         self._sharded_in_file = False
+        self._wraps_trained: bool | None = None  # of a model that is wrapped and not yet trained
         if isinstance(grouping, Grouping):
             grouping.check(by_path(self))
 
@@ -235,7 +243,9 @@ class DWDModel(CloneAware):
             "distillation": distillation,
             "name": name or model.name,
         }
-        return wrapped(cls, model, inputs, settings | kwargs)
+        made = wrapped(cls, model, inputs, settings | kwargs)
+        made._wraps_trained = was_trained(model)
+        return made
 
     # Settings and consolidation state.
 
@@ -305,6 +315,20 @@ class DWDModel(CloneAware):
         return self._consolidation.assignments
 
     @property
+    def consolidation(self) -> ConsolidationSummary:
+        """What the model retains of earlier tasks: `print` it to read it in words.
+
+        ```
+        >>> print(model.consolidation)
+        1 task consolidated: 9,642 of 9,642 trainable parameters are held with λ = 200 (…).
+        The pull is part of the gradient.
+        layer   parameters  importance  may move
+        …
+        ```
+        """
+        return summary_of(self, self._consolidation)
+
+    @property
     def workers(self) -> Workers:
         """The workers that train this model together."""
         return self._consolidation.workers
@@ -317,8 +341,9 @@ class DWDModel(CloneAware):
         batch_size: int = 32,
         *,
         steps: int | None = None,
+        verbose: Literal["auto"] | int = "auto",
         data: Any = None,
-    ) -> None:
+    ) -> ConsolidationSummary:
         """End the current task, so that training on later tasks preserves what it learned.
 
         Called without data it uses the online estimate from training, which only `fit` and
@@ -349,7 +374,12 @@ class DWDModel(CloneAware):
                 memory requires it. An integer in place of `y` or `sample_weight` is taken for it.
             steps: The number of batches to take from a dataset or generator; all by default, for
                 which it must end.
+            verbose: Whether to show a progress bar while the data is passed over: 0 for none, 1 for
+                a bar, 2 for one line, `"auto"` for 1.
             data: An earlier name of `x`.
+
+        Returns:
+            What the model retains now, which tells in words what was found: `print` it.
 
         Raises:
             ValueError: If the weights have not changed since the last boundary; if the data is
@@ -371,7 +401,9 @@ class DWDModel(CloneAware):
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
         given = (x, y, sample_weight)
         whole = None if all(part is None for part in given) else data_of(self, *given)
-        self._consolidation.add_task(self, first_batches(whole, steps), batch_size)
+        shown = verbosity(verbose)
+        self._consolidation.add_task(self, first_batches(whole, steps), batch_size, shown)
+        return self.consolidation
 
     def penalty(self) -> tf.Tensor:
         """The current penalty ½ (θ − c)ᵀ Λ (θ − c), a float32 scalar.
@@ -417,7 +449,14 @@ class DWDModel(CloneAware):
         if not isinstance(previous, DWDModel) or previous is self:
             raise ValueError(f"`previous` must be another DWDModel. Received: {previous!r}")
         learned = previous._consolidation
+        self._wraps_trained = None
         self._consolidation.inherit(self, previous, learned, renamed or {}, dropped)
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """`keras.Model.summary`, with what is consolidated, its size, and how it pulls."""
+        super().summary(*args, **kwargs)
+        shown = _by_name(keras.Model.summary, *args, **kwargs).get("print_fn") or print
+        shown("\n".join(self.consolidation.lines()))
 
     # Training and evaluation.
 
@@ -470,6 +509,7 @@ class DWDModel(CloneAware):
         for data in (x, validation[0] if isinstance(validation, (tuple, list)) else None):
             check_task_ids(self, data)
         consolidation = self._consolidation
+        self._notice_nothing_held()
         if self.task_graph is not None:
             self.task_graph.check(self, consolidation.tasks_learned, consolidation.weights_digest)
             update = lambda: consolidation.update_task_graph(self)  # noqa: E731
@@ -479,6 +519,15 @@ class DWDModel(CloneAware):
         build_state(self, arguments)
         with _without_length(self.workers):
             return super().fit(**arguments)
+
+    def _notice_nothing_held(self) -> None:
+        """Warn at the first `fit` if the wrapped model knows something that nothing holds."""
+        trained, self._wraps_trained = self._wraps_trained, None
+        consolidation = self._consolidation
+        new = not consolidation.has_learned and self.compiled and not was_trained(self)
+        holds = consolidation.pulled_variables(self) or self.distillation is not None
+        if trained is not None and new and holds and self.workers.leads:
+            warn_of_nothing_held(self, trained)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`keras.Model.evaluate`; workers share the examples and all return the same results."""
@@ -507,10 +556,58 @@ class DWDModel(CloneAware):
             raise RuntimeError(
                 "DWDModel does not train under a tf.distribute strategy with several replicas."
             )
-        if not self._consolidation.is_built(self):  # called in a loop of the user's own
+        return self._prepare_step()(self, data)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(self, gradients: Sequence[Any]) -> None:
+        """Update the weights by gradients of the loss and by the pull, as `fit` does.
+
+        For a training loop of your own, in place of `optimizer.apply_gradients`. It does with the
+        gradients what `fit` does, to the last bit: it averages them over the workers, and pulls in
+        the gradient or by a proximal step, whichever suits the optimizer. It makes no online
+        estimate: pass data to `consolidate`. A `tf.function` that calls this has to be made anew
+        after each `consolidate`; else it raises an error.
+
+        Args:
+            gradients: The gradient of the loss for each of `model.trainable_variables`, or `None`.
+                With mixed precision, that of `optimizer.scale_loss(loss)`.
+
+        Raises:
+            ValueError: If the model is not compiled, if the number of gradients is wrong, or if the
+                model distils, which takes the data: call `train_on_batch` or `train_step` then.
+
+        Example:
+
+        ```python
+        for x, y in task:
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(x, y, model(x, training=True))
+            model.apply_gradients(tape.gradient(loss, model.trainable_variables))
+        model.consolidate(task)
+        ```
+        """
+        if not self.compiled:
+            raise ValueError("Compile the model first: its optimizer updates the weights.")
+        gradients = list(gradients)
+        if len(gradients) != len(self.trainable_variables):
+            raise ValueError(
+                "`gradients` must hold one for each of `model.trainable_variables`, "
+                f"{len(self.trainable_variables)}. Received: {len(gradients)}"
+            )
+        if self.distillation is not None:
+            raise ValueError(
+                "`apply_gradients` does not distil, as it has no data. Call `train_on_batch` or "
+                "`train_step` in your loop instead."
+            )
+        self._prepare_step().update(self, gradients)
+
+    def _prepare_step(self) -> TrainingStep:
+        """The training step for a loop of the user's own, or for `fit`."""
+        if not self._consolidation.is_built(self):
             with tf.init_scope():
                 self._consolidation.build(self)
-        return self._training_step()(self, data)
+        self._consolidation.check_traced()
+        return self._training_step()
 
     def _training_step(self) -> TrainingStep:
         return self._consolidation.training_step(self)
@@ -616,7 +713,7 @@ class DWDModel(CloneAware):
         ```python
         model.export("saved", verbose=False)
         served = tf.saved_model.load("saved").signatures["serving_default"]
-        logits = served(image=x, task=ids)["output_0"]
+        outputs = served(pixels=x)["output_0"]  # by the names of the model's inputs
         ```
         """
         if self.workers.leads:
@@ -689,6 +786,12 @@ class DWDModel(CloneAware):
     def _prepare_clone(self, outputs: list[keras.KerasTensor]) -> None:
         """Attach the settings to the outputs of a clone: `clone_model` does not pass them on."""
         mark_clone(outputs, self._settings())
+
+
+def _default_strength(model: keras.Model, distillation: Distillation | None) -> float:
+    """λ for a model that is given none."""
+    heads = any(isinstance(layer, TaskHeads) for layer in layers_within(model))
+    return 20.0 if distillation is not None and heads else 200.0
 
 
 def _hint(kind: type, name: str) -> str:

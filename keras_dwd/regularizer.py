@@ -13,6 +13,8 @@ from keras_dwd.groupings.budget_strengths import BudgetStrengths
 from keras_dwd.precision.block import Block, Place
 from keras_dwd.precision.blocks import NAMES as BLOCK_ARRAYS
 from keras_dwd.precision.blocks import arrays_by_path, block_from
+from keras_dwd.precision.diagonal import Diagonal
+from keras_dwd.precision.kronecker import Kronecker
 from keras_dwd.state import UNCHANGED, Commit, refuse
 from keras_dwd.variables import Arrays, Variables, insert, untracked
 
@@ -187,6 +189,8 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                 continue
             new = block.scale_variables(strengths)
             old = self.precisions.get(key)
+            if isinstance(old, Diagonal) and isinstance(block, Kronecker):
+                old = block.of_diagonal(old)
             if old is not None and type(old) is not type(block):
                 raise ValueError(
                     f"The precision of {key!r} so far is {type(old).__name__}, the new Fisher "
@@ -232,7 +236,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
     def layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
-        shapes = {n: tuple(array.shape) for n, array in self._slots().items()}
+        shapes = {n: tuple(array.shape) for n, array in self.slots().items()}
         return shapes, dict(self.budget_strengths.group_of), dict(self.folded)
 
     def gradients(self, variables: Variables) -> dict[str, tf.Tensor]:
@@ -388,7 +392,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
     def state(self) -> Arrays:
         """All slots as arrays, by `NAME/PATH`; `level` holds the group's number and its λ_k."""
         levels = {f"level/{key}": a for key, a in self.budget_strengths.state().items()}
-        slots = {name: np.asarray(v) for name, v in self._slots().items()}
+        slots = {name: np.asarray(v) for name, v in self.slots().items()}
         folded = {f"folded/{path}": np.asarray(strength) for path, strength in self.folded.items()}
         return slots | levels | folded | {"tie": np.asarray(self.task_weight)}
 
@@ -469,7 +473,8 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
         return commit
 
-    def _slots(self) -> Variables:
+    def slots(self) -> Variables:
+        """All variables of the state, by `NAME/PATH`."""
         slots = {
             f"{name}/{key}": array
             for key, block in self.precisions.items()

@@ -1,12 +1,25 @@
 """Wraps an existing model in a `DWDModel`, with copies of the settings."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dwd.keras_private import layers_within
 from keras_dwd.learner import overridden_steps, runs_its_graph
+
+# Layers of which some weights are zero until they are trained.
+_WITH_ZEROS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.BatchNormalization,
+    keras.layers.LayerNormalization,
+)
 
 # The largest integer up to which a floating-point dtype holds all of them.
 _EXACT = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53}
@@ -52,6 +65,47 @@ def wrapped(
     if isinstance(model, keras.Sequential):
         return kind(model.inputs[0], model.outputs[0], **settings)
     return kind(model.input, model.output, **settings)
+
+
+def was_trained(model: keras.Model) -> bool:
+    """Whether a model's own optimizer has trained it, here or before it was saved."""
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer is not None and int(optimizer.iterations) > 0
+
+
+def warn_of_nothing_held(model: keras.Model, trained: bool) -> None:
+    """Warn that a model which knows something is about to be trained without holding on to it.
+
+    Args:
+        model: A `DWDModel` around another model, without any state, at its first `fit`.
+        trained: Whether `was_trained` was true of the other model.
+    """
+    if not (trained or _differs_from_initial(model)):
+        return
+    reason = "was trained" if trained else "got its weights"
+    warnings.warn(
+        f"The model {model.name!r} {reason} before this `fit`, and nothing is consolidated: what "
+        "it knows will be forgotten. To keep it, call `model.consolidate(x, y)` with a sample of "
+        "the data it was trained on, before `fit`. If it is to be forgotten, set `strength=0`.",
+        stacklevel=4,
+    )
+
+
+def _differs_from_initial(model: keras.Model) -> bool:
+    """Whether all weights that layers create as zeros, and at least two, have other values.
+
+    So new models have only what their user has set, and models with a new head are no finished
+    ones.
+    """
+    zeros = [
+        getattr(layer, name)
+        for layer in layers_within(model)
+        if isinstance(layer, _WITH_ZEROS)
+        for name in ("bias", "beta")
+        if isinstance(getattr(layer, f"{name}_initializer", None), keras.initializers.Zeros)
+        and getattr(layer, name, None) is not None
+    ]
+    return len(zeros) > 1 and all(np.asarray(v, "float32").any() for v in zeros)
 
 
 def _inputs_as_built(model: keras.Model) -> Any:

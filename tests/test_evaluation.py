@@ -338,6 +338,10 @@ def test_the_network_of_a_method_can_keep_the_statistics_of_each_task():
     assert len(np.unique(norm.moving_mean, axis=0)) == 3
     with pytest.raises(ValueError, match=r"in the setting 'task'.*Received: 'domain'"):
         run_sequence(build, scenario(), method)
+    for name in ("finetune+task-norm", "joint+task-norm"):
+        result = run_sequence(build, given, name, epochs=1)
+        means = result.model.get_layer("norm").moving_mean
+        assert len(np.unique(means, axis=0)) == 3
 
 
 def test_distillation_is_a_method_of_its_own_and_a_variant_of_others():

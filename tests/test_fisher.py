@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
-from keras_dwd.curvature.likelihood import squared_margins
+from keras_dwd.curvature.influence import squared_margins
 from keras_dwd.variables import by_path, trainable_by_path
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -482,12 +482,12 @@ def test_margins_are_distances_of_logits():
         (keras.losses.CategoricalCrossentropy(), probabilities, gaps),
         (keras.losses.BinaryCrossentropy(from_logits=True), logits, (logits**2).mean(1)),
         (keras.losses.BinaryCrossentropy(), 1 / (1 + np.exp(-logits)), (logits**2).mean(1)),
-        (keras.losses.MeanSquaredError(), logits, np.ones(2)),
+        (keras.losses.MeanSquaredError(), logits, np.full(2, 25.0)),
     ]
     for loss, outputs, expected in cases:
         model = compiled()
         model.compile("sgd", loss)
-        found = squared_margins(model, tf.constant(outputs, "float32"))
+        (found,) = squared_margins(model, tf.constant(outputs, "float32"))
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -608,20 +608,6 @@ def test_examples_without_weight_do_not_count_for_the_influence_of_others():
     for path, block in found[0].items():
         expected = np.array(found[1][path].values) * 9 / 13  # a mean over all, of weight or none
         np.testing.assert_allclose(block.values, expected, rtol=1e-4, err_msg=path)
-
-
-def test_the_margin_of_several_outputs_is_their_mean():
-    inputs = keras.Input((6,))
-    heads = [layers.Dense(n, name=f"head_{n}")(inputs) for n in (3, 2)]
-    model = DWDModel(inputs, heads)
-    model.compile("sgd", [LOSS, LOSS])
-    logits = [
-        np.array([[1.0, 4.0, -2.0], [0.5, 0.25, 0.0]], "float32"),
-        np.array([[1.0, 2.0], [0.0, -5.0]], "float32"),
-    ]
-    expected = [(3**2 + 1**2) / 2, (0.25**2 + 5**2) / 2]
-    found = squared_margins(model, [tf.constant(each) for each in logits])
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_gradients_too_small_for_float16_are_in_the_fisher_information():

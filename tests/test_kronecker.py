@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dwd import DiagonalFisher, DWDRegularizer, KroneckerFisher
+from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.precision.factor import Factor
 from keras_dwd.precision.kronecker import Kronecker
 from keras_dwd.precision.matrix_form import MatrixForm
@@ -328,3 +329,24 @@ def test_damping_makes_a_share_of_the_output_factor_the_same_for_all_outputs(dam
     pull = model.regularizer.gradients({"head/kernel": kernel})["head/kernel"]
     expected = 2 * a @ delta @ factor
     np.testing.assert_allclose(pull, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_a_diagonal_of_an_earlier_version_goes_on_as_a_product():
+    """Recurrent layers had one: the sums of its rows and columns stay, the bias has its own."""
+    rng = np.random.default_rng(0)
+    old = Diagonal("kernel", rng.uniform(size=(3, 4)))
+    form = MatrixForm((3, 4), (3, 4), (0, 1), (4,))
+    one = Factor(np.eye(4), np.ones(4), np.asarray(0.0))
+    new = Kronecker(("kernel", "bias"), form, one, one, 8)
+    found = new.of_diagonal(old)
+    sums = np.outer(np.diag(dense(found.a)), np.diag(dense(found.g)))
+    np.testing.assert_allclose(sums.sum(1), [*old.values.sum(1), 0], atol=1e-12)
+    np.testing.assert_allclose(sums.sum(0), old.values.sum(0))
+    regularizer = DWDRegularizer(1.0)
+    values = {"kernel": np.ones((3, 4)), "bias": np.ones(4)}
+    variables = {path: keras.Variable(value, name=path) for path, value in values.items()}
+    for block in (old, new):
+        regularizer.prepare_task(variables, {"kernel": block})()
+    total = regularizer.precisions["kernel"]
+    arrays = {name: np.asarray(array) for name, array in total.arrays().items()}
+    assert total.with_arrays(arrays).trace == pytest.approx(old.trace + new.trace)

@@ -24,7 +24,9 @@ from keras_dwd.evaluation.peers import (
     AveragedGEM,
     DarkExperienceReplay,
     ExperienceReplay,
+    Freezing,
     MemoryAwareSynapses,
+    RiemannianWalk,
     SynapticIntelligence,
     projected,
 )
@@ -199,7 +201,7 @@ def test_er_trains_on_the_batch_and_as_many_earlier_examples():
     weights = technique.batch(model, (x, y, tf.fill((8,), 0.5)))[2]
     np.testing.assert_array_equal(weights, [0.5] * 8 + [1.0] * 8)
     weighed = ExperienceReplay(20)
-    given = np.arange(20, dtype="float32")
+    given = np.arange(30, dtype="float32")
     weighed.end_task(model, (old_x, old_y, given), np.random.default_rng(0))
     both_x, _, weights = weighed.batch(model, (x, y, tf.fill((8,), 0.5)))
     for example, weight in zip(np.array(both_x)[8:], weights[8:], strict=True):
@@ -282,9 +284,83 @@ def test_a_gem_projects_by_the_loss_of_the_memory():
         np.testing.assert_allclose(kept[path], reference[path])
 
 
+def linear(technique, **settings):
+    """A linear model of two inputs without bias, with a technique, trained by SGD."""
+    inputs = keras.Input((2,))
+    outputs = keras.layers.Dense(2, use_bias=False)(inputs)
+    optimizer = keras.optimizers.SGD(0.1)
+    network = keras.Model(inputs, outputs)
+    return learner(technique, network, optimizer, "mean_squared_error", **settings)
+
+
+def test_rwalk_is_the_walk_of_a_loop_in_float64():
+    """Two tasks of eight steps with an interval of three, with the pull towards the first."""
+    technique = RiemannianWalk(alpha=0.6, interval=3)
+    strength, rate = 2.0, 0.1
+    model = linear(technique, **held_by_importance(strength, decay=0.0))
+    rng = np.random.default_rng(1)
+    theta = np.array(model.trainable_variables[0], "float64")
+    fisher, earlier, omega, anchor = (np.zeros((2, 2)) for _ in range(4))
+    for task in range(2):
+        x, y = (rng.normal(size=(16, 2)).astype("float32") for _ in "xy")
+        model.optimizer.iterations.assign(0)
+        technique.begin_task(model)
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        model.end_task((x, y), (x, y), rng)
+        score, work, start = np.zeros((2, 2)), np.zeros((2, 2)), theta.copy()
+        for step in range(8):
+            part = slice(4 * (step % 4), 4 * (step % 4) + 4)
+            before = theta
+            g = x[part].T.astype("float64") @ (x[part] @ theta - y[part]) / 4
+            theta = (theta - rate * g + rate * strength * omega * anchor) / (
+                1 + rate * strength * omega
+            )
+            fisher = 0.6 * g**2 + 0.4 * fisher
+            work -= g * (theta - before)
+            if step % 3 == 2:
+                score += work / (0.5 * fisher * (theta - start) ** 2 + np.finfo("float32").eps)
+                work, start = np.zeros((2, 2)), theta.copy()
+        earlier = score if task == 0 else (earlier + score) / 2
+        assert earlier.max() > 0
+        positive = np.maximum(earlier, 0)
+        omega, anchor = fisher / fisher.max() + positive / positive.max(), theta.copy()
+        np.testing.assert_allclose(model.trainable_variables[0], theta, rtol=1e-4)
+        np.testing.assert_allclose(next(iter(model.fisher.given.values())), omega, rtol=2e-3)
+        model.consolidate()
+
+
+def test_freezing_keeps_the_largest_of_the_free_parameters():
+    technique = Freezing(share=0.5)
+    model = linear(technique, **held_by_importance(0.0))
+    rng = np.random.default_rng(0)
+    (kernel,) = model.trainable_variables
+    kernel.assign([[4.0, 0.1], [-0.3, -2.0]])
+    x, y = (rng.normal(size=(8, 2)).astype("float32") for _ in "xy")
+
+    def learned():
+        technique.begin_task(model)
+        model.fit(x, y, epochs=1, verbose=0)
+        return np.array(kernel)
+
+    technique.begin_task(model)
+    technique.end_task(model, (x, y), rng)
+    after = learned()
+    held = np.array([[True, False], [False, True]])  # by |4| and |−2|
+    np.testing.assert_array_equal(after[held], np.array([4.0, -2.0], "float32"))
+    assert np.all(after[~held] != np.array([0.1, -0.3], "float32"))
+    technique.end_task(model, (x, y), rng)
+    held.ravel()[1 if abs(after[0, 1]) > abs(after[1, 0]) else 2] = True  # half of two more
+    then = learned()
+    np.testing.assert_array_equal(then[held], after[held])
+    assert np.all(then[~held] != after[~held])
+    other = Freezing(share=0.5)
+    other.prepare_state(technique.state())()
+    np.testing.assert_array_equal(other.kept["frozen"][0], held)
+
+
 # Runs.
 
-PEERS = ("l2", "mas", "si", "er", "der++", "a-gem", "ewc+er")
+PEERS = ("l2", "mas", "si", "rwalk", "freeze", "er", "der++", "a-gem", "ewc+er")
 
 
 @pytest.mark.parametrize("name", sweep(PEERS, "mas", "er", "der++"))
@@ -293,7 +369,7 @@ def test_every_peer_runs(name):
     assert not np.isnan(result.matrix.after[-1]).any()
     assert result.steps == 12
     assert result.model.tasks_learned == 2
-    if name in ("l2", "mas", "si"):
+    if name in ("l2", "mas", "si", "rwalk"):
         assert float(result.model.penalty()) == 0
         for variable in result.model.trainable_variables:
             variable.assign_add(0.1 * tf.ones(variable.shape))

@@ -182,12 +182,15 @@ CASES = {
         images(6, 4),
     ),
     "without_a_rule": (lambda: layers.PReLU(), images(5)),
-    "recurrent": (lambda: layers.SimpleRNN(3), images(4, 2)),
+    "stacked_cells": (
+        lambda: layers.RNN([layers.SimpleRNNCell(3), layers.SimpleRNNCell(2)]),
+        images(4, 2),
+    ),
     "distributed": (lambda: layers.TimeDistributed(layers.Dense(3)), images(4, 2)),
     "groups": (lambda: layers.Conv2D(4, 2, groups=2), images(4, 4, 2)),
 }
 WITHOUT_RULE = {"without_a_rule", "groups", "flagged", "weighed", "weighed_by_name", "queries"}
-NOT_FOLLOWED = ("positions", "windows", "looped", "recurrent", "queries")
+NOT_FOLLOWED = ("positions", "windows", "looped", "stacked_cells", "queries")
 # One of each kind of rule is enough for the path of layers that have none.
 GENERIC_TOO = {
     *WITHOUT_RULE,

@@ -25,10 +25,12 @@ FLOORS = [
     ["training.step"],
     ["growing", "consolidation"],
     ["distributed.fitting"],
-    ["saving", "wrapping", "export"],
+    ["saving", "wrapping", "export", "summary"],
     ["model"],
     ["stripping", "callbacks", "settings", "experimental"],
     ["evaluation"],
+    ["plots"],
+    ["page"],
     ["cli", "__main__"],
 ]
 

@@ -4,7 +4,7 @@ import pytest
 from cases import blobs
 from keras import layers
 
-from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
+from keras_dwd import DiagonalFisher, Distillation, DWDModel, KroneckerFisher
 from keras_dwd.layers import TaskHeads
 from keras_dwd.training.head_gate import HeadGate
 
@@ -160,3 +160,15 @@ def test_the_fisher_information_of_heads_is_that_of_a_float64_loop(fisher):
     for name, values in zip(("kernel", "bias"), expected, strict=True):
         block = model.regularizer.precisions[f"heads/{name}"]
         np.testing.assert_allclose(block.importances(), values, rtol=1e-3, atol=1e-7)
+
+
+def test_the_default_strength_is_lower_with_heads_and_distillation():
+    def strength(layer, **settings):
+        inputs, task = keras.Input((6,)), keras.Input((), dtype="int32")
+        outputs = layer(inputs, task) if isinstance(layer, TaskHeads) else layer(inputs)
+        return DWDModel([inputs, task], outputs, **settings).strength
+
+    heads, shared = TaskHeads(2, 2), layers.Dense(2)
+    assert strength(heads) == strength(shared) == strength(shared, distillation=Distillation())
+    assert strength(heads, distillation=Distillation()) == 20.0 < strength(heads)
+    assert strength(heads, distillation=Distillation(), strength=7.0) == 7.0

@@ -12,7 +12,7 @@ from keras_dwd.curvature.rules import LayerIO, Rule, RuledLayer, register_rule
 from keras_dwd.precision.matrix_form import MatrixForm
 
 
-class _MatrixRule(Rule):
+class MatrixRule(Rule):
     """Layers that multiply rows built from their input by a matrix, and may add a bias."""
 
     variables = ("kernel", "bias")
@@ -42,14 +42,17 @@ class _MatrixRule(Rule):
 
 
 @register_rule(layers.Dense)
-class _DenseRule(_MatrixRule):
+class _DenseRule(MatrixRule):
+    def over_time(self, layer: keras.Layer) -> bool:
+        return len((layer.get_build_config() or {}).get("input_shape", ())) > 2
+
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (x,), g = flow.inputs, flow.gradient
         return _as_rows(x), _as_rows(g)
 
 
 @register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
-class _ConvRule(_MatrixRule):
+class _ConvRule(MatrixRule):
     def supports(self, layer: keras.Layer) -> bool:
         return bool(layer.groups == 1) and _uses_its_bias(layer)
 
@@ -106,7 +109,7 @@ class _SeparableRule(Rule):
 
 
 @register_rule(layers.EinsumDense)
-class _EinsumRule(_MatrixRule):
+class _EinsumRule(MatrixRule):
     """Equations that sum over axes of the input: `ab…,kernel->ac…`, with `a` the batch axis."""
 
     def supports(self, layer: keras.Layer) -> bool:
@@ -135,6 +138,10 @@ class _EinsumRule(_MatrixRule):
             tuple(kernel.index(a) for a in (*fan_in, *fan_out)),
             bias,
         )
+
+    def over_time(self, layer: keras.Layer) -> bool:
+        x, _, y = _einsum_axes(layer)
+        return bool(set(x[1:]) & set(y))
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         (inputs,), g = flow.inputs, flow.gradient

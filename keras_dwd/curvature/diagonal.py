@@ -27,12 +27,16 @@ class DiagonalFisher(Fisher):
             The loss may be a mean over examples, as by default, or a sum.
             `"empirical"` is the mean of the squared per-example gradients with the true labels: the
             empirical Fisher information.
-            `"influence"` is the same with each squared gradient divided by (r + median(r)) · m.
-            Here r is the squared norm of the loss gradient at the model's outputs, or at the logits
-            of a cross-entropy: well-learned examples, whose gradients vanish, count as much as
-            others. And m is 0.1 plus the mean squared margin of a cross-entropy, the distance
-            between the two highest logits: it measures changes of the logits relative to those
-            that would change the prediction.
+            `"influence"` is the same with each squared gradient multiplied by b and divided by
+            (r + median(r)) · m. Here r is the squared norm of the loss gradient at the model's
+            outputs, or at the logits of a cross-entropy: well-learned examples, whose gradients
+            vanish, count as much as others. And m is 0.1 plus the mean squared margin of a
+            cross-entropy, the distance between the two highest logits: it measures changes of the
+            logits relative to those that would change the prediction. Other losses have no margin:
+            a squared one of 25, as trained classifiers have, takes its place, and b is how the
+            loss bends, 2 for the squared error of one value, so that the penalty grows as the loss
+            does with the unit of the targets and with `loss_weights`. For a cross-entropy b is its
+            `loss_weights`. With several outputs each has its own r, m and b.
             `"mc"` draws the labels from the model's predictive distribution: a Monte Carlo estimate
             of the true Fisher information, for the loss without label smoothing.
             `"negated"` takes the gradient at the negated logits. It needs a cross-entropy on a
@@ -45,6 +49,12 @@ class DiagonalFisher(Fisher):
             online estimate off; `consolidate` then needs data.
         every: The online estimate is updated at every n-th training step. Neighbouring steps have
             similar gradients, and each update costs a pass over memory.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, fisher=DiagonalFisher("empirical"))
+    ```
 
     Reference:
         [Kirkpatrick et al., 2017](https://arxiv.org/abs/1612.00796);

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import FixedSettings, integer, number
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature.closed_forms import flat  # the import registers the rules
+from keras_dwd.curvature import closed_forms, recurrent  # noqa: F401  (to register the rules)
 from keras_dwd.curvature.examples import (
     TOLERANCE,
     carried_states,
@@ -26,6 +26,7 @@ from keras_dwd.curvature.examples import (
     one_each,
     part_of,
 )
+from keras_dwd.curvature.influence import LEAST_MARGIN, influence
 from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.curvature.likelihood import (
     by_logits,
@@ -33,10 +34,8 @@ from keras_dwd.curvature.likelihood import (
     example_weights,
     needs_labels,
     negated,
-    present,
     reductions,
     sample_labels,
-    squared_margins,
     sums_examples,
 )
 from keras_dwd.curvature.rule_check import TOLERANCE as RULE_TOLERANCE
@@ -65,8 +64,6 @@ SCALARS = {"fisher_weight", "fisher_looked"}
 
 _USE_BATCH = 'use `fisher=DiagonalFisher("batch")`, which takes the gradients of whole batches'
 
-# Added to the mean squared margin: a typical value before training, which bounds the divisor.
-_LEAST_MARGIN = 0.1
 # The counter of examples restarts at zero when it reaches this power of two.
 _TURN = 2**20
 # The largest number of floats in the per-example gradients that are computed at once (1 GB).
@@ -130,7 +127,7 @@ class Fisher(FixedSettings):
         for name in names:
             margin = statistics.get(f"margin/{name.partition('/')[2]}")
             if margin is not None:
-                normalized[name] = statistics[name] / (margin + _LEAST_MARGIN)
+                normalized[name] = statistics[name] / (margin + LEAST_MARGIN)
         return self._blocks(model, variables, {name: normalized[name] for name in names})
 
     def _margins(self, names: Iterable[str]) -> list[str]:
@@ -355,7 +352,8 @@ class Fisher(FixedSettings):
         ]
         with tf.GradientTape() as tape:
             generic = [ruled.layer for ruled in layers if ruled.rule is GENERIC]
-            with LayerRecorder((ruled.layer for ruled in layers), activated=generic) as recorder:
+            recorded = [ruled.recorded for ruled in layers]
+            with LayerRecorder(recorded, activated=generic) as recorder:
                 outputs = model(x, training=False)
             loss_outputs = self._loss_outputs(model, outputs)
         masks = masks_of(outputs)
@@ -371,45 +369,47 @@ class Fisher(FixedSettings):
         if not before:
             once = tf.cond(processed == 0, lambda: mixing(model, x, outputs), lambda: tf.zeros(()))
             self._note_coupling(once)
-        calls = {ruled: recorder.calls(ruled.layer) for ruled in layers}
+        margin, roots = tf.zeros(()), None
+        if self.estimator == "influence":
+            of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_loss_outputs)]
+            # Ignore examples without a loss, such as those that pad the batches of workers.
+            counted = counted_positions(model, y, outputs, masks, *inner_weights)
+            factors, margin = influence(
+                model, y, outputs, of_logits, counted, weights > 0, communicator
+            )
+            roots = [tf.sqrt(factor) for factor in factors]
+            by_loss_outputs = [_times(r, g) for r, g in zip(roots, by_loss_outputs, strict=True)]
+        calls = {ruled: recorder.calls(ruled.recorded) for ruled in layers}
         for ruled, layer_calls in calls.items():
-            if ruled.rule is GENERIC and not all(call.plain for call in layer_calls or ()):
+            plain = ruled.rule is not GENERIC or all(call.plain for call in layer_calls or ())
+            if not plain or (ruled.random and any(call.trains for call in layer_calls or ())):
                 calls[ruled] = None
-        recorded = [call for layer_calls in calls.values() for call in layer_calls or ()]
+        known_calls = {id(c): c for layer_calls in calls.values() for c in layer_calls or ()}
         targets = tf.nest.flatten(loss_outputs)
-        by_calls, by_outputs = tape.gradient(
+        by_calls = tape.gradient(
             [target for target in targets if has_gradient(target)],
-            ([call.output for call in recorded], tf.nest.flatten(outputs)),
+            [call.output for call in known_calls.values()],
             output_gradients=[
                 g for g, t in zip(by_loss_outputs, targets, strict=True) if has_gradient(t)
             ],
             unconnected_gradients="zero",
         )
-        gradients = iter(by_calls)
-        margin = tf.zeros(())
-        if self.estimator == "influence":
-            gradients_by_logits = [
-                _unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)
-            ]
-            # Ignore examples without a loss, such as those that pad the batches of workers.
-            counted = counted_positions(model, y, outputs, masks, *inner_weights)
-            counts = (weights > 0) & present(counted, outputs)
-            margins = squared_margins(model, outputs, counted)
-            factor, margin = _influence(gradients_by_logits, counts, margins, communicator)
-            weights *= factor
+        flows_by_call = {
+            key: LayerIO(
+                tuple(_floats(i) for i in call.inputs),
+                tf.nest.map_structure(lambda g: _unscaled(g, scale), gradient),
+                first,
+                tf.nest.map_structure(_floats, call.initial_state),
+                call.mask,
+            )
+            for (key, call), gradient in zip(known_calls.items(), by_calls, strict=True)
+        }
 
         statistics: Statistics = {}
         covered: set[str] = set()
         of_users: dict[RuledLayer, list[LayerIO]] = {}
         for ruled, layer_calls in calls.items():
-            flows = [
-                LayerIO(
-                    tuple(_floats(i) for i in call.inputs),
-                    _unscaled(next(gradients), scale),
-                    first,
-                )
-                for call in layer_calls or ()
-            ]
+            flows = [flows_by_call[id(call)] for call in layer_calls or ()]
             if flows:
                 found = self.layer_statistics(ruled, flows, weights)
                 statistics |= found
@@ -422,9 +422,9 @@ class Fisher(FixedSettings):
         rest = {path: v for path, v in variables.items() if path not in covered}
         batch = (x, labels, *inner_weights)
         if of_users and not before:
-            self._check_rules(model, variables, of_users, batch, scale, processed == 0)
+            self._check_rules(model, variables, of_users, batch, scale, processed == 0, roots)
         if rest:
-            statistics |= self._one_by_one(model, rest, batch, weights, scale, before)
+            statistics |= self._one_by_one(model, rest, batch, weights, scale, before, roots)
         shapes = self._shapes(model, variables)
         known = {name: value for name, value in statistics.items() if name in shapes}
         return known | dict.fromkeys(self._margins(known), margin)
@@ -462,6 +462,7 @@ class Fisher(FixedSettings):
         batch: tuple[Any, ...],
         scale: float,
         due: tf.Tensor,
+        roots: list[tf.Tensor] | None,
     ) -> None:
         """Compare rules of users with the gradients of single examples, if it is due. Graph code.
 
@@ -472,6 +473,7 @@ class Fisher(FixedSettings):
             batch: `(x, y)`, followed by sample weights if they are part of an example's loss.
             scale: The loss is multiplied by this factor before differentiation.
             due: Scalar boolean.
+            roots: See `_one_by_one`.
         """
         self._checked_rules = [
             f"{type(ruled.rule).__name__} of {ruled.layer.name!r}" for ruled in of_users
@@ -481,7 +483,7 @@ class Fisher(FixedSettings):
 
         def largest() -> tf.Tensor:
             ones = tf.ones((count_of(batch),))
-            squares = self._one_by_one(model, named, batch, ones, scale, [])
+            squares = self._one_by_one(model, named, batch, ones, scale, [], roots)
             true = {name.partition("/")[2]: value for name, value in squares.items()}
             found = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
             return tf.reduce_max(tf.stack(found))
@@ -515,6 +517,7 @@ class Fisher(FixedSettings):
         weights: tf.Tensor,
         scale: float,
         before: list[tf.Tensor],
+        roots: list[tf.Tensor] | None,
     ) -> Statistics:
         """Σ_b w_b g_b² for layers without recorded calls: runs the model example by example.
 
@@ -530,6 +533,7 @@ class Fisher(FixedSettings):
             weights: The weights w_b.
             scale: The loss is multiplied by this factor before differentiation.
             before: The values of `carried_states(model)` before the batch.
+            roots: By output, what the gradient by it is multiplied by, `(batch,)`; `None` for ones.
         """
         values = [v.value for v in variables.values()]
         states = carried_states(model)
@@ -546,6 +550,8 @@ class Fisher(FixedSettings):
                     outputs = part_of(outputs, index, 1)
                     for place, mask in masks.items():
                         set_mask(tf.nest.flatten(outputs)[place], mask)
+                if roots is not None:
+                    outputs = _rescaled(outputs, [tf.gather(root, [index]) for root in roots])
                 loss = scale * data_loss(model, x, y, outputs, *inner_weights)
             gradients = tape.gradient(loss, values, unconnected_gradients="zero")
             return [weight * _unscaled(g, scale) ** 2 for g in gradients]
@@ -673,37 +679,6 @@ class Fisher(FixedSettings):
         return cls(**config)
 
 
-def _influence(
-    gradients: Sequence[tf.Tensor],
-    counts: tf.Tensor,
-    margins: tf.Tensor,
-    communicator: Communicator,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """What the estimator `influence` multiplies squared gradients by, and divides blocks by.
-
-    An example counts less the larger its gradient by the logits is. Graph code.
-
-    Args:
-        gradients: The gradient of each example's loss by the logits of each output.
-        counts: Whether an example has a loss, `(batch,)`.
-        margins: The squared margins, `(batch,)`.
-        communicator: The workers whose batches form one.
-
-    Returns:
-        A factor for each example, `(batch,)`, and the mean squared margin.
-    """
-    residuals = tf.add_n([tf.reduce_sum(flat(g) ** 2, axis=1) for g in gradients])
-    of_all = communicator.gather(
-        tf.stack([tf.where(counts, residuals, np.inf), margins], 1), "residuals"
-    )
-    there = tf.cast(of_all[:, 0] < np.inf, "float32")
-    count = tf.reduce_sum(there)
-    # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
-    median = tf.gather(tf.sort(of_all[:, 0]), tf.cast(count, "int32") // 2)
-    margin = tf.math.divide_no_nan(tf.reduce_sum(there * of_all[:, 1]), count)
-    return tf.math.reciprocal_no_nan(residuals + median), margin
-
-
 def mean_gradient_statistics(
     model: Learner, paths: Iterable[str], gradients: Sequence[Any], examples: tf.Tensor
 ) -> Statistics:
@@ -722,6 +697,30 @@ def mean_gradient_statistics(
         for path, g in zip(paths, gradients, strict=True)
         if g is not None
     }
+
+
+def _times(factors: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    """The gradient of each example times its factor, multiplied in float32."""
+    factors = tf.reshape(factors, [-1] + [1] * (len(gradient.shape) - 1))
+    return tf.cast(factors * tf.cast(gradient, "float32"), gradient.dtype)
+
+
+def _rescaled(outputs: Any, factors: list[tf.Tensor]) -> Any:
+    """The outputs as they are, but their gradients multiplied by a factor for each example."""
+
+    def one(output: Any, factor: tf.Tensor) -> Any:
+        @tf.custom_gradient
+        def same(values: tf.Tensor) -> Any:
+            return tf.identity(values), lambda g: _times(factor, g)
+
+        if not has_gradient(output):
+            return output
+        rescaled = same(output)
+        set_mask(rescaled, mask_of(output))
+        return rescaled
+
+    found = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
+    return tf.nest.pack_sequence_as(outputs, found) if tf.nest.is_nested(outputs) else found[0]
 
 
 def _floats(x: Any) -> Any:

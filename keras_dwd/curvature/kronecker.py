@@ -22,14 +22,14 @@ from keras_dwd.variables import Arrays, Variables
 class KroneckerFisher(Fisher):
     """Estimates the Fisher information, with Kronecker factors for layers that have a matrix.
 
-    For dense layers, convolutions and projections (`EinsumDense`) the Fisher information of the
-    weights is approximated by A ⊗ G, which, unlike a diagonal, describes which *directions* of the
-    weights matter. Let D be the per-example gradient as a matrix of fan_in × fan_out, with the bias
-    as its last row. Then A = E[D Dᵀ] and G = E[Dᵀ D] / tr A. For a dense layer D = a gᵀ, where a is
-    its input and g the loss gradient at its output. This is one power-iteration step towards the
-    nearest Kronecker product and preserves the trace. It needs no assumption on how gradients at
-    different positions of a convolution correlate, and does not form D where there are few
-    positions. All other variables get a diagonal from the same estimator.
+    For dense layers, convolutions, projections (`EinsumDense`) and recurrent layers the Fisher
+    information of the weights is approximated by A ⊗ G, which, unlike a diagonal, describes which
+    *directions* of the weights matter. Let D be the per-example gradient as a matrix of fan_in ×
+    fan_out, with the bias as its last row. Then A = E[D Dᵀ] and G = E[Dᵀ D] / tr A. For a dense
+    layer D = a gᵀ, where a is its input and g the loss gradient at its output. This is one
+    power-iteration step towards the nearest Kronecker product and preserves the trace. It needs no
+    assumption on how gradients at different positions of a convolution correlate, and does not form
+    D where there are few positions. All other variables get a diagonal from the same estimator.
 
     Args:
         estimator: `"influence"`, `"empirical"`, `"mc"` or `"negated"`, as in `DiagonalFisher`.
@@ -43,7 +43,10 @@ class KroneckerFisher(Fisher):
             is never formed.
         damping: In [0, 1], the weight of the identity when G is averaged with a multiple of the
             identity of the same trace. The gradients of a few classes span few directions of the
-            outputs; without damping, later tasks would change the other directions freely.
+            outputs; without damping, later tasks would change the other directions freely. In
+            layers over time (recurrent layers, attention, `Dense` on sequences) A is damped too,
+            with twice this weight: a few directions of the inputs, summed over time, decide about a
+            task, but later tasks move the embeddings of its tokens out of these.
         correction: Rank of a low-rank correction to the diagonal of variables outside a matrix
             (normalization, heads per task, layers without a rule), except embeddings. 0 for none.
         sparsity: Whether to make use of inactive units, for activations such as `KWinners`. Units
@@ -51,6 +54,12 @@ class KroneckerFisher(Fisher):
             layer's inputs (or outputs) were ever active on a task, only their weights are pulled,
             which takes less time and memory. The model then does not support `jit_compile`, which
             needs fixed shapes.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, fisher=KroneckerFisher(rank=64, every=5))
+    ```
 
     Reference:
         [Morwani et al., 2024](https://arxiv.org/abs/2406.17748), on A and G as a power iteration;
@@ -136,6 +145,8 @@ class KroneckerFisher(Fisher):
             (a, inputs), (g, outputs) = (
                 self._factor(side, ruled.kernel, statistics) for side in SIDES
             )
+            if ruled.rule.over_time(ruled.layer):
+                a = a.damped(min(2 * self.damping, 1.0))
             trace = a.trace
             g = g.damped(self.damping).times(1 / trace if trace > 0 else 1.0)
             rows = inputs, outputs

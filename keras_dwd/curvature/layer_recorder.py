@@ -21,16 +21,21 @@ class Call:
 
     Attributes:
         inputs: The tensors the layer was called on, after autocasting.
-        output: The tensor before the layer's activation, or its output if it has no activation.
+        output: The tensor before the layer's activation, or its output if it has no activation. A
+            list of all outputs for a recurrent layer that returns its states.
         plain: Whether the layer was called with these tensors only, not to train, and returned a
             single tensor.
         trains: Whether it was called with `training=True`.
+        initial_state: The states that a recurrent layer was given or had kept; `None` for neither.
+        mask: The mask that a recurrent layer was given.
     """
 
     inputs: tuple[Any, ...]
-    output: tf.Tensor
+    output: Any
     plain: bool
     trains: bool
+    initial_state: tuple[Any, ...] | None = None
+    mask: Any = None
 
 
 class LayerRecorder:
@@ -60,9 +65,10 @@ class LayerRecorder:
         activated: Iterable[keras.Layer] = (),
         cut: bool = False,
     ):
-        self._layers = list(layers)
+        self._layers = list({id(layer): layer for layer in layers}.values())
         self._cut = cut
         self._found: dict[int, dict[str, Any]] = {}  # attributes by layer
+        self._found_cells: dict[int, dict[str, Any]] = {}  # those of its cell, by recurrent layer
         self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
         self._activated = {id(layer) for layer in activated}
         self._calls: dict[int, list[Call]] = {}
@@ -74,14 +80,19 @@ class LayerRecorder:
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for layer in self._layers:
             self._found[id(layer)] = dict(layer.__dict__)
+            if isinstance(layer, keras.layers.RNN):
+                self._found_cells[id(layer)] = dict(layer.cell.__dict__)
             layer.__dict__["call"] = self._recording(layer, layer.call)
+            if "use_cudnn" in layer.__dict__:  # else `Bidirectional` computes both layers itself
+                layer.__dict__["use_cudnn"] = False
         return self
 
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.__dict__.pop("call", None)
-            if "call" in self._found[id(layer)]:  # was replaced on this instance already
-                layer.__dict__["call"] = self._found[id(layer)]["call"]
+            before = self._found[id(layer)]
+            for name in {"call", "use_cudnn"} & before.keys():  # `call` was replaced already
+                layer.__dict__[name] = before[name]
 
     def calls(self, layer: keras.Layer) -> list[Call] | None:
         """The recorded calls of a layer, or `None` if no gradient can be taken at their outputs.
@@ -99,6 +110,8 @@ class LayerRecorder:
             activation = None if id(layer) in self._activated else activation
             if self._has_other_values(layer):
                 self._hidden.add(id(layer))
+            bound = inspect.signature(call).bind(*args, **kwargs)
+            states, mask = _of_recurrent(layer, bound)
             pre_activations: list[tf.Tensor] = []
             if activation is not None:
 
@@ -116,9 +129,13 @@ class LayerRecorder:
                 if activation is not None:
                     layer.__dict__["activation"] = activation
             output = pre_activations[0] if pre_activations else result
-            graph = output.graph if _is_dense(output) and tf.is_symbolic_tensor(output) else None
-            inputs = _inputs(inspect.signature(call).bind(*args, **kwargs))
-            if graph is not self._graph or not all(map(_is_dense, (*inputs, output))):
+            outputs = [output]
+            if isinstance(layer, keras.layers.RNN) and tf.nest.is_nested(result):
+                output = outputs = tf.nest.flatten(result)
+            first = outputs[0]
+            graph = first.graph if _is_dense(first) and tf.is_symbolic_tensor(first) else None
+            inputs = _inputs(bound)
+            if graph is not self._graph or not all(map(_is_dense, (*inputs, *outputs))):
                 self._hidden.add(id(layer))
             others = [value for name, value in kwargs.items() if name != "training"]
             trains = kwargs.get("training") not in (None, False)
@@ -128,7 +145,9 @@ class LayerRecorder:
                 and all(map(_is_dense, args))
                 and not any(value is not None for value in others)
             )
-            self._calls.setdefault(id(layer), []).append(Call(inputs, output, plain, trains))
+            self._calls.setdefault(id(layer), []).append(
+                Call(inputs, output, plain, trains, states, mask)
+            )
             if self._cut and graph is self._graph:
                 self.entered += filter(_is_dense, tf.nest.flatten((args, kwargs)))
             if self._cut and not pre_activations:
@@ -147,10 +166,15 @@ class LayerRecorder:
         So a layer can be called with normalized or generated weights, which no gradient taken of
         the layer alone would know of.
         """
-        found = self._found[id(layer)]
-        return in_stateless_scope() or any(
+        if in_stateless_scope():
+            return True
+        known = [(layer.__dict__, self._found[id(layer)])]
+        if id(layer) in self._found_cells:
+            known.append((layer.cell.__dict__, self._found_cells[id(layer)]))
+        return any(
             value is not found.get(name) and any(map(_is_value, (value, found.get(name))))
-            for name, value in layer.__dict__.items()
+            for now, found in known
+            for name, value in now.items()
         )
 
 
@@ -162,6 +186,18 @@ def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
     """The tensors a layer was called on, by position or by name, without masks."""
     named = (value for name, value in bound.arguments.items() if not name.endswith("mask"))
     return tuple(_dense(value) for value in named if tf.is_tensor(value))
+
+
+def _of_recurrent(layer: keras.Layer, bound: inspect.BoundArguments) -> tuple[Any, Any]:
+    """The states that a recurrent layer starts from, if not from its own, and its mask."""
+    if not isinstance(layer, keras.layers.RNN):
+        return None, None
+    states = bound.arguments.get("initial_state")
+    if states is None and layer.stateful:
+        states = [tf.identity(state) for state in tf.nest.flatten(layer.states)]
+    states = None if states is None else tuple(tf.nest.flatten(states))
+    masks = [m for m in tf.nest.flatten(bound.arguments.get("mask")) if m is not None]
+    return states, masks[0] if masks else None
 
 
 def _is_dense(value: Any) -> bool:
@@ -202,7 +238,8 @@ def traceable_layers(
         ValueError: If a batch normalization is called to train, always: examples then have no
             gradients of their own.
     """
-    layers, activated = list(layers), list(activated)
+    layers = list({id(layer): layer for layer in layers}.values())
+    activated = list(activated)
     recorded_after = {id(layer) for layer in activated}
     # Quantization changes how a layer is called.
     modes = {
@@ -210,10 +247,8 @@ def traceable_layers(
         for layer in layers
     }
     if model not in _traceable or _traceable[model][0] != modes:
-        owners = {
-            id(v.value): id(layer) for layer in layers for v in own_trainable_variables(layer)
-        }
-        values = [v.value for layer in layers for v in own_trainable_variables(layer)]
+        owners = {id(v.value): id(layer) for layer in layers for v in _variables_of(layer)}
+        values = [v.value for layer in layers for v in _variables_of(layer)]
         traceable = set(modes)
         mixing: set[str] = set()
         batch_sizes = {i.shape[0] for i in model.inputs} - {None}
@@ -274,4 +309,11 @@ def _spec(symbolic: keras.KerasTensor, size: int) -> tf.TypeSpec:
 
 def _is_batch(call: Call, size: int) -> bool:
     """Whether the first axis of all inputs and of the output has the size of the batch."""
-    return all(t.shape[:1] == (size,) for t in (*call.inputs, call.output))
+    tensors = (*call.inputs, *tf.nest.flatten(call.output), *(call.initial_state or ()))
+    return all(t.shape[:1] == (size,) for t in tensors)
+
+
+def _variables_of(layer: keras.Layer) -> list[keras.Variable]:
+    """The trainable variables of a recorded layer: its own, and those of its recurrent cell."""
+    cell = [layer.cell] if isinstance(layer, keras.layers.RNN) else []
+    return [v for owner in (layer, *cell) for v in own_trainable_variables(owner)]

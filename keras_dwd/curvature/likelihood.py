@@ -128,7 +128,7 @@ def counted_positions(
         The positions of each output, in its shape without the axis of the classes.
     """
     found: Counted = []
-    flat, losses = [_with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
+    flat, losses = [with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
     labels, each_weight = (by_output(values, losses) for values in (y, weights))
     for index, (loss, output) in enumerate(zip(losses, flat, strict=True)):
         known, counted = known_loss(loss), []
@@ -174,47 +174,6 @@ def present(counted: Counted, outputs: Any) -> tf.Tensor:
         for each in counted
     ]
     return tf.reduce_any(tf.stack(any_of_each), 0)
-
-
-def squared_margins(model: Learner, outputs: Any, counted: Counted | None = None) -> tf.Tensor:
-    """The squared margin of each example, `(batch,)`, averaged over positions and outputs.
-
-    The margin is how far the logits may move before the prediction changes. For a cross-entropy it
-    is the distance between the two highest logits, for a binary cross-entropy the distance of the
-    logit from zero. Outputs with other losses have no margin; if there are no others, it is one.
-
-    Args:
-        model: A compiled model.
-        outputs: The outputs of the model.
-        counted: See `counted_positions`; all positions if left out.
-    """
-    flat = tf.nest.flatten(outputs)
-    sums, counts = [], []
-    for loss, output, where in zip(
-        losses_of(model), flat, counted or [None] * len(flat), strict=True
-    ):
-        known = known_loss(loss)
-        output = tf.cast(tf.stop_gradient(_with_an_axis(output)), "float32")
-        output = classes_last(output, known.axis)
-        if known.kind == "binary":
-            logits = output if known.from_logits else log_of(output) - log_of(1 - output)
-            squares = tf.reduce_mean(logits**2, -1)
-        elif known.kind in ("sparse", "categorical") and output.shape[-1] > 1:
-            highest = tf.math.top_k(output if known.from_logits else log_of(output), 2).values
-            squares = (highest[..., 0] - highest[..., 1]) ** 2
-        else:
-            continue
-        where = _flat(tf.ones_like(squares) if where is None else where)
-        # Where all classes but one are masked by −inf, there is nothing to decide.
-        where *= tf.cast(tf.math.is_finite(_flat(squares)), where.dtype)
-        squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
-        total = tf.reduce_sum(_flat(squares) * where, 1)
-        number = tf.reduce_sum(where, 1)
-        sums.append(tf.math.divide_no_nan(total, number))
-        counts.append(tf.cast(number > 0, "float32"))
-    if not sums:
-        return tf.ones(tf.shape(flat[0])[:1])
-    return tf.math.divide_no_nan(tf.add_n(sums), tf.add_n(counts))
 
 
 def sample_labels(
@@ -264,7 +223,7 @@ def _drawn(
     if known.kind == "squares":
         # The mean of n squares is −log of a normal density of variance n / 2, up to a constant.
         n = tf.cast(tf.size(output[0]), "float32")
-        last = tf.cast(tf.shape(_with_an_axis(output))[-1], "float32")
+        last = tf.cast(tf.shape(with_an_axis(output))[-1], "float32")
         if _reduction(loss) == "sum":  # of means over the last axis
             n = last
         elif counted is not None:
@@ -401,7 +360,7 @@ def example_weights(
     return tf.math.divide_no_nan(weights, tf.reduce_mean(weights))
 
 
-def _with_an_axis(x: tf.Tensor) -> tf.Tensor:
+def with_an_axis(x: tf.Tensor) -> tf.Tensor:
     """Outputs of shape `(batch,)` with an axis more."""
     return x[:, None] if len(x.shape) == 1 else x
 

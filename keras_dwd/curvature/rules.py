@@ -6,7 +6,7 @@ gradient at its output. One ordinary backward pass gives both for a whole batch.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,27 @@ class LayerIO:
     Attributes:
         inputs: The tensors the layer was called on.
         gradient: Per-example gradient of the loss with respect to the layer's output before the
-            activation, in the shape of the output, float32.
+            activation, in the shape of the output, float32. A list of them for a recurrent layer
+            with several outputs.
         first: The number of examples of the task that were processed before this batch.
+        initial_state: The states that a recurrent layer was given; `None` for its own.
+        mask: The mask that it was given.
+
+    Example:
+
+    ```python
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def gradients(self, layer, flow):  # a LayerIO
+            return {"w": flow.inputs[0] * flow.gradient}
+    ```
     """
 
     inputs: tuple[tf.Tensor, ...]
-    gradient: tf.Tensor
+    gradient: Any
     first: Any = 0
+    initial_state: tuple[tf.Tensor, ...] | None = None
+    mask: tf.Tensor | None = None
 
 
 class Rule:
@@ -54,7 +68,7 @@ class Rule:
     @register_rule(Scale)
     class ScaleRule(Rule):  # y = w * x, x and y of shape (batch, features)
         def gradients(self, layer, flow):
-            return {layer.w.name: flow.inputs[0] * flow.gradient}
+            return {"w": flow.inputs[0] * flow.gradient}
     ```
 
     Attributes:
@@ -101,6 +115,13 @@ class Rule:
         """How the layer's variables form a matrix, which then gets Kronecker factors, or `None`."""
         return None
 
+    def over_time(self, layer: keras.Layer) -> bool:
+        """Whether the matrix multiplies the features of each position of a sequence or a set.
+
+        The factor of its inputs is then damped. Not so for the patches of a convolution.
+        """
+        return False
+
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
         """The rows that the layer multiplies by its matrix, and the loss gradients at the products.
 
@@ -141,7 +162,51 @@ class GenericRule(Rule):
 GENERIC = GenericRule()
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some variables of a layer, and the rule for them.
+
+    Attributes:
+        rule: The rule.
+        variables: The variables, by the names that they have in the rule.
+    """
+
+    rule: Rule
+    variables: dict[str, keras.Variable]
+
+
+class NestedRule:
+    """For layers that call another layer in a loop: closed forms for the variables of that one."""
+
+    def supports(self, layer: keras.Layer) -> bool:
+        """Whether the closed forms hold for this layer as it is configured."""
+        raise NotImplementedError
+
+    def within(self, layer: keras.Layer) -> keras.Layer:
+        """The layer that is called in the loop."""
+        raise NotImplementedError
+
+    def random(self, layer: keras.Layer) -> bool:
+        """Whether the layer is random in training: the forms hold in inference alone."""
+        raise NotImplementedError
+
+    def parts(self, layer: keras.Layer) -> list[Part]:
+        """The variables and their rules, which are given the calls of `layer`."""
+        raise NotImplementedError
+
+
 _RULES: dict[type, Rule] = {}
+_NESTED: dict[type, NestedRule] = {}
+
+
+def register_nested(*types: type[keras.Layer]) -> Callable[[type[NestedRule]], type[NestedRule]]:
+    """Class decorator that registers a `NestedRule` for layers of these types."""
+
+    def register(rule: type[NestedRule]) -> type[NestedRule]:
+        _NESTED.update(dict.fromkeys(types, rule()))
+        return rule
+
+    return register
 
 
 _FORMS = ("gradients", "squares", "matrix", "rows")
@@ -163,6 +228,22 @@ def register_rule(*types: type[keras.Layer]) -> Callable[[type[Rule]], type[Rule
     Raises:
         ValueError: If a type is not a Keras layer, if the rule defines neither `gradients` nor
             `squares`, or if it defines only one of `matrix` and `rows`.
+
+    Example:
+
+    ```python
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1],), name="w")
+
+        def call(self, x):
+            return x * self.w
+
+    @register_rule(Scale)
+    class ScaleRule(Rule):
+        def gradients(self, layer, flow):
+            return {"w": flow.inputs[0] * flow.gradient}
+    ```
     """
     for layer_type in types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):
@@ -199,23 +280,32 @@ def rule_for(layer: keras.Layer) -> Rule:
     A closed form was derived from the code of one class. It holds for layers that run that code
     and no other, on the variables that the rule knows.
     """
-    # With LoRA or quantization a layer does not compute with its variables directly.
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        return GENERIC
-    parent = _registered(type(layer))
-    if parent is None or not _computes_as(layer, parent):
+    parent = _registered(type(layer), _RULES)
+    if parent is None or not computes_as(layer, parent):
         return GENERIC
     rule = _RULES[parent]
-    return rule if _has_variables(layer, rule) and rule.supports(layer) else GENERIC
+    known = rule.variables is None or has_variables(layer, rule.variables)
+    return rule if known and rule.supports(layer) else GENERIC
 
 
-def _registered(layer_type: type) -> type | None:
+def nested_rule_for(layer: keras.Layer) -> NestedRule | None:
+    """The rule for the variables of the layer within a layer, if there is one."""
+    parent = _registered(type(layer), _NESTED)
+    if parent is None or not computes_as(layer, parent):
+        return None
+    return _NESTED[parent] if _NESTED[parent].supports(layer) else None
+
+
+def _registered(layer_type: type, rules: Mapping[type, Any]) -> type | None:
     """The closest type with a rule that a type is or inherits from."""
-    return next((parent for parent in layer_type.__mro__ if parent in _RULES), None)
+    return next((parent for parent in layer_type.__mro__ if parent in rules), None)
 
 
-def _computes_as(layer: keras.Layer, parent: type) -> bool:
+def computes_as(layer: keras.Layer, parent: type) -> bool:
     """Whether the forward pass of a layer runs the code of `parent`, its type or a base of it."""
+    # With LoRA or quantization a layer does not compute with its variables directly.
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return False
     for added in type(layer).__mro__:
         if added in parent.__mro__:
             continue
@@ -228,15 +318,13 @@ def _computes_as(layer: keras.Layer, parent: type) -> bool:
     return not any(callable(getattr(parent, name, None)) for name in replaced)
 
 
-def _has_variables(layer: keras.Layer, rule: Rule) -> bool:
-    """Whether the layer has the variables that the rule knows, in their attributes, and no others.
+def has_variables(layer: keras.Layer, names: tuple[str, ...]) -> bool:
+    """Whether the layer has the variables that a rule knows, in their attributes, and no others.
 
     Others that are not trained do not matter: they are part of what a layer computes, which
-    `_computes_as` is about.
+    `computes_as` is about.
     """
-    if rule.variables is None:
-        return True
-    held = {name: getattr(layer, name, None) for name in rule.variables}
+    held = {name: getattr(layer, name, None) for name in names}
     known = all(held.get(v.name) is v for v in own_trainable_variables(layer))
     own = {id(v) for v in own_variables(layer)}
     return known and all(v is None or id(v) in own for v in held.values())
@@ -244,20 +332,29 @@ def _has_variables(layer: keras.Layer, rule: Rule) -> bool:
 
 @dataclass(frozen=True)
 class RuledLayer:
-    """A layer of a model and its rule.
+    """A layer of a model and its rule, or the rule of some of its variables.
 
     Attributes:
-        layer: The layer.
+        layer: The layer that has the variables.
         rule: Its rule.
         paths: Paths of the layer's variables, by variable name.
+        caller: The layer whose calls the rule is given, if it calls `layer` in a loop.
+        random: Whether the rule holds for calls in inference alone.
     """
 
     layer: keras.Layer
     rule: Rule
     paths: dict[str, str]
+    caller: keras.Layer | None = None
+    random: bool = False
 
     def __hash__(self) -> int:
-        return id(self.layer)
+        return hash((id(self.layer), id(self.rule)))
+
+    @property
+    def recorded(self) -> keras.Layer:
+        """The layer whose calls the rule is given."""
+        return self.layer if self.caller is None else self.caller
 
     @property
     def form(self) -> MatrixForm | None:
@@ -284,7 +381,9 @@ class RuledLayer:
 
         It is that of blocks from before LoRA or quantization, and in files of earlier versions.
         """
-        layer, parent = self.layer, _registered(type(self.layer))
+        if self.caller is not None:
+            return self.form
+        layer, parent = self.layer, _registered(type(self.layer), _RULES)
         if parent is None or getattr(type(layer), "call", None) is not getattr(
             parent, "call", None
         ):
@@ -320,26 +419,52 @@ def ruled_layers(model: Learner) -> list[RuledLayer]:
     candidates = [
         ruled
         for ruled in _layers_with_variables(model)
-        if type(ruled.layer).__call__ is keras.Layer.__call__
+        if type(ruled.recorded).__call__ is keras.Layer.__call__
     ]
     generic = [ruled.layer for ruled in candidates if ruled.rule is GENERIC]
-    traceable = traceable_layers(model, [ruled.layer for ruled in candidates], activated=generic)
-    return [ruled for ruled in candidates if id(ruled.layer) in traceable]
+    traceable = traceable_layers(model, [ruled.recorded for ruled in candidates], activated=generic)
+    return [ruled for ruled in candidates if id(ruled.recorded) in traceable]
 
 
 def _layers_with_variables(model: Learner) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
+    found = layers_within(model)
+    nested = {id(layer): rule for layer in found if (rule := nested_rule_for(layer))}
+    callers = Counter(id(nested[id(layer)].within(layer)) for layer in found if id(layer) in nested)
     candidates, owners = [], Counter[int]()
-    for layer in layers_within(model):
+    for layer in found:
+        if id(layer) in nested:
+            candidates += _parts(layer, nested[id(layer)], paths)
         # Without the variables of nested layers.
         own = own_variables(layer)
         owners.update(id(v) for v in own)
         recomputed = recomputes(layer)  # calls cannot be recorded
-        if own and not recomputed and all(id(v) in paths for v in own):
+        known = all(id(v) in paths for v in own)
+        if own and known and not recomputed and id(layer) not in callers:
             names = {v.name: paths[id(v)] for v in own}
             candidates.append(RuledLayer(layer, rule_for(layer), names))
+    candidates = [ruled for ruled in candidates if callers[id(ruled.layer)] < 2]
     shared = {path for i, path in paths.items() if owners[i] > 1}
     return [ruled for ruled in candidates if not shared & set(ruled.paths.values())]
+
+
+def _parts(layer: keras.Layer, rule: NestedRule, paths: Mapping[int, str]) -> list[RuledLayer]:
+    """The layer within a layer, once for each rule of its variables."""
+    parts = [
+        RuledLayer(
+            rule.within(layer),
+            part.rule,
+            {name: paths.get(id(v), "") for name, v in part.variables.items()},
+            caller=layer,
+            random=rule.random(layer),
+        )
+        for part in rule.parts(layer)
+    ]
+    return [
+        ruled
+        for ruled in parts
+        if all(ruled.paths.values()) and not recomputes(layer) and not recomputes(ruled.layer)
+    ]
 
 
 def places_of(model: Learner) -> dict[str, Place]:

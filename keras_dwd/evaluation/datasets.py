@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from keras_dwd.evaluation import own_data
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels in memory.
+    """Images, or other examples, and labels in memory.
 
     Attributes:
         name: The argument `name` of `load`.
-        x_train: Training images, `(n, height, width, channels)`, uint8.
+        x_train: Training images, `(n, height, width, channels)`, uint8, or float32 of any shape.
         y_train: Training labels `(n,)`, int32.
         x_test: Test images.
         y_test: Test labels.
@@ -34,8 +36,9 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """Load a data set from disk; nothing is downloaded.
 
     Args:
-        name: `digits` (1,797 images of 8 × 8 pixels, part of scikit-learn), or the name of a
-            classification data set of tensorflow-datasets (tfds) that is prepared in `data_dir`.
+        name: `digits` (1,797 images of 8 × 8 pixels, part of scikit-learn), the name of a
+            classification data set of tensorflow-datasets (tfds) that is prepared in `data_dir`, or
+            the path of data of the user's own, see `own_data.read`.
         data_dir: Folder of prepared tfds data sets. Defaults to the environment variable
             `TFDS_DATA_DIR`, else to `~/tensorflow_datasets`.
 
@@ -45,6 +48,8 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """
     if name == "digits":
         return _digits()
+    if own_data.is_own(name):
+        return Dataset(name, *own_data.read(name))
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
     return _tfds(name, Path(folder).expanduser())
 

@@ -29,7 +29,7 @@ Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.C
 callbacks."""
 
 TEXT = "text"
-_OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "setting", "metrics")
+_OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics")
 _OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir")
 
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
@@ -45,8 +45,8 @@ class Experiment:
     """A scenario, given by name, and the training protocol.
 
     Attributes:
-        scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`;
-            or `text:TASK,TASK…`, see `text_sequence`.
+        scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`,
+            or a path of the user's own data; or `text:TASK,TASK…`, see `text_sequence`.
         tasks: Number of tasks.
         setting: `task`, `domain` or `class`; by default `task` for split, `domain` for permuted.
         class_order_seed: Seed of the class order in `split` (by default 1993 for cifar100 and the
@@ -62,6 +62,9 @@ class Experiment:
         schedule: By default of the profile.
         weight_decay: By default of the profile.
         augment: By default of the profile.
+        warmup: By default of the profile.
+        mixup: By default of the profile.
+        keep_state: By default of the profile.
         metrics: What is measured on images, see `run_sequence`; text has metrics of its own.
         examples: See `TextSettings`, as the following; for text alone.
         tokenizer: By default `bpe`.
@@ -84,6 +87,9 @@ class Experiment:
     schedule: str | None = None
     weight_decay: float | None = None
     augment: bool | None = None
+    warmup: float | None = None
+    mixup: float | None = None
+    keep_state: bool | None = None
     metrics: Metrics = (ACCURACY,)
     examples: int | None = None
     tokenizer: str | None = None
@@ -113,6 +119,9 @@ class Experiment:
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             augment=self.augment,
+            warmup=self.warmup,
+            mixup=self.mixup,
+            keep_state=self.keep_state,
         )
         self.prepared, self.measured, self.built = made, made.metrics, made.scenario
         self.protocol = replace(made.profile, recipe=recipe)
@@ -206,6 +215,7 @@ class Experiment:
         observer: Observer | None = None,
         checkpoint_dir: Path | None = None,
         sharded: bool = False,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Run several methods, each with the seeds 0 to `seeds − 1`.
 
@@ -216,11 +226,14 @@ class Experiment:
             observer: Returns the callbacks of each `fit`.
             checkpoint_dir: Folder for checkpoints, with a subfolder per method and seed.
             sharded: Whether workers divide the consolidation state among themselves.
+            keep: Called after each run with the results so far, in which `unfinished` has the
+                number of runs that are still to come.
 
         Returns:
             A JSON-serializable dictionary with `protocol`, `versions` and `methods`. The latter has
-            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each) and
-            its `accuracy_matrices` (or `mae_matrices`, by the names of the metrics).
+            for each method its `settings`, its `metrics` (`mean`, `std` and `per_seed` of each),
+            its `accuracy_matrices` (or `mae_matrices`, by the names of the metrics), and the
+            `consolidation` of the model of the first seed, see `ConsolidationSummary.as_dict`.
         """
         if not methods:
             raise ValueError(f"`methods` must name at least one. Received: {methods!r}")
@@ -230,21 +243,20 @@ class Experiment:
         strengths = strengths or {}
         chosen = {name: strengths.get(name, method.strength) for name, method in known.items()}
         settings = {name: known[name].configuration(s) for name, s in chosen.items()}
-        results = {}
+        results: dict[str, Any] = {}
+        made = {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
+        left = len(chosen) * seeds
         for name, strength in chosen.items():
-            runs = [
-                self.run(
-                    name,
-                    seed,
-                    strength,
-                    observer,
-                    checkpoint_dir and checkpoint_dir / name.replace(":", "_") / f"seed_{seed}",
-                    sharded,
-                )
-                for seed in range(seeds)
-            ]
-            results[name] = {"settings": settings[name], **summarize(runs)}
-        return {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
+            runs: list[SequenceResult] = []
+            for seed in range(seeds):
+                folder = name.replace(":", "_")
+                subfolder = checkpoint_dir and checkpoint_dir / folder / f"seed_{seed}"
+                runs.append(self.run(name, seed, strength, observer, subfolder, sharded))
+                left -= 1
+                results[name] = {"settings": settings[name], **summarize(runs)}
+                if keep is not None:
+                    keep(made | ({"unfinished": left} if left else {}))
+        return made
 
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""
@@ -255,7 +267,8 @@ class Experiment:
             f"{protocol.batch_size}, {self.epochs} epochs a task, "
             f"{self.prepared.training_data}, Fisher "
             f"information from a pass over {FISHER_EXAMPLES} of a task, {self.prepared.details}, "
-            f"seeds 0–{seeds - 1}, mean ± std; evaluated on "
+            + (f"seeds 0–{seeds - 1}, mean ± std; " if seeds > 1 else "seed 0; ")
+            + "evaluated on "
             f"{'the test data' if self.validation is None else self.prepared.held_back}."
         )
         return {
@@ -289,10 +302,11 @@ def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
             "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
             "per_seed": values,
         }
-    summary = {
+    summary: dict[str, Any] = {
         "metrics": metrics,
         "train_seconds": [run.train_seconds for run in runs],
         "boundary_seconds": [run.boundary_seconds for run in runs],
+        "consolidation": runs[0].consolidation,  # of the first seed
     }
     for name in runs[0].matrices:
         matrices = [run.matrices[name] for run in runs]

@@ -19,6 +19,14 @@ class MetricMatrix:
         name: Name of the metric.
         higher_is_better: Whether higher values are better.
 
+    Example:
+
+    ```python
+    values, before = np.array([[1.0, 9.0], [1.5, 2.0]]), np.array([9.0, 9.0])
+    errors = MetricMatrix(values, before, "error", higher_is_better=False)
+    print(errors.average, errors.forgetting)  # 1.75 and 0.5
+    ```
+
     Reference:
         [Lopez-Paz & Ranzato, 2017](https://arxiv.org/abs/1706.08840), equations 2 to 4;
         [Chaudhry et al., 2018](https://arxiv.org/abs/1801.10112), equation 3 (forgetting).
@@ -110,7 +118,15 @@ class MetricMatrix:
 
 
 class AccuracyMatrix(MetricMatrix):
-    """The matrix of accuracies, from 0 to 1, see `MetricMatrix`."""
+    """The matrix of accuracies, from 0 to 1, see `MetricMatrix`.
+
+    Example:
+
+    ```python
+    matrix = AccuracyMatrix(np.array([[0.9, 0.1], [0.7, 0.8]]), before=np.array([0.1, 0.1]))
+    print(matrix.average_accuracy, matrix.forgetting)  # 0.75 and 0.2
+    ```
+    """
 
     @property
     def average_accuracy(self) -> float:

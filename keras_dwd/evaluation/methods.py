@@ -18,7 +18,9 @@ from keras_dwd.evaluation.peers import (
     AveragedGEM,
     DarkExperienceReplay,
     ExperienceReplay,
+    Freezing,
     MemoryAwareSynapses,
+    RiemannianWalk,
     SynapticIntelligence,
 )
 from keras_dwd.evaluation.technique import Technique, held_by_importance
@@ -50,8 +52,18 @@ class Method:
         joint: Whether to train on all tasks at once, as an upper bound for the accuracy.
         task_norm: Whether the network keeps the statistics of batch normalization for each task,
             see `with_task_normalization`.
+        keep_state: Whether the optimizer keeps its state from task to task, whatever the recipe.
         technique: Function that returns what the method adds to training, see `Technique`, for a
             strength.
+
+    Example:
+
+    ```python
+    def settings(strength):
+        return {"strength": strength, "grouping": LayerGrouping()}
+
+    result = run_sequence(build, scenario, Method("layers", settings, 50.0), epochs=1)
+    ```
     """
 
     name: str
@@ -62,6 +74,7 @@ class Method:
     graph: float = 0.0
     joint: bool = False
     task_norm: bool = False
+    keep_state: bool = False
     technique: Callable[[float], Technique] | None = None
 
     def configuration(self, strength: float) -> dict[str, Any]:
@@ -78,6 +91,7 @@ class Method:
             **({"decoupled": True} if self.decoupled else {}),
             **({"task_graph": self.graph} if self.graph else {}),
             **({"task_norm": True} if self.task_norm else {}),
+            **({"keep_state": True} if self.keep_state else {}),
             **({"distillation": model.distillation.get_config()} if model.distillation else {}),
             **({"technique": technique.get_config()} if technique else {}),
             # Where it is not that of the penalty.
@@ -113,7 +127,7 @@ def _dwd_diagonal(strength: float, estimator: str = "empirical") -> dict[str, An
     return {**dwd(strength), "fisher": DiagonalFisher(estimator, gamma=None)}
 
 
-def _l2(strength: float) -> dict[str, Any]:
+def _held_by_the_newest(strength: float) -> dict[str, Any]:
     return held_by_importance(strength, decay=0.0)
 
 
@@ -127,9 +141,12 @@ METHODS: dict[str, Method] = {
         Method("dwd-online", _dwd_online, strength=200.0),
         Method("dwd-diagonal", _dwd_diagonal, strength=100.0, boundary_pass=True),
         Method("lwf", _lwf, strength=1.0),
-        Method("l2", _l2, strength=1.0, technique=lambda strength: L2()),
+        Method("l2", _held_by_the_newest, strength=1.0, technique=lambda _: L2()),
         Method("mas", held_by_importance, strength=1.0, technique=lambda _: MemoryAwareSynapses()),
         Method("si", held_by_importance, strength=1.0, technique=lambda _: SynapticIntelligence()),
+        Method("rwalk", _held_by_the_newest, strength=1.0, technique=lambda _: RiemannianWalk()),
+        # So that every strength is a share: that of 1 is a half.
+        Method("freeze", _plain, strength=1.0, technique=lambda s: Freezing(s / (1 + s))),
         Method("er", _plain, technique=lambda _: ExperienceReplay()),
         Method("der++", _plain, strength=0.1, technique=DarkExperienceReplay),
         Method("a-gem", _plain, technique=lambda _: AveragedGEM()),
@@ -182,6 +199,9 @@ def _replaying(method: Method) -> Method:
     return replace(method, technique=lambda strength: ExperienceReplay())
 
 
+BEST_EWC = "online-ewc+keep-state"
+"""EWC in its best form: the anchor at the newest parameters, and an optimizer that is not reset."""
+
 VARIANTS: dict[str, Callable[[Method], Method]] = {
     "no-groups": _grouped(lambda: None),
     "layers": _grouped(LayerGrouping),
@@ -208,6 +228,8 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     ),
     "gamma-0.9": _estimated(gamma=0.9),
     "gamma-0.99": _estimated(gamma=0.99),
+    "damping-0": _estimated(damping=0.0),
+    "damping-1": _estimated(damping=1.0),
     "decay-0.5": _decaying(0.5),
     "decay-0.8": _decaying(0.8),
     "diagonal": _with(fisher=lambda before: DiagonalFisher("influence")),
@@ -216,6 +238,7 @@ VARIANTS: dict[str, Callable[[Method], Method]] = {
     "decoupled": lambda method: replace(method, decoupled=True),
     "graph": lambda method: replace(method, graph=0.001),
     "task-norm": lambda method: replace(method, task_norm=True),
+    "keep-state": lambda method: replace(method, keep_state=True),
     "distill": _with(distillation=lambda before: Distillation()),
     "er": _replaying,
 }
@@ -260,7 +283,8 @@ def method_named(name: str) -> Method:
     _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings in (_plain, _lwf)
-    if method is None or (fixed and (colon or variants)):
+    # Without a penalty only other variants than those of the penalty make a difference.
+    if method is None or (fixed and (colon or {*variants} - {"task-norm", "keep-state"})):
         raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
     if colon and "estimator" not in inspect.signature(method.settings).parameters:
         raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")

@@ -42,16 +42,18 @@ class TaskMetric:
 
     ```python
     def scores(model, data):
-        return {"rouge_l": …, "characters": …}
+        x, y = data
+        logits = np.asarray(model(x))
+        return {"logit": logits.max(), "sure": (logits.max(-1) > 2).mean()}
 
 
     metrics = [
-        TaskMetric("rouge_l", scores, higher_is_better=True, percent=True),
-        TaskMetric("characters", scores, higher_is_better=False),
+        TaskMetric("sure", scores, higher_is_better=True, percent=True),
+        TaskMetric("logit", scores, higher_is_better=False),
         TaskMetric("loss"),
     ]
-    result = run_sequence(build, scenario, metrics=metrics)
-    result.matrices["rouge_l"].forgetting
+    result = run_sequence(build, scenario, "finetune", metrics=metrics, epochs=1)
+    result.matrices["sure"].forgetting
     ```
     """
 

@@ -1,5 +1,6 @@
 """Published methods to compare with, each a `Technique`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ from keras_dwd.training.data import batches
 from keras_dwd.variables import Arrays, Variables, trainable_by_path, untracked
 
 _BATCH = 256  # of passes over data at a boundary
+_TINY = float(np.finfo("float32").eps)
 
 
 class L2(Technique):
@@ -81,7 +83,54 @@ def _sensitivity(model: Learner, variables: list[Any], x: Any) -> list[tf.Tensor
     return tf.foldl(add, tf.range(count_of(x)), [tf.zeros(v.shape) for v in variables])
 
 
-class SynapticIntelligence(Technique):
+class Tracking(Technique):
+    """The base of methods that keep arrays with an entry for each parameter.
+
+    Attributes:
+        names: Names of these arrays.
+        kept: Of each name one for each trainable variable, in their order: layers may have other
+            names when a run is resumed.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, list[keras.Variable]] = {}
+
+    def begin_task(self, model: DWDModel) -> None:
+        if not self.kept:
+            shapes = [v.shape for v in model.trainable_variables]
+            self.kept = {n: [untracked(np.zeros(s), n) for s in shapes] for n in self.names}
+
+    def begin(self, name: str, values: Sequence[Any] | None = None) -> None:
+        """Set the arrays of a name to `values`, to zeros by default."""
+        for i, variable in enumerate(self.kept[name]):
+            variable.assign(np.zeros(variable.shape) if values is None else values[i])
+
+    def of(self, path: str, model: Learner) -> list[keras.Variable]:
+        """The arrays of a trainable variable, in the order of `names`."""
+        at = list(trainable_by_path(model)).index(path)
+        return [self.kept[name][at] for name in self.names]
+
+    def state(self) -> Arrays:
+        return {f"{n}/{i}": np.array(v) for n, vs in self.kept.items() for i, v in enumerate(vs)}
+
+    def prepare_state(self, state: Arrays) -> Commit:
+        numbers = range(len(state) // len(self.names))
+        if state.keys() != {f"{name}/{i}" for name in self.names for i in numbers}:
+            raise FileError(f"The checkpoint is not one of {self.name!r}: it has {sorted(state)}.")
+
+        def commit() -> None:
+            if state:
+                self.kept = {
+                    n: [untracked(state[f"{n}/{i}"], n) for i in numbers] for n in self.names
+                }
+
+        return commit
+
+
+class SynapticIntelligence(Tracking):
     """SI: how much each parameter has contributed to lowering the loss while a task was learned.
 
     Each step adds `−g Δθ` to ω, with the gradient g of the loss and the move Δθ of the parameter.
@@ -95,54 +144,139 @@ class SynapticIntelligence(Technique):
     """
 
     name = "si"
+    names = ("work", "start")
 
     def __init__(self, damping: float = 0.1):
         super().__init__()
         self.damping = number("damping", damping, 1e-12)
-        # Of each trainable variable, in their order: layers may have other names when resumed.
-        self._work: list[keras.Variable] = []
-        self._start: list[keras.Variable] = []
 
     def begin_task(self, model: DWDModel) -> None:
-        variables = model.trainable_variables
-        if not self._work:
-            self._work = [untracked(np.zeros(v.shape), "work") for v in variables]
-            self._start = [untracked(np.zeros(v.shape), "start") for v in variables]
-        for work, start, variable in zip(self._work, self._start, variables, strict=True):
-            work.assign(np.zeros(work.shape))
-            start.assign(variable)
+        super().begin_task(model)
+        self.begin("work")
+        self.begin("start", model.trainable_variables)
 
     def moved(self, model: Learner, gradients: Named, moves: Named) -> None:
-        for path, work in zip(trainable_by_path(model), self._work, strict=True):
-            if path in gradients:
-                work.assign_sub(tf.cast(gradients[path] * moves[path], "float32"))
+        for path, gradient in gradients.items():
+            work, _ = self.of(path, model)
+            work.assign_sub(tf.cast(gradient * moves[path], "float32"))
 
     def importance(self, model: DWDModel, data: Any) -> list[np.ndarray]:
         found = []
-        variables = model.trainable_variables
-        for variable, work, start in zip(variables, self._work, self._start, strict=True):
-            distance = np.asarray(variable, "float64") - np.asarray(start)
-            lowered = np.maximum(np.asarray(work, "float64"), 0)
-            found.append(lowered / (distance**2 + self.damping))
+        for path, variable in trainable_by_path(model).items():
+            work, start = (np.asarray(v, "float64") for v in self.of(path, model))
+            distance = np.asarray(variable, "float64") - start
+            found.append(np.maximum(work, 0) / (distance**2 + self.damping))
         return found
 
     def get_config(self) -> dict[str, Any]:
         return {"name": self.name, "damping": self.damping}
 
-    def state(self) -> Arrays:
-        both = {"work": self._work, "start": self._start}
-        return {f"{name}/{i}": np.array(v) for name, s in both.items() for i, v in enumerate(s)}
 
-    def prepare_state(self, state: Arrays) -> Commit:
-        numbers = range(len(state) // 2)
-        if state.keys() != {f"{name}/{i}" for name in ("work", "start") for i in numbers}:
-            raise FileError(f"The checkpoint is not one of {self.name!r}: it has {sorted(state)}.")
+class RiemannianWalk(Tracking):
+    """RWalk: the Fisher information, plus what each parameter has done for the loss on its way.
 
-        def commit() -> None:
-            self._work = [untracked(state[f"work/{i}"], "work") for i in numbers]
-            self._start = [untracked(state[f"start/{i}"], "start") for i in numbers]
+    The Fisher information is a moving average `F ← α g² + (1 − α) F` of squared gradients of
+    batches. At every n-th step the score s grows by `Σ −g Δθ / (½ F d² + ε)`, with the sum over
+    these n steps and their distance d. After a task s is averaged with that of the tasks before.
+    The importance is `F / max F + max(s, 0) / max s`, with the largest values of all parameters.
 
-        return commit
+    Args:
+        alpha: α in [0, 1].
+        interval: n, the number of steps.
+
+    Reference:
+        [Chaudhry et al., 2018](https://arxiv.org/abs/1801.10112), equations 6 to 8.
+    """
+
+    name = "rwalk"
+    names = ("fisher", "work", "start", "score", "earlier")
+
+    def __init__(self, alpha: float = 0.9, interval: int = 10):
+        super().__init__()
+        self.alpha = number("alpha", alpha, 0, 1)
+        self.interval = integer("interval", interval, 1)
+
+    def begin_task(self, model: DWDModel) -> None:
+        super().begin_task(model)
+        self.begin("work")
+        self.begin("score")
+        self.begin("start", model.trainable_variables)
+
+    def moved(self, model: Learner, gradients: Named, moves: Named) -> None:
+        step = tf.convert_to_tensor(model.optimizer.iterations)  # which has counted this one
+        due = step % self.interval == 0
+        variables = trainable_by_path(model)
+        for path, gradient in gradients.items():
+            fisher, work, start, score, _ = self.of(path, model)
+            g, move = tf.cast(gradient, "float32"), tf.cast(moves[path], "float32")
+            value = tf.cast(variables[path].value, "float32")
+            fisher.assign(self.alpha * g**2 + (1 - self.alpha) * fisher.value)
+            done = work.value - g * move
+            gain = done / (0.5 * fisher.value * (value - start.value) ** 2 + _TINY)
+            score.assign_add(tf.where(due, gain, tf.zeros_like(gain)))
+            work.assign(tf.where(due, tf.zeros_like(done), done))
+            start.assign(tf.where(due, value, start.value))
+
+    def importance(self, model: DWDModel, data: Any) -> list[np.ndarray]:
+        first = model.tasks_learned == 0
+        fishers, scores = [], []
+        for path in trainable_by_path(model):
+            fisher, _, _, score, earlier = self.of(path, model)
+            earlier.assign(score if first else 0.5 * (earlier.value + score.value))
+            fishers.append(np.asarray(fisher, "float64"))
+            scores.append(np.maximum(np.asarray(earlier, "float64"), 0))
+        largest = [max(float(a.max()) for a in arrays) or 1.0 for arrays in (fishers, scores)]
+        return [f / largest[0] + s / largest[1] for f, s in zip(fishers, scores, strict=True)]
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "alpha": self.alpha, "interval": self.interval}
+
+
+class Freezing(Tracking):
+    """Freezes after each task the parameters that are largest in absolute value, as PackNet does.
+
+    Of each variable a share of the parameters that are not yet frozen is frozen for good. Later
+    tasks train the rest. PackNet also sets that rest to zero, trains again, and knows at inference
+    the task id and which parameters its task had: this does not, so that it takes any scenario, and
+    later tasks can disturb earlier ones. Heads of single tasks are not frozen: only their own task
+    trains them.
+
+    Args:
+        share: The share, in [0, 1].
+
+    Reference:
+        [Mallya & Lazebnik, 2018](https://arxiv.org/abs/1711.05769), section 3.
+    """
+
+    name = "freeze"
+    names = ("frozen", "value")
+
+    def __init__(self, share: float = 0.5):
+        super().__init__()
+        self.share = number("share", share, 0, 1)
+
+    def moved(self, model: Learner, gradients: Named, moves: Named) -> None:
+        variables = trainable_by_path(model)
+        for path in gradients:
+            frozen, value = self.of(path, model)
+            variable = variables[path]
+            before = tf.cast(value.value, variable.dtype)
+            variable.assign(tf.where(frozen.value > 0, before, variable.value))
+
+    def end_task(self, model: DWDModel, data: Any, rng: np.random.Generator) -> None:
+        for path, variable in trainable_by_path(model).items():
+            if getattr(variable, "per_task", False):
+                continue
+            frozen, value = self.of(path, model)
+            now, held = np.asarray(variable, "float32"), np.array(frozen)
+            free = np.flatnonzero(held == 0)
+            largest = free[np.argsort(-np.abs(now.ravel()[free]), kind="stable")]
+            held.ravel()[largest[: round(self.share * len(free))]] = 1
+            frozen.assign(held)
+            value.assign(now)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "share": self.share}
 
 
 class Replay(Technique):

@@ -13,7 +13,7 @@ from keras_dwd.layers.task_heads import TaskHeads
 
 _CPU = Recipe()
 # With SGD, of which the pull is a proximal step, much more is retained than with Adam.
-_FULL = Recipe("sgd", 0.05, "cosine", weight_decay=2e-4, augment=True)
+_FULL = Recipe("sgd", 0.1, "cosine", weight_decay=5e-4, augment=True, warmup=2.0, mixup=0.2)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,15 @@ def profile_for(shape: tuple[int, ...], kind: str, name: str = "cpu") -> Profile
     """The protocol for images of this shape.
 
     Args:
-        shape: `(height, width, channels)`.
+        shape: `(height, width, channels)`, or `(features,)` of examples that are no images.
         kind: `split` or `permuted`. Permuted images have no local structure, so they get an MLP in
             place of a convolutional network.
         name: `cpu`, sized for two cores, or `full`, for a GPU.
     """
     if name not in PROFILES:
         raise ValueError(f"`profile` must be one of {', '.join(PROFILES)}. Received: {name!r}")
+    if len(shape) == 1:  # no image
+        return Profile("MLP 100-100", mlp, 10)
     if kind == "permuted" or shape[-1] == 1:
         small = shape[0] < 16  # such as digits: training is fast with all images
         images = None if small or name == "full" else 400

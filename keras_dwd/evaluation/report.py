@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from keras_dwd.evaluation import ablation
+from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.methods import strength_of
 from keras_dwd.evaluation.metric import TaskMetric, recorded
 from keras_dwd.evaluation.plan import Plan
@@ -76,12 +77,37 @@ def method_cells(
 
 
 def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
-    """A metric of a result file as text: mean ± standard deviation, or a rate."""
+    """A metric of a result file as text: mean ± standard deviation, or a rate.
+
+    One seed has no deviation.
+    """
     if key.startswith("steps"):
         return f"{metric['mean']:.0f}"
-    if percent:
-        return f"{100 * metric['mean']:.1f} ± {100 * metric['std']:.1f}"
-    return f"{metric['mean']:.3g} ± {metric['std']:.2g}"
+    factor, mean, deviation = (100, ".1f", ".1f") if percent else (1, ".3g", ".2g")
+    shown = f"{factor * metric['mean']:{mean}}"
+    if len(metric["per_seed"]) == 1:
+        return shown
+    return f"{shown} ± {factor * metric['std']:{deviation}}"
+
+
+def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -> Table:
+    """Table of what an experiment would run: tasks, sizes, methods and the number of runs."""
+    made = Table(title=experiment.describe(seeds)["title"])
+    made.add_column("")
+    made.add_column("training examples", justify="right")
+    made.add_column("test examples", justify="right")
+    for task in experiment.built.tasks:
+        sizes = [len(data[1]) for data in (task.train, task.test)]
+        made.add_row(task.name, *(f"{size:,}" for size in sizes))
+    batch, epochs = experiment.protocol.batch_size, experiment.epochs or 0
+    steps = epochs * sum(-(-len(t.train[1]) // batch) for t in experiment.built.tasks)
+    parameters = experiment.protocol.build(experiment.built).count_params()
+    known = ", ".join(f"{n} (λ = {s:g})" if s else n for n, s in strengths.items())
+    made.caption = (
+        f"{parameters:,} parameters; {len(strengths)} methods: {known}; {seeds} "
+        f"seed{'' if seeds == 1 else 's'}, {len(strengths) * seeds} runs of {steps:,} steps"
+    )
+    return made
 
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:

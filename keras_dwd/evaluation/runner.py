@@ -67,6 +67,14 @@ class SequenceResult:
         peak_memory: Peak resident memory of the process during the run, in bytes.
         model: The trained model.
         others: The matrices of further metrics, by name.
+        consolidation: What the model retains, see `ConsolidationSummary.as_dict`.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "finetune", epochs=1)
+    print(result.matrix.after, sum(result.train_seconds), result.model.tasks_learned)
+    ```
     """
 
     matrix: MetricMatrix
@@ -76,6 +84,7 @@ class SequenceResult:
     peak_memory: int
     model: DWDModel = field(repr=False)
     others: dict[str, MetricMatrix] = field(default_factory=dict)
+    consolidation: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def matrices(self) -> dict[str, MetricMatrix]:
@@ -133,8 +142,8 @@ def run_sequence(
         batch_size: Batch size for arrays; a `tf.data.Dataset` is batched already. Several workers
             (see `DWDModel.compile`) share each batch.
         learning_rate: Learning rate of Adam; short for `recipe=Recipe(learning_rate=…)`.
-        recipe: Optimizer, whose state is reset for each task, learning rate and augmentation; by
-            default Adam with the learning rate 0.001.
+        recipe: Optimizer, whose state is reset for each task unless the recipe keeps it, learning
+            rate and augmentation; by default Adam with the learning rate 0.001.
         fisher_examples: Number of examples per task for a boundary pass, if tasks are arrays.
         seed: Seed of weights, shuffling and dropout.
         callbacks: Function that returns the callbacks of a task's `fit`, called with the index of
@@ -153,12 +162,21 @@ def run_sequence(
 
     Raises:
         ValueError: If arguments exclude each other, or do not fit the tasks.
+
+    Example:
+
+    ```python
+    result = run_sequence(build, scenario, "dwd-online", epochs=1)
+    print(result.metrics())
+    ```
     """
     if recipe is not None and learning_rate is not None:
         raise ValueError("Give `learning_rate` or `recipe`, not both.")
     recipe = Recipe(learning_rate=learning_rate) if recipe is None else recipe
     if isinstance(method, str):
         method = method_named(method)
+    if method.keep_state:
+        recipe = replace(recipe, keep_state=True)
     measured = task_metrics(metrics)
     keras.utils.set_random_seed(seed)
     strength = method.strength if strength is None else strength
@@ -171,8 +189,12 @@ def run_sequence(
             f"with its task id. Received: {scenario.setting!r}"
         )
     _check_recipe(recipe, scenario, compile_settings or {})
+    loss: keras.losses.Loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if "loss" not in (compile_settings or {}):
         _check_classes(scenario)
+        if recipe.mixup:
+            scenario = scenario.one_hot()
+            loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -198,7 +220,7 @@ def run_sequence(
     optimizer = recipe.made_optimizer(rate)
     settings = {
         "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "loss": loss,
         "metrics": of_compile(measured),
         # For small networks the overhead of `fit` between two steps exceeds the step itself.
         "steps_per_execution": 64,
@@ -243,19 +265,21 @@ def run_sequence(
             continue
         if not progress.epoch:
             # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
-            for variable, value in zip(model.optimizer.variables, fresh, strict=True):
-                variable.assign(value)
+            if not recipe.keep_state:
+                for variable, value in zip(model.optimizer.variables, fresh, strict=True):
+                    variable.assign(value)
             if technique:
                 technique.begin_task(model)
         if technique:
             technique.start(_drawn(seed, t))
         if isinstance(rate, CosineOfTask):
             size = model.workers.communicator.size
-            rate.steps.assign(epochs * _batches(task.train, batch_size, size))
+            batches = _batches(task.train, batch_size, size)
+            rate.begin_task(epochs, batches, recipe.warmup)
         progress.begin()
         if progress.epoch < epochs:
             several = model.workers.several
-            ordered = checkpoint_dir or several or recipe.augment or recipe.bucket
+            ordered = checkpoint_dir or several or recipe.changes_batches or recipe.bucket
             order = _drawn(seed, t) if ordered else None
             data, own = _fit_arguments(model, task.train, batch_size, order, recipe)
             shown = callbacks(t, task) if callbacks else []
@@ -268,7 +292,8 @@ def run_sequence(
             )
             progress.trained()
         progress.end()
-        result.steps += int(model.optimizer.iterations)
+        steps = int(model.optimizer.iterations)
+        result.steps = steps if recipe.keep_state else result.steps + steps
 
         started = time.perf_counter()
         if policy is not None:
@@ -278,7 +303,8 @@ def run_sequence(
             sample = tuple(np.asarray(part) for part in cut(sample, recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
-        model.consolidate(sample if method.boundary_pass else None, batch_size=batch_size)
+        given = sample if method.boundary_pass else None
+        model.consolidate(given, batch_size=batch_size, verbose=0)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
             after[:] = evaluate(model)[:, None]
@@ -287,23 +313,34 @@ def run_sequence(
             after[:, t, : t + 2] = evaluate(model, t + 2)
         progress.boundary()
     result.peak_memory = memory.peak()
+    result.consolidation = model.consolidation.as_dict()
     return result
 
 
 def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:
     """Raise `ValueError` if a recipe has settings that would have no effect or no meaning."""
-    if "optimizer" in compile_settings and replace(recipe, augment=False) != Recipe():
+    own = replace(recipe, augment=False, mixup=0.0, keep_state=False)
+    if "optimizer" in compile_settings and own != Recipe():
         raise ValueError(
             "Give the optimizer and its learning rate in `recipe` or in `compile_settings`, not in "
             f"both. Received: {recipe}"
         )
     for task in scenario.tasks:
         arrays = isinstance(task.train, (tuple, list))
-        if recipe.augment and not arrays:
+        if recipe.changes_batches and not arrays:
+            name = "augment" if recipe.augment else "mixup"
             raise ValueError(
-                f"`augment` needs tasks of arrays. Task {task.name!r} is `tf.data`: augment it by "
+                f"`{name}` needs tasks of arrays. Task {task.name!r} is `tf.data`: change it by "
                 "its `map`."
             )
+        if recipe.mixup and "loss" in compile_settings:
+            labels = [np.asarray(part) for part in tf.nest.flatten(task.train[1])]
+            if any(part.dtype.kind != "f" for part in labels):
+                raise ValueError(
+                    "`mixup` mixes labels, which must be floats for a `loss` of your own, such as "
+                    f"one-hot vectors. Received, in task {task.name!r}: "
+                    f"{', '.join(str(part.dtype) for part in labels)}."
+                )
         if recipe.augment:
             check_images(task.train[0])
         if recipe.bucket is not None:
@@ -348,8 +385,8 @@ def _fit_arguments(
         data: Training data of the task.
         batch_size: Batch size of all workers together.
         order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
-        recipe: Whether to augment the images, by draws that `order` alone determines too, and how
-            to batch sequences.
+        recipe: Says how batches are changed at random, by draws that `order` alone determines too,
+            and how sequences are batched.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
@@ -369,7 +406,7 @@ def _fit_arguments(
         communicator.rank,
         communicator.size,
         order,
-        cropped_and_flipped if recipe.augment else None,
+        recipe.changed_batch if recipe.changes_batches else None,
         recipe.bucket,
     )
     return {"x": ordered.batches, "shuffle": False}, [ordered]

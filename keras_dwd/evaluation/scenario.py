@@ -24,6 +24,12 @@ class Task:
             `tf.data.Dataset` of these. `x` may be any structure of arrays, for instance
             `(images, task_ids)`, and so may `y` where a model has several outputs.
         test: Test data, in the same form.
+
+    Example:
+
+    ```python
+    night = Task("night", train=(x, y), test=(new_x, new_y))
+    ```
     """
 
     name: str
@@ -93,6 +99,16 @@ class Scenario:
                     f"{first}, task {task.name!r} has {shape}."
                 )
         return cls(name, sequence, setting, outputs, first[0] if first else None)
+
+    def one_hot(self) -> "Scenario":
+        """The same tasks with one-hot vectors in place of class numbers, in tasks of arrays."""
+
+        def encoded(data: Any) -> Any:
+            x, y, *weights = data
+            return (x, np.eye(self.outputs, dtype="float32")[np.asarray(y, "int64")], *weights)
+
+        tasks = [replace(t, train=encoded(t.train), test=encoded(t.test)) for t in self.tasks]
+        return replace(self, tasks=tuple(tasks))
 
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Scenario":
         """The same tasks, with part of the *training* data held back in place of the test data.
@@ -227,7 +243,8 @@ def _in_setting(name: str, tasks: Sequence[Any], setting: Setting, classes: int)
     """Scenario of tasks whose labels start at 0: adds task ids or shifts labels by the setting."""
 
     def data(pair: Any, t: int) -> Any:
-        x, y = pair[0].astype("float32") / 255, pair[1]
+        x, y = pair[0].astype("float32"), pair[1]
+        x = x / 255 if pair[0].dtype == "uint8" else x
         if setting == "task":
             return (x, np.full(len(x), t, "int32")), y
         return x, (y + t * classes if setting == "class" else y)

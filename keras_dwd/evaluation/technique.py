@@ -192,6 +192,13 @@ def held_by_importance(strength: float, decay: float = 1.0) -> dict[str, Any]:
     Args:
         strength: λ ≥ 0, the weight of the penalty ½ λ Σ Ω (θ − θ*)² against the loss.
         decay: In [0, 1], the factor for the importance of earlier tasks at each boundary.
+
+    Example:
+
+    ```python
+    settings = held_by_importance(strength=10.0)
+    model = DWDModel.from_model(network, **settings)
+    ```
     """
     return {
         "regularizer": DWDRegularizer(strength, decay),

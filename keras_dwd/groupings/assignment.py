@@ -120,6 +120,19 @@ class Responsibilities(Assignment):
     Args:
         array: `uint8`, of the shape of the parameters plus a last axis for the groups. Along that
             axis the values sum to 255, or are all 0 for no group; see `rounded`.
+
+    Example:
+
+    ```python
+    class Undecided(Partition):
+        def fit(self, described):
+            return None
+
+        def label(self, fitted, key, part):
+            shares = np.empty((*part.fisher.shape, 2), "uint8")
+            shares[..., 0], shares[..., 1] = 200, 55  # they sum to 255
+            return Responsibilities(shares)
+    ```
     """
 
     def __init__(self, array: np.ndarray):

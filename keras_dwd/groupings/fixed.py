@@ -28,6 +28,12 @@ class SingleGroup(Partition):
     Args:
         strengths: The rule for λ, see `Partition`. Only `"budget"`, which adjusts λ during
             training, or a number such as `(2.0,)` makes a difference.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=SingleGroup())
+    ```
     """
 
     def __init__(self, strengths: Any = "importance"):
@@ -51,6 +57,12 @@ class LayerGrouping(Partition):
 
     Args:
         strengths: The rule for λ_k, see `Partition`.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=LayerGrouping())
+    ```
     """
 
     def __init__(self, strengths: Any = "importance"):

@@ -48,6 +48,13 @@ class GaussianMixtureGrouping(Partition):
     Raises:
         ValueError: If `soft` is combined with a `Budget`, whose groups are whole variables.
 
+    Example:
+
+    ```python
+    grouping = GaussianMixtureGrouping("bic", features=("fisher", "movement"))
+    model = DWDModel.from_model(network, grouping=grouping)
+    ```
+
     Reference:
         McLachlan & Peel, "Finite Mixture Models", 2000.
     """

@@ -36,6 +36,21 @@ class GroupingResult(NamedTuple):
         blocks: The Fisher information, multiplied by the λ_k of its groups.
         groups: The summary of the groups.
         assignments: By block, the array of an `Assignment`: the group of each of its eigenvalues.
+
+    Example:
+
+    ```python
+    class Halved(Grouping):
+        def apply(self, context):
+            blocks = {
+                key: block.scale_importances(np.full(block.importances().shape, 0.5))
+                for key, block in context.blocks.items()
+            }
+            return GroupingResult(blocks, groups=[], assignments={})
+
+        def get_config(self):
+            return {}
+    ```
     """
 
     blocks: dict[str, Block]
@@ -58,6 +73,21 @@ class BoundaryContext:
         kinds: Class name of each variable's layer, by path, from inputs to outputs.
         groups: Summary of the groups of the last boundary.
         exchange: Function that adds the statistics of the blocks which other workers store.
+
+    Example:
+
+    ```python
+    class Halved(Grouping):
+        def apply(self, context):  # a BoundaryContext
+            blocks = {
+                key: block.scale_importances(np.full(block.importances().shape, 0.5))
+                for key, block in context.blocks.items()
+            }
+            return GroupingResult(blocks, [], {})
+
+        def get_config(self):
+            return {}
+    ```
     """
 
     blocks: Mapping[str, Block]
@@ -85,6 +115,17 @@ class Parameters:
         fisher: The eigenvalues F.
         block: The block.
         context: The data of the boundary.
+
+    Example:
+
+    ```python
+    class AboveMean(Partition):
+        def fit(self, described):
+            return None
+
+        def label(self, fitted, key, part):  # Parameters
+            return (part.fisher > part.fisher.mean()).astype("int8")
+    ```
     """
 
     fisher: np.ndarray
@@ -125,6 +166,24 @@ class Grouping(FixedSettings, ABC):
 
     The groups are determined anew at each task boundary, where the result is folded into the
     precision. A training step costs the same as without groups.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable("mine")
+    class Halved(Grouping):  # every λ_k is 0.5
+        def apply(self, context):
+            blocks = {
+                key: block.scale_importances(np.full(block.importances().shape, 0.5))
+                for key, block in context.blocks.items()
+            }
+            return GroupingResult(blocks, [], {})
+
+        def get_config(self):
+            return {}
+
+    model = DWDModel.from_model(network, grouping=Halved())
+    ```
     """
 
     def check(self, variables: Variables) -> None:
@@ -194,6 +253,20 @@ class Partition(Grouping):
             Fisher information has Kronecker factors, single eigen-directions. `"unit"`: all
             parameters (or eigen-directions) of one output, that is, with the same last index.
             `"variable"`: all parameters of a variable or of a layer's matrix.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable("mine")
+    class AboveMean(Partition):  # of each block, what matters more and what matters less
+        def fit(self, described):
+            return None
+
+        def label(self, fitted, key, part):
+            return (part.fisher > part.fisher.mean()).astype("int8")
+
+    model = DWDModel.from_model(network, grouping=AboveMean(strengths=(0.5, 2.0)))
+    ```
     """
 
     def __init__(self, strengths: Any = "importance", granularity: Granularity = "element"):

@@ -36,9 +36,11 @@ class GroupingPolicy(Grouping):
     ```python
     policy = GroupingPolicy([SingleGroup(), GaussianMixtureGrouping(4), LayerGrouping()])
     model = DWDModel.from_model(network, grouping=policy)
-    for t, task in enumerate(tasks):
-        model.fit(*task.train)
-        model.grouping.reward([accuracy(model, each.validation) for each in tasks[: t + 1]])
+    model.compile("adam", loss, metrics=["accuracy"])
+    for t, (x, y) in enumerate(tasks):
+        model.fit(x, y)
+        accuracies = [model.evaluate(*task)[1] for task in validation[: t + 1]]
+        model.grouping.reward(accuracies)
         model.consolidate()
     ```
 

@@ -31,6 +31,12 @@ class SpectralGrouping(Partition):
         samples: Maximum number of randomly drawn units that are compared with each other.
         seed: Seed of that draw and of the clustering.
 
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=SpectralGrouping(3, granularity="variable"))
+    ```
+
     Reference:
         [von Luxburg, 2007](https://arxiv.org/abs/0711.0189).
     """

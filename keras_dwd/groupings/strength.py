@@ -35,6 +35,17 @@ class Strength(FixedSettings, ABC):
     Attributes:
         by_movement: Whether the rule needs `GroupStatistics.moved`.
         most: Maximum number of groups that the rule has strengths for; `None` for any number.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable("mine")
+    class BySize(Strength):  # small groups are held more strongly
+        def of(self, groups):
+            return groups.sizes.mean() / groups.sizes
+
+    model = DWDModel.from_model(network, grouping=LayerGrouping(BySize()))
+    ```
     """
 
     by_movement: bool = False
@@ -68,6 +79,12 @@ class Importance(Strength):
     Args:
         alpha: With 0 every group has the same strength. Values above 0 amplify the differences in
             Fisher information between groups, values below 0 reduce them.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=LayerGrouping(Importance(alpha=-0.5)))
+    ```
     """
 
     def __init__(self, alpha: float = 0.5):
@@ -92,6 +109,12 @@ class Evidence(Strength):
     Groups that moved little during the last task, relative to their importance, get a larger λ_k.
     At the first boundary there is no anchor c yet, and all groups have the same strength. The ratio
     is limited to between 1/100 and 100 times the ratio of all groups together.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=GaussianMixtureGrouping(4, Evidence()))
+    ```
 
     Reference:
         MacKay, "Bayesian interpolation", Neural Computation 4, 1992, equation 4.9, whose effective
@@ -150,6 +173,12 @@ class Budget(Strength):
     Args:
         share: Target share, in (0, 1).
         rate: Step size of log λ_k, ≥ 0.
+
+    Example:
+
+    ```python
+    model = DWDModel.from_model(network, grouping=LayerGrouping(Budget(share=0.3)))
+    ```
     """
 
     def __init__(self, share: float = 0.2, rate: float = 0.1):

@@ -40,10 +40,17 @@ def with_task_normalization(
     Example:
 
     ```python
-    network = keras.applications.ResNet50(weights=None, classes=10)
-    model = DWDModel.from_model(with_task_normalization(network, tasks=5))
+    normalized = keras.Sequential(
+        [
+            keras.Input((20,)),
+            keras.layers.Dense(16),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model = DWDModel.from_model(with_task_normalization(normalized, tasks=5))
     model.compile("adam", "sparse_categorical_crossentropy")
-    model.fit([images, np.zeros(len(images), "int32")], labels)
+    model.fit([x, np.zeros(len(x), "int32")], y)
     ```
     """
     tasks = integer("tasks", tasks, 1)

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.precision.block import EarlierNames, Place, corner
+from keras_dwd.precision.diagonal import Diagonal
 from keras_dwd.precision.factor import Factor
 from keras_dwd.precision.matrix_form import MatrixForm
 from keras_dwd.variables import Arrays
@@ -175,6 +176,21 @@ class Kronecker(EarlierNames):
             old_trace / (total * traces[1]), new.g, new_trace / (total * traces[3]), self.rank
         )
         return replace(self, a=a, g=g, rows=(rows[0], rows[1]))._balanced()
+
+    def of_diagonal(self, diagonal: Diagonal) -> "Kronecker":
+        """A product in the form of this one, near to a diagonal over the kernel.
+
+        It has the same sums over the rows and over the columns of the matrix, and no precision for
+        the bias. Earlier versions have a diagonal for recurrent layers.
+        """
+        bias = None if self.form.bias_shape is None else np.zeros(self.form.bias_shape)
+        matrix = self.form.join(np.asarray(diagonal.values, "float64"), bias)
+        total = matrix.sum() or 1.0
+        a, g = (
+            Factor.from_matrix(np.diag(matrix.sum(axis) / np.sqrt(total)), self.rank)
+            for axis in (1, 0)
+        )
+        return replace(self, a=a, g=g, rows=(None, None))
 
     def _balanced(self) -> "Kronecker":
         """The same product with factors of equal trace, which avoids float32 overflow."""

@@ -25,6 +25,12 @@ def linear_cka(
         CKA in [0, 1]; the unbiased estimate may lie slightly outside. 0 if a representation is the
         same for all examples.
 
+    Example:
+
+    ```python
+    print(linear_cka(x, 2 * x), linear_cka(x, new_x))  # 1 and less
+    ```
+
     Reference:
         [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414), equations 3 and 4;
         [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327), equations 2 to 4, for batches and

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,15 +12,20 @@ from keras_dwd.curvature.examples import carried_states, count_of, kept, states_
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.keras_private import loss_metric
 from keras_dwd.learner import Learner
-from keras_dwd.training.data import batches, check_batch, check_task_ids
+from keras_dwd.training.data import batches, check_batch, check_task_ids, examples_in
 from keras_dwd.training.gradients import loss_scale
 from keras_dwd.variables import Arrays, Variables
 
 
 class BoundaryPass:
-    """Computes mean statistics over data, with a graph that is reused from task to task."""
+    """Computes mean statistics over data, with a graph that is reused from task to task.
+
+    Attributes:
+        examples: The number of examples of the last pass.
+    """
 
     def __init__(self) -> None:
+        self.examples = 0
         self._traced: tuple[Any, Callable[[Any], Statistics]] | None = None
 
     def __call__(
@@ -30,6 +36,7 @@ class BoundaryPass:
         data: Any,
         batch_size: int,
         communicator: Communicator,
+        verbose: int = 0,
     ) -> Arrays:
         """The mean statistics over `data`, from one pass in inference mode.
 
@@ -40,6 +47,7 @@ class BoundaryPass:
             data: See `DWDModel.consolidate`.
             batch_size: The largest number of examples per batch.
             communicator: The workers that share the batches; each of them has all of the data.
+            verbose: See `DWDModel.consolidate`.
 
         Returns:
             The statistics by `NAME/PATH`.
@@ -52,6 +60,9 @@ class BoundaryPass:
             chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
         noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
         before = [np.array(v) for v in noted]
+        bar = None
+        if verbose == 1:
+            bar = keras.utils.Progbar(examples_in(data), unit_name="example")
         try:
             fisher.coupling.assign(0.0)
             fisher.contradiction.assign(0.0)
@@ -71,6 +82,8 @@ class BoundaryPass:
                             raise
                         sums = {n: count * e + sums.get(n, 0.0) for n, e in estimate.items()}
                     examples += count
+                    if bar is not None:
+                        bar.update(examples, finalize=False)
                 if not examples:
                     raise ValueError(
                         "`data` is empty: there is nothing to estimate the Fisher from."
@@ -79,9 +92,14 @@ class BoundaryPass:
                     fisher.refuse_coupling()
                 if fisher.contradicts:
                     fisher.refuse_rules()
+            if bar is not None:
+                bar.update(examples, finalize=True)
+            elif verbose:
+                print(f"Fisher information of {examples:,} examples")
         finally:  # also if the pass fails
             for variable, value in zip(noted, before, strict=True):
                 variable.assign(value)
+        self.examples = examples
         if communicator.size > 1:  # there may be fewer batches than workers
             shapes = fisher.shapes(model, variables)
             names = communicator.gather_dicts({name: np.zeros(()) for name in sums}, "pass.names")

@@ -210,6 +210,14 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
             yield x, y, sample_weight
 
 
+def examples_in(data: Any) -> int | None:
+    """The number of examples in arrays, as `batches` takes them; `None` for other data."""
+    if not (isinstance(data, (tuple, dict)) or hasattr(data, "shape")):
+        return None
+    found = list(leaves(keras.utils.unpack_x_y_sample_weight(data)))
+    return _length(found[0]) if found else None
+
+
 def _length(array: Any) -> int:
     """The number of examples in an array, in any form that Keras takes."""
     shape = array.shape if hasattr(array, "shape") else np.shape(array)

@@ -134,6 +134,19 @@ def _check_batched(model: Learner, spec: Any) -> None:
         raise ValueError("The dataset gives examples one by one: batch it with `.batch(32)` first.")
 
 
+def verbosity(verbose: Any) -> int:
+    """The argument `verbose` as a number, as Keras has it.
+
+    Raises:
+        ValueError: If it is not 0, 1, 2, `"auto"` or a boolean.
+    """
+    if verbose == "auto":
+        return int(keras.config.is_interactive_logging_enabled())
+    if verbose not in (0, 1, 2):
+        raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: {verbose!r}")
+    return int(verbose)
+
+
 def batch_size_of(*given: Any) -> Any:
     """The integer among arguments by position, which is a batch size, or `None`."""
     numbers = [g for g in given if isinstance(g, (int, np.integer)) and not isinstance(g, bool)]

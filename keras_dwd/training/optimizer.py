@@ -115,6 +115,17 @@ def proximal_variables(optimizer: Any, variables: Sequence[keras.Variable]) -> s
     return {id(v) for leaf, proximal in leaves if proximal for v in keras_private.trained_by(leaf)}
 
 
+def form_of_pull(optimizer: Any) -> str:
+    """How the pull enters a step with this optimizer, in words; empty if there is no optimizer."""
+    if optimizer is None:
+        return ""
+    step = "a proximal step after each update of the optimizer"
+    forms = {proximal for _, proximal in _leaves(optimizer)}
+    if len(forms) > 1:
+        return f"part of the gradient of some variables, and {step} of the others"
+    return step if forms == {True} else "part of the gradient"
+
+
 @contextmanager
 def proximal_updates(
     optimizer: Any, variables: Sequence[keras.Variable], gradients: Sequence[Any], pull: Pull

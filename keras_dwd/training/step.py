@@ -113,6 +113,28 @@ class TrainingStep:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
+    def update(self, model: Learner, gradients: list[Any]) -> None:
+        """What follows the backward pass, without the Fisher information. Graph code.
+
+        Args:
+            model: A compiled model.
+            gradients: The gradient of the loss, scaled if the optimizer scales it, for each of
+                `model.trainable_variables`, or `None`.
+        """
+        one = tf.ones(())
+        scale = model.optimizer.scale_loss(one)
+        variables = trainable_by_path(model)
+        with tf.GradientTape(persistent=True) as tape:  # of the layers' own regularizers
+            added = added_loss(model, one) if self.head_gate.in_use else None
+        nothing = [None] * len(gradients)
+        found = Gradients(
+            variables, list(gradients), nothing, added, None if scale is one else scale, tape
+        )
+        self._average(model, found, tf.zeros(()))
+        active = self.head_gate.mark_active(variables, found.of_data())
+        self._update_weights(model, found)
+        self.head_gate.restore_inactive(active)
+
     def _differentiate(
         self, model: Learner, x: Any, y: Any, sample_weight: Any
     ) -> tuple[Any, tf.Tensor, Gradients]:

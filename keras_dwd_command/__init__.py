@@ -1,4 +1,4 @@
-"""The command `keras-dwd`, which hides the start-up messages of TensorFlow."""
+"""The command `keras-dwd`: its options and help, without TensorFlow until something is run."""
 
 import os
 import sys
@@ -39,23 +39,20 @@ def without_noise() -> Iterator[None]:
                     print(line, file=sys.stderr)
 
 
+def needs_experiments(error: ModuleNotFoundError) -> None:
+    """Exit with what to install, if a package that experiments need is missing."""
+    if error.name not in ("typer", "rich", "tensorflow_datasets"):
+        raise error
+    sys.exit(
+        f"keras-dwd: {error}. The command needs what experiments need: "
+        'pip install "keras_dwd[experiments]"'
+    )
+
+
 def main() -> None:
     """Entry point of the command `keras-dwd`."""
-    with without_noise():
-        import tensorflow as tf
-
-        tf.config.list_physical_devices()
-        try:
-            from keras_dwd.cli import main as run
-        except ModuleNotFoundError as error:
-            if error.name not in ("typer", "rich", "tensorflow_datasets"):
-                raise
-            sys.exit(
-                f"keras-dwd: {error}. The command needs what experiments need: "
-                'pip install "keras_dwd[experiments]"'
-            )
+    try:
+        from keras_dwd_command.app import main as run
+    except ModuleNotFoundError as error:
+        needs_experiments(error)
     run()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,167 @@
+"""How the estimator `influence` puts all losses, outputs and examples on one scale."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_dwd.communicator import Communicator
+from keras_dwd.curvature.closed_forms import flat
+from keras_dwd.curvature.likelihood import (
+    Counted,
+    by_output,
+    classes_last,
+    known_loss,
+    log_of,
+    loss_weights_of,
+    losses_of,
+    present,
+    with_an_axis,
+)
+from keras_dwd.learner import Learner, has_own_loss
+
+LEAST_MARGIN = 0.1
+"""Added to the mean squared margin: a typical value before training, which bounds the divisor."""
+# The squared margin where a loss compares no classes, about that of a trained classifier.
+_NO_CLASSES = 25.0
+_CROSS_ENTROPIES = ("sparse", "categorical", "binary")
+
+
+def squared_margins(
+    model: Learner, outputs: Any, counted: Counted | None = None
+) -> list[tf.Tensor]:
+    """The squared margin of each example at each output, `(batch,)`, averaged over positions.
+
+    The margin is how far the logits may move before the prediction changes. For a cross-entropy it
+    is the distance between the two highest logits, for a binary cross-entropy the distance of the
+    logit from zero. Outputs with other losses have one for all examples.
+
+    Args:
+        model: A compiled model.
+        outputs: The outputs of the model.
+        counted: See `counted_positions`; all positions if left out.
+    """
+    targets = tf.nest.flatten(outputs)
+    found = []
+    for loss, output, where in zip(
+        losses_of(model), targets, counted or [None] * len(targets), strict=True
+    ):
+        known = known_loss(loss)
+        output = tf.cast(tf.stop_gradient(with_an_axis(output)), "float32")
+        output = classes_last(output, known.axis)
+        if known.kind == "binary":
+            logits = output if known.from_logits else log_of(output) - log_of(1 - output)
+            squares = tf.reduce_mean(logits**2, -1)
+        elif known.kind in _CROSS_ENTROPIES and output.shape[-1] > 1:
+            highest = tf.math.top_k(output if known.from_logits else log_of(output), 2).values
+            squares = (highest[..., 0] - highest[..., 1]) ** 2
+        else:
+            squares = tf.fill(tf.shape(output)[:-1], _NO_CLASSES)
+        where = flat(tf.ones_like(squares) if where is None else where)
+        # Where all classes but one are masked by −inf, there is nothing to decide.
+        where *= tf.cast(tf.math.is_finite(flat(squares)), where.dtype)
+        squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
+        total = tf.reduce_sum(flat(squares) * where, 1)
+        found.append(tf.math.divide_no_nan(total, tf.reduce_sum(where, 1)))
+    return found
+
+
+def influence(
+    model: Learner,
+    y: Any,
+    outputs: Any,
+    gradients: Sequence[tf.Tensor],
+    counted: Counted,
+    there: tf.Tensor,
+    communicator: Communicator,
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """What the estimator `influence` multiplies squared gradients by, and divides blocks by.
+
+    An example counts less the larger its gradient by the outputs is, so that all count about the
+    same. Each loss counts by how it bends, relative to the squared margin of its output. Graph
+    code.
+
+    Args:
+        model: A compiled model.
+        y: The labels.
+        outputs: The outputs of the model.
+        gradients: The gradient of each example's loss by the logits of each output.
+        counted: See `counted_positions`.
+        there: Whether an example has a weight, `(batch,)`.
+        communicator: The workers whose batches form one.
+
+    Returns:
+        A factor for each example, `(batch,)`, by output, and the mean squared margin.
+    """
+    parts, margins = _parts(model), squared_margins(model, outputs, counted)
+    columns = []
+    for part in parts:
+        g = tf.concat([flat(gradients[i]) for i in part], 1)
+        counts = there & present([counted[i] for i in part], outputs)
+        columns.append(tf.where(counts, tf.reduce_sum(g**2, 1), np.inf))
+        columns += [margins[part[0]], _along(model, y, outputs, gradients, part)]
+    of_all = communicator.gather(tf.stack(columns, 1), "residuals")
+    found = []
+    for k, part in enumerate(parts):
+        squares, margin, along = (of_all[:, 3 * k + i] for i in range(3))
+        exist = squares < np.inf
+        count = tf.reduce_sum(tf.cast(exist, "float32"))
+        # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
+        median = tf.gather(tf.sort(squares), tf.cast(count, "int32") // 2)
+        share = tf.math.reciprocal_no_nan(squares + median)
+        margin = tf.math.divide_no_nan(tf.reduce_sum(tf.where(exist, margin, 0.0)), count)
+        bend = _bend(model, part, share * tf.where(exist, squares, 0.0), share * along)
+        has_gradient = tf.reduce_any(exist & (squares > 0)) | (len(parts) == 1)
+        mine = tf.math.reciprocal_no_nan(columns[3 * k] + median)
+        found.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
+    weight = tf.add_n([there for _, _, there in found])
+    overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in found]), weight)
+    factors = [tf.zeros_like(there, "float32")] * len(gradients)
+    for part, (factor, margin, _) in zip(parts, found, strict=True):
+        for index in part:
+            factors[index] = factor * ((overall + LEAST_MARGIN) / (margin + LEAST_MARGIN))
+    return factors, overall
+
+
+def _parts(model: Learner) -> list[list[int]]:
+    """The outputs that have a loss each, and those that share one that the model defines."""
+    losses = losses_of(model)
+    parts = [[index] for index, loss in enumerate(losses) if loss is not None]
+    others = [index for index, loss in enumerate(losses) if loss is None]
+    return [*parts, others] if others and (has_own_loss(model) or not parts) else parts
+
+
+def _bend(model: Learner, part: list[int], squares: tf.Tensor, along: tf.Tensor) -> tf.Tensor:
+    """How strongly a loss bends, as ½ b e² does by b: g² relative to g e, with g = b e.
+
+    That is 2 for the squared error of one value, at any size of the errors. Cross-entropies, whose
+    curvature vanishes as they are learned, count by their weight alone.
+    """
+    if all(known_loss(losses_of(model)[i]).kind in _CROSS_ENTROPIES for i in part):
+        return tf.constant(loss_weights_of(model)[part[0]], "float32")
+    total = tf.reduce_sum(along)
+    return tf.where(total > 0, tf.math.divide_no_nan(tf.reduce_sum(squares), total), 1.0)
+
+
+def _along(
+    model: Learner, y: Any, outputs: Any, gradients: Sequence[tf.Tensor], part: list[int]
+) -> tf.Tensor:
+    """The product of the gradient with the error of each example, zero if there is no error.
+
+    There is one where the labels have the shape of the outputs.
+    """
+    labels, targets = by_output(y, losses_of(model)), tf.nest.flatten(outputs)
+    total = tf.zeros((tf.shape(targets[0])[0],))
+    for index in part:
+        label, output = labels[index], targets[index]
+        if not (tf.is_tensor(label) and _sizes(label) == _sizes(output)):
+            return tf.zeros_like(total)
+        error = flat(tf.cast(output, "float32")) - flat(tf.cast(label, "float32"))
+        total += tf.reduce_sum(flat(gradients[index]) * error, 1)
+    return total
+
+
+def _sizes(tensor: tf.Tensor) -> list[int | None]:
+    """The sizes of the axes of an example; Keras adds and drops those of one."""
+    return [size for size in tensor.shape[1:] if size != 1]

@@ -1,0 +1,5 @@
+"""`python -m keras_dwd_command` is `keras-dwd`."""
+
+from keras_dwd_command import main
+
+main()
