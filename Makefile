@@ -8,10 +8,17 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run report test test-long test-oldest test-keras conformance lint bench docs figures package saved-model clean
+.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures package saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
+
+# The short form of summarization, then translation. TEXT_DIR has the tasks as JSONL files.
+TEXT_DIR ?= $(KERAS_DWD_TEXT_DIR)
+text: $(VENV)/.text
+	@test -n "$(TEXT_DIR)" || { echo "name the folder of the tasks: make text TEXT_DIR=…"; exit 1; }
+	$(BIN)/keras-dwd run --scenario text:summarize,translate --data-dir "$(TEXT_DIR)" \
+	  --methods finetune,ewc,dwd --strength ewc=10000 --seeds 1 --examples 800
 
 # The comparison of `make run` as a page to look at: report.html.
 report: $(VENV)/.plots
@@ -89,12 +96,16 @@ $(VENV)/.package: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e ".[experiments]"
 	touch $@
 
+$(VENV)/.text: $(VENV)/.package
+	$(PIP) -e ".[experiments,text]"
+	touch $@
+
 $(VENV)/.plots: $(VENV)/.package
 	$(PIP) -e ".[experiments,plots]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) -e ".[dev,experiments,export,plots]"
+	$(PIP) -e ".[dev,experiments,export,plots,text]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.package

@@ -44,9 +44,11 @@ def methods_table(results):
         tuning = results["tuning"]
         metric = primary(protocol).name
         count = max(len(tried) for tried in tuning[f"validation_{metric}"].values())
+        held_back = f"{tuning['validation_fraction']:.0%} of the training data held back"
+        if protocol["scenario"].startswith("text:"):  # whose tasks may have files for it
+            held_back = "validation data"
         text += (
-            f" λ is the best of {count} per method by the {metric} on "
-            f"{tuning['validation_fraction']:.0%} of the training data held back, "
+            f" λ is the best of {count} per method by the {metric} on {held_back}, "
             f"seeds {', '.join(map(str, tuning['seeds']))}."
         )
     return f"{rows(lines)}\n\n{text}"

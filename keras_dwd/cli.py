@@ -231,7 +231,7 @@ def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
     found = {name: value for name, value in context.params.items() if name in names}
-    return found | {"metrics": _names(found["metrics"])}
+    return found | {"metrics": tuple(_names(found["metrics"]))}
 
 
 def _tuned(

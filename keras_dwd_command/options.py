@@ -61,7 +61,9 @@ Scenario = Annotated[
     typer.Option(
         help="split:NAME or permuted:NAME, where NAME is digits, a prepared classification data "
         "set of tensorflow-datasets, or your own data: a folder with a folder of images for each "
-        "class, an .npz file with x and y, or a .csv file with a column label."
+        "class, an .npz file with x and y, or a .csv file with a column label; or text:TASK,TASK…, "
+        "where TASK is a folder of JSONL files in --data-dir, a path, or one of summarize, "
+        "translate, code and qa."
     ),
 ]
 Methods = Annotated[
@@ -142,7 +144,26 @@ Metrics = Annotated[
     ),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of tfds data sets; by default TFDS_DATA_DIR.")
+    Path | None,
+    typer.Option(
+        help="Folder of tfds data sets, by default TFDS_DATA_DIR; or of text tasks, by default the "
+        "current one."
+    ),
+]
+Examples = Annotated[int | None, typer.Option(help="Text: the most training rows of a task.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Text: bpe (the default) or byte.")]
+Beams = Annotated[int | None, typer.Option(help="Text: beams of the search; 1 by default.")]
+RunCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--run-code",
+        help="Text: run programs that the model writes with their tests, with limits of time and "
+        "memory and without network.",
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Text: folder for the pretrained model, by default in ~/.cache."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
 Resumed = Annotated[

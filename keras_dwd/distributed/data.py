@@ -6,6 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# Number of batches among which sequences are put in order of length.
+_POOL = 16
+
 
 class TrainingArrays(keras.callbacks.Callback):
     """One worker's share of the batches of arrays, shuffled anew in each epoch.
@@ -24,6 +27,9 @@ class TrainingArrays(keras.callbacks.Callback):
         seed: Seed of the order; `None` keeps the order of the examples.
         change: Graph code that changes a batch `(x, y, …)` at random, called with the batch and a
             seed of two integers, which depends on `seed`, the epoch, the step and the rank only.
+        bucket: For sequences that are padded at their ends, with a sample weight for each time
+            step. Sequences of similar length then come in one batch, whose arrays are cut after the
+            last time step of weight above 0, up to a multiple of this number.
 
     Attributes:
         batches: The batches of one epoch, a `tf.data.Dataset`.
@@ -37,6 +43,7 @@ class TrainingArrays(keras.callbacks.Callback):
         size: int,
         seed: int | None,
         change: Callable[[tuple[Any, ...], tf.Tensor], tuple[Any, ...]] | None = None,
+        bucket: int | None = None,
     ):
         super().__init__()
         parts = tf.nest.map_structure(tf.convert_to_tensor, parts)
@@ -46,11 +53,17 @@ class TrainingArrays(keras.callbacks.Callback):
             epoch = tf.Variable(0, trainable=False)
         self._epoch = epoch
 
+        lengths = None if bucket is None else lengths_of(parts)
+
         def ordered(_: Any) -> tf.data.Dataset:
-            order = tf.range(count)
+            order, starts = tf.range(count), tf.range(0, count, global_batch)
             if seed is not None:
                 order = tf.random.experimental.stateless_shuffle(order, (seed, epoch))
-            return tf.data.Dataset.range(0, count, global_batch, output_type=tf.int32).map(
+            if lengths is not None:
+                order = _by_length(order, lengths, _POOL * global_batch)
+                if seed is not None:  # in a pool the shorter ones would come first
+                    starts = tf.random.experimental.stateless_shuffle(starts, (seed, epoch))
+            return tf.data.Dataset.from_tensor_slices(starts).map(
                 lambda start: _part(order[start : start + global_batch], rank, size)
             )
 
@@ -59,6 +72,8 @@ class TrainingArrays(keras.callbacks.Callback):
             if change is not None:  # no two batches of an epoch begin with the same example
                 drawn = tf.random.experimental.stateless_fold_in((seed or 0, epoch), chosen[0])
                 picked = change(picked, drawn)
+            if bucket is not None:
+                picked = cut(picked, bucket)
             return picked if count % size == 0 else _weighted(picked, weights)
 
         batches = tf.data.Dataset.range(1).flat_map(ordered).map(batch)
@@ -68,6 +83,27 @@ class TrainingArrays(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Set the epoch that determines the order; `fit` creates the iterator after this."""
         self._epoch.assign(epoch)
+
+
+def lengths_of(parts: tuple[Any, ...]) -> tf.Tensor:
+    """The number of time steps of each sequence up to the last one of weight above 0."""
+    weights = parts[2]
+    steps = tf.range(1, tf.shape(weights)[1] + 1)
+    return tf.reduce_max(tf.where(weights > 0, steps, 0), 1)
+
+
+def cut(parts: tuple[Any, ...], bucket: int) -> tuple[Any, ...]:
+    """Sequences without the padding that all have, see `TrainingArrays`. Graph code."""
+    longest = tf.reduce_max(lengths_of(parts))
+    steps = bucket * -(-longest // bucket)
+    return tf.nest.map_structure(lambda a: a[:, :steps], parts)
+
+
+def _by_length(order: tf.Tensor, lengths: tf.Tensor, pool: int) -> tf.Tensor:
+    """The same order of pools of this many examples, each of which is in the order of length."""
+    pools = tf.range(tf.shape(order)[0]) // pool
+    longest = tf.reduce_max(lengths) + 1
+    return tf.gather(order, tf.argsort(pools * longest + tf.gather(lengths, order), stable=True))
 
 
 def training_dataset(data: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:

@@ -2,8 +2,9 @@
 
 import math
 import platform
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,27 @@ from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.metric import ACCURACY, Metrics, metric_settings, task_metrics
-from keras_dwd.evaluation.profiles import Profile, profile_for
+from keras_dwd.evaluation.prepared import Prepared
+from keras_dwd.evaluation.profiles import PROFILES, profile_for
 from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
 from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
+from keras_dwd.evaluation.text.sequence import TextSettings, text_sequence
 from keras_dwd.version import __version__
 
 Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.Callback]]
 """Called before each `fit` with the method, seed, scenario, epochs, task index and task; returns
 callbacks."""
 
+TEXT = "text"
+_OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics")
+_OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir")
+
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
 _CLASS_ORDER_SEEDS = {"cifar100": 1993}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @dataclass
@@ -35,14 +46,14 @@ class Experiment:
 
     Attributes:
         scenario: `split:NAME` or `permuted:NAME`, where `NAME` is a data set of `datasets.load`,
-            or a path of the user's own data.
+            or a path of the user's own data; or `text:TASK,TASK…`, see `text_sequence`.
         tasks: Number of tasks.
         setting: `task`, `domain` or `class`; by default `task` for split, `domain` for permuted.
         class_order_seed: Seed of the class order in `split` (by default 1993 for cifar100 and the
             natural order otherwise) and of the permutations in `permuted` (0 by default).
         profile: `cpu` or `full`, see `profile_for`.
         epochs: Epochs per task; the number of the profile if `None`.
-        data_dir: Folder of prepared tfds data sets.
+        data_dir: Folder of prepared tfds data sets, or of text tasks.
         validation: Fraction of the training data to hold back and evaluate on in place of the test
             data.
         images_per_class: Number of training images per class; the number of the profile if `None`.
@@ -54,7 +65,12 @@ class Experiment:
         warmup: By default of the profile.
         mixup: By default of the profile.
         keep_state: By default of the profile.
-        metrics: What is measured, see `run_sequence`.
+        metrics: What is measured on images, see `run_sequence`; text has metrics of its own.
+        examples: See `TextSettings`, as the following; for text alone.
+        tokenizer: By default `bpe`.
+        beams: By default 1.
+        run_code: By default programs are not run.
+        cache_dir: By default that of the user.
     """
 
     scenario: str = "permuted:digits"
@@ -75,52 +91,88 @@ class Experiment:
     mixup: float | None = None
     keep_state: bool | None = None
     metrics: Metrics = (ACCURACY,)
+    examples: int | None = None
+    tokenizer: str | None = None
+    beams: int | None = None
+    run_code: bool | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")
-        if kind not in KINDS or not name:
+        if kind not in (*KINDS, TEXT) or not name:
             known = ", ".join(f"{k}:NAME" for k in KINDS)
             raise ValueError(
                 f"Unknown scenario {self.scenario!r}. Known: {known}, with NAME digits or a tfds "
-                "classification data set."
+                f"classification data set, and {TEXT}:TASK,TASK…"
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs}")
+        if self.profile not in PROFILES:
+            raise ValueError(
+                f"`profile` must be one of {', '.join(PROFILES)}. Received: {self.profile!r}"
+            )
+        self._refuse(_OF_IMAGES if kind == TEXT else _OF_TEXT, kind)
+        made = self._text(name) if kind == TEXT else self._images(kind, name)
+        recipe = made.profile.recipe.changed(
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            augment=self.augment,
+            warmup=self.warmup,
+            mixup=self.mixup,
+            keep_state=self.keep_state,
+        )
+        self.prepared, self.measured, self.built = made, made.metrics, made.scenario
+        self.protocol = replace(made.profile, recipe=recipe)
+        self.setting, self.tasks = self.built.setting, len(self.built.tasks)
+        self.epochs = self.epochs or self.protocol.epochs
+
+    def _refuse(self, names: Sequence[str], kind: str) -> None:
+        """Raise `ValueError` if a setting was given that has no meaning for this kind."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` is no setting of {kind!r} scenarios. Received: "
+                    f"{getattr(self, name)!r}"
+                )
+
+    def _images(self, kind: str, name: str) -> Prepared:
         if self.augment and kind == "permuted":
             raise ValueError("`augment` must be off for permuted pixels: these are no images.")
         if self.images_per_class is not None:
             integer("images_per_class", self.images_per_class, 1)
-        self.measured = task_metrics(self.metrics)
-        if self.setting is None:
-            self.setting = "task" if kind == "split" else "domain"
+        measured = task_metrics(self.metrics)
+        setting: Any = self.setting or ("task" if kind == "split" else "domain")
         data = datasets.load(name, self.data_dir)
         if self.class_order_seed is None:
             self.class_order_seed = _CLASS_ORDER_SEEDS.get(name) if kind == "split" else 0
+        seed = self.class_order_seed
         profile = profile_for(data.x_train.shape[1:], kind, self.profile)
-        self.protocol: Profile = replace(
-            profile,
-            images_per_class=self.images_per_class or profile.images_per_class,
-            recipe=profile.recipe.changed(
-                optimizer=self.optimizer,
-                learning_rate=self.learning_rate,
-                schedule=self.schedule,
-                weight_decay=self.weight_decay,
-                augment=self.augment,
-                warmup=self.warmup,
-                mixup=self.mixup,
-                keep_state=self.keep_state,
-            ),
-        )
-        images = self.protocol.images_per_class
+        images = self.images_per_class or profile.images_per_class
         if kind == "split":
-            self.built = split(data, self.tasks, self.setting, self.class_order_seed, images)
+            built = split(data, self.tasks, setting, seed, images)
         else:
-            self.built = permuted(
-                data, self.tasks, self.setting, self.class_order_seed or 0, images
-            )
+            built = permuted(data, self.tasks, setting, seed or 0, images)
         if self.validation is not None:
-            self.built = self.built.holdout(self.validation)
-        self.epochs = self.epochs or self.protocol.epochs
+            built = built.holdout(self.validation)
+        return Prepared(
+            built,
+            replace(profile, images_per_class=images),
+            measured,
+            {"class_order_seed": seed, "images_per_class": images},
+            f"{'all' if images is None else images} training images a class",
+            f"class order or permutation seed {seed}",
+            f"{self.validation or 0:.0%} of the training data, held back",
+        )
+
+    def _text(self, names: str) -> Prepared:
+        if self.profile != "cpu":
+            raise ValueError(f"`profile` must be cpu for text. Received: {self.profile!r}")
+        given = {name: getattr(self, name) for name in _OF_TEXT}
+        settings = TextSettings(**{name: g for name, g in given.items() if g is not None})
+        return text_sequence(names, self.data_dir, settings, self.validation, say=_say)
 
     def run(
         self,
@@ -152,6 +204,7 @@ class Experiment:
             callbacks=callbacks,
             checkpoint_dir=checkpoint_dir,
             sharded=sharded,
+            compile_settings=self.protocol.compiled(),
         )
 
     def compare(
@@ -207,20 +260,16 @@ class Experiment:
 
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""
-        protocol, images = self.protocol, self.protocol.images_per_class
+        protocol = self.protocol
         title = f"{self.scenario}, {self.tasks} tasks, {self.setting}-incremental"
         text = (
             f"{protocol.network}, {protocol.recipe}, batch "
             f"{protocol.batch_size}, {self.epochs} epochs a task, "
-            f"{'all' if images is None else images} training images a class, Fisher "
-            f"information from a pass over {FISHER_EXAMPLES} of a task, class order or "
-            f"permutation seed {self.class_order_seed}, "
+            f"{self.prepared.training_data}, Fisher "
+            f"information from a pass over {FISHER_EXAMPLES} of a task, {self.prepared.details}, "
             + (f"seeds 0–{seeds - 1}, mean ± std; " if seeds > 1 else "seed 0; ")
-            + (
-                f"evaluated on {self.validation:.0%} of the training data, held back."
-                if self.validation
-                else "evaluated on the test data."
-            )
+            + "evaluated on "
+            f"{'the test data' if self.validation is None else self.prepared.held_back}."
         )
         return {
             "title": title,
@@ -228,14 +277,13 @@ class Experiment:
             "scenario": self.scenario,
             "tasks": [task.name for task in self.built.tasks],
             "setting": self.setting,
-            "class_order_seed": self.class_order_seed,
             "profile": self.profile,
             "network": protocol.network,
             "optimizer": "Adam",
             **protocol.recipe.configuration(),
             "batch_size": protocol.batch_size,
             "epochs": self.epochs,
-            "images_per_class": images,
+            **self.prepared.about,
             "fisher_examples": FISHER_EXAMPLES,
             "validation": self.validation,
             "seeds": list(range(seeds)),

@@ -1,7 +1,7 @@
 """Networks and training protocols of the reported results."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -27,6 +27,7 @@ class Profile:
         batch_size: Examples per step.
         images_per_class: Number of training images per class; all if `None`.
         recipe: Optimizer, learning rate and augmentation.
+        compile_settings: Functions that make arguments of `compile`, by name, see `run_sequence`.
     """
 
     network: str
@@ -35,6 +36,11 @@ class Profile:
     batch_size: int = 32
     images_per_class: int | None = None
     recipe: Recipe = _CPU
+    compile_settings: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def compiled(self) -> dict[str, Any]:
+        """The arguments of `compile` for a new model."""
+        return {name: make() for name, make in self.compile_settings.items()}
 
 
 PROFILES = ("cpu", "full")

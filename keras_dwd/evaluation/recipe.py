@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_dwd.checks import number
+from keras_dwd.checks import integer, number
+from keras_dwd.evaluation.scenario import Task
 from keras_dwd.variables import untracked
 
 # The default learning rate of each optimizer.
@@ -44,6 +45,9 @@ class Recipe:
         keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
             instead of starting each task anew. A new Adam moves every parameter by about the
             learning rate in its first steps, however small its gradient, and so forgets more.
+        bucket: For sequences that are padded at their ends, with a sample weight for each time
+            step: those of similar length are trained on together, without the padding beyond a
+            multiple of this number of time steps. `None` for other data.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -71,6 +75,7 @@ class Recipe:
     warmup: float = 0.0
     mixup: float = 0.0
     keep_state: bool = False
+    bucket: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -99,6 +104,8 @@ class Recipe:
             raise ValueError("`learning_rate` must be above 0. Received: 0")
         for name in ("weight_decay", "warmup", "mixup"):
             number(name, getattr(self, name), 0)
+        if self.bucket is not None:
+            integer("bucket", self.bucket, 1)
         if self.warmup and self.schedule != "cosine":
             raise ValueError(
                 f"`warmup` is a setting of the schedule 'cosine'. Received: {self.warmup!r} with "
@@ -157,6 +164,7 @@ class Recipe:
             **({"warmup": self.warmup} if self.warmup else {}),
             **({"mixup": self.mixup} if self.mixup else {}),
             **({"keep_state": True} if self.keep_state else {}),
+            **({"bucket": self.bucket} if self.bucket else {}),
         }
 
     def __str__(self) -> str:
@@ -171,6 +179,7 @@ class Recipe:
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),
                 *(["random crops and flips"] if self.augment else []),
                 *([f"mixup {self.mixup:g}"] if self.mixup else []),
+                *(["batches of similar length"] if self.bucket else []),
             ]
         )
 
@@ -234,6 +243,18 @@ def cropped_and_flipped(x: Any, seed: tf.Tensor) -> Any:
         return tf.ensure_shape(result, images.shape)
 
     return tf.nest.map_structure(changed, x)
+
+
+def check_time_steps(task: Task) -> None:
+    """Raise `ValueError` if a task has no sample weight for each time step, as `bucket` needs."""
+    arrays = tf.nest.flatten(task.train) if isinstance(task.train, (tuple, list)) else []
+    shapes = [np.shape(array) for array in arrays]
+    if len(task.train) != 3 or any(len(s) < 2 or s[:2] != shapes[-1] for s in shapes):
+        raise ValueError(
+            "`bucket` needs arrays (x, y, sample_weight), all with an axis of examples and one of "
+            f"time steps. Received for task {task.name!r}: "
+            f"{', '.join(map(str, shapes)) or type(task.train).__name__}"
+        )
 
 
 def mixed(batch: tuple[Any, ...], mixup: float, seed: tf.Tensor) -> tuple[Any, ...]:

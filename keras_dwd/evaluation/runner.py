@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.distributed.data import TrainingArrays
+from keras_dwd.distributed.data import TrainingArrays, cut
 from keras_dwd.evaluation.checkpoint import Checkpoints
 from keras_dwd.evaluation.matrix import MetricMatrix
 from keras_dwd.evaluation.methods import Method, method_named
@@ -33,6 +33,7 @@ from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
     check_images,
+    check_time_steps,
     cropped_and_flipped,
 )
 from keras_dwd.evaluation.scenario import Scenario, Task, are_classes
@@ -199,7 +200,7 @@ def run_sequence(
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
             raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
-        probe, _ = _sample(scenario.tasks[0].train, _PROBES)
+        probe, *_ = _sample(scenario.tasks[0].train, _PROBES)
         arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
     network = build(scenario)
     if method.task_norm:
@@ -277,7 +278,8 @@ def run_sequence(
             rate.begin_task(epochs, batches, recipe.warmup)
         progress.begin()
         if progress.epoch < epochs:
-            ordered = checkpoint_dir or model.workers.several or recipe.changes_batches
+            several = model.workers.several
+            ordered = checkpoint_dir or several or recipe.changes_batches or recipe.bucket
             order = _drawn(seed, t) if ordered else None
             data, own = _fit_arguments(model, task.train, batch_size, order, recipe)
             shown = callbacks(t, task) if callbacks else []
@@ -296,11 +298,13 @@ def run_sequence(
         started = time.perf_counter()
         if policy is not None:
             policy.reward(reward(model, t + 1)[0].tolist())
-        sample = _sample(task.train, fisher_examples) if method.boundary_pass else None
+        sample = _sample(task.train, fisher_examples)
+        if recipe.bucket is not None:
+            sample = tuple(np.asarray(part) for part in cut(sample, recipe.bucket))
         if isinstance(model, TechniqueModel):
-            rng = np.random.default_rng([seed, t, 1])
-            model.end_task(task.train, _sample(task.train, fisher_examples), rng)
-        model.consolidate(sample, batch_size=batch_size, verbose=0)
+            model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
+        given = sample if method.boundary_pass else None
+        model.consolidate(given, batch_size=batch_size, verbose=0)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:
             after[:] = evaluate(model)[:, None]
@@ -339,6 +343,8 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
                 )
         if recipe.augment:
             check_images(task.train[0])
+        if recipe.bucket is not None:
+            check_time_steps(task)
         if recipe.schedule == "cosine" and not arrays and int(task.train.cardinality()) < 0:
             raise ValueError(
                 "`schedule` 'cosine' needs to know the number of steps. The dataset of task "
@@ -379,7 +385,8 @@ def _fit_arguments(
         data: Training data of the task.
         batch_size: Batch size of all workers together.
         order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
-        recipe: Says how batches are changed at random, by draws that `order` alone determines too.
+        recipe: Says how batches are changed at random, by draws that `order` alone determines too,
+            and how sequences are batched.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
@@ -400,6 +407,7 @@ def _fit_arguments(
         communicator.size,
         order,
         recipe.changed_batch if recipe.changes_batches else None,
+        recipe.bucket,
     )
     return {"x": ordered.batches, "shuffle": False}, [ordered]
 

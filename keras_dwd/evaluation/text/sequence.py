@@ -1,0 +1,176 @@
+"""Sequences of text tasks, with the model, the training protocol and the metrics for them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_dwd.checks import integer
+from keras_dwd.evaluation.metric import TaskMetric
+from keras_dwd.evaluation.prepared import Prepared
+from keras_dwd.evaluation.profiles import Profile
+from keras_dwd.evaluation.recipe import Recipe
+from keras_dwd.evaluation.scenario import Scenario, Task
+from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
+from keras_dwd.evaluation.text.encoding import Encoding, sequence_loss
+from keras_dwd.evaluation.text.metrics import METRICS
+from keras_dwd.evaluation.text.pretraining import Pretraining
+from keras_dwd.evaluation.text.scoring import PASSED, Scorer
+from keras_dwd.evaluation.text.tasks import TextTask, load, names_in
+
+LENGTH = 176
+"""Tokens of a prompt and a target together."""
+
+_TESTS = 200
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What sequences of text tasks can be given.
+
+    Attributes:
+        tokenizer: See `Pretraining`.
+        beams: See `Generator`.
+        run_code: Whether to run programs that the model writes with the tests of their task, see
+            `passed`.
+        examples: The largest number of training rows of a task; at least a fifth of the rows is
+            left to pretrain on.
+        tests: The largest number of rows of a task to measure on.
+        cache_dir: See `Pretraining`.
+    """
+
+    tokenizer: str = "bpe"
+    beams: int = 1
+    run_code: bool = False
+    examples: int = 4000
+    tests: int = _TESTS
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "examples", "tests"):
+            integer(name, getattr(self, name), 1)
+
+
+def text_sequence(
+    names: str,
+    data_dir: Path | None = None,
+    settings: TextSettings | None = None,
+    validation: float | None = None,
+    pretraining: Pretraining | None = None,
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """Read tasks, and pretrain the small decoder if that has not been done yet.
+
+    It is pretrained on the training rows that the tasks leave over, prompts and targets apart, and
+    on those of the other tasks in `data_dir`.
+
+    Args:
+        names: The tasks separated by commas, see `load`.
+        data_dir: The folder of the tasks.
+        settings: By default those of `TextSettings`.
+        validation: The share of the training rows to measure on, for a task without a file of
+            validation data. If it is not `None`, all tasks are measured on validation data.
+        pretraining: By default that of `Pretraining` with the tokenizer of `settings`.
+        say: Called with a message when pretraining begins.
+
+    Raises:
+        FileNotFoundError: If there is no such task.
+        ValueError: If a task is named twice, or a setting is wrong.
+    """
+    settings = settings or TextSettings()
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError("`scenario` must name a task at least: text:TASK,TASK…")
+    folder = Path(data_dir or ".").expanduser()
+    read = [load(name, folder) for name in wanted]
+    if len({task.name for task in read}) < len(read):
+        raise ValueError(f"`scenario` must not name a task twice. Received: {names!r}")
+    tasks, texts = _with_leftovers(read, folder, settings)
+    pretraining = pretraining or Pretraining(settings.tokenizer)
+    tokenizer, weights = pretraining(texts, settings.cache_dir, say)
+    encodings = [Encoding.fitted(tokenizer, task.train, LENGTH) for task in tasks]
+    characters = sum(map(len, pretraining.used(texts)))
+    measured = tuple(dict.fromkeys(n for t in tasks for n in t.metrics if n in METRICS))
+    if settings.run_code:
+        measured += (PASSED,)
+    scorer = Scorer(zip(tasks, encodings, strict=True), ("rouge_l", *measured), settings.beams)
+    scenario = Scenario.from_tasks(
+        [_arrays(task, e, validation) for task, e in zip(tasks, encodings, strict=True)],
+        f"text:{names}",
+        outputs=tokenizer.size,
+    )
+    return Prepared(
+        scenario,
+        _profile(tokenizer.size, pretraining.size, weights),
+        _metrics(scorer, measured),
+        {
+            "training_rows": [len(task.train) for task in tasks],
+            "measured_rows": [len(task.test[1]) for task in scenario.tasks],
+            "cut_rows": [round(e.cut(t.train), 3) for t, e in zip(tasks, encodings, strict=True)],
+            "tokens": tokenizer.size,
+            "length": LENGTH,
+            "beams": settings.beams,
+            "pretraining": asdict(pretraining) | {"characters": characters},
+        },
+        f"{' and '.join(str(len(task.train)) for task in tasks)} training rows",
+        f"pretrained on {characters:,} other characters",
+        "validation data",
+    )
+
+
+def _with_leftovers(
+    read: Sequence[TextTask], folder: Path, settings: TextSettings
+) -> tuple[list[TextTask], list[str]]:
+    """The tasks with the rows that are used, and text of rows that are not."""
+    found = {task.name: task for task in read}
+    others = [name for name in names_in(folder) if name not in found]
+    found |= {name: load(name, folder) for name in others}
+    tasks, texts = [], []
+    for name in sorted(found):
+        task, rest = found[name].limited(settings.examples, settings.tests)
+        tasks.append(task)
+        texts += [text for row in rest for text in (row.source, row.target)]
+    kept = {task.name: task for task in tasks}
+    return [kept[task.name] for task in read], list(dict.fromkeys(texts))
+
+
+def _arrays(task: TextTask, encoding: Encoding, validation: float | None) -> Task:
+    """The task as arrays, to be measured on its test data or on validation data."""
+    train, test = task.train, task.test
+    if validation is not None and task.validation:
+        test = task.validation
+    elif validation is not None:
+        order = np.random.default_rng(0).permutation(len(train))
+        count = max(1, round(validation * len(train)))
+        test = tuple(train[i] for i in order[:count])[: len(task.test)]
+        train = tuple(train[i] for i in order[count:])
+    return Task(task.name, encoding.examples(train), encoding.examples(test))
+
+
+def _profile(tokens: int, size: DecoderSize, weights: Sequence[np.ndarray]) -> Profile:
+    def build(scenario: Scenario) -> keras.Model:
+        model = decoder(tokens, size)
+        model.set_weights(weights)
+        return model
+
+    return Profile(
+        f"decoder of {size.blocks} blocks, {size.width} wide, {tokens} tokens, pretrained",
+        build,
+        epochs=3,
+        batch_size=16,
+        recipe=Recipe(learning_rate=1e-3, bucket=16),
+        compile_settings={
+            "loss": sequence_loss,
+            "metrics": lambda: [],
+            "weighted_metrics": lambda: [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+            "steps_per_execution": lambda: 16,
+        },
+    )
+
+
+def _metrics(scorer: Scorer, names: Sequence[str]) -> tuple[TaskMetric, ...]:
+    shares = ("rouge_l", "token_accuracy", *names)
+    made = [TaskMetric(name, scorer, higher_is_better=True, percent=True) for name in shares]
+    return (*made, TaskMetric("loss", scorer, higher_is_better=False, percent=False))
