@@ -104,6 +104,14 @@ _KeepState = Annotated[
         show_default=False,
     ),
 ]
+_Warmup = Annotated[
+    float | None,
+    typer.Option(help="Epochs in which the learning rate rises; by default of the profile."),
+]
+_Mixup = Annotated[
+    float | None,
+    typer.Option(help="Mix training examples in pairs, 0 for not; by default of the profile."),
+]
 _Metrics = Annotated[
     str,
     typer.Option(
@@ -156,6 +164,8 @@ def run(
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
     keep_state: _KeepState = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     workers: _Workers = 1,
@@ -239,6 +249,8 @@ def tune(
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
     keep_state: _KeepState = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,
@@ -280,6 +292,8 @@ def ablate(
     weight_decay: _WeightDecay = None,
     augment: _Augment = None,
     keep_state: _KeepState = None,
+    warmup: _Warmup = None,
+    mixup: _Mixup = None,
     metrics: _Metrics = "accuracy",
     data_dir: _DataDir = None,
     processes: _Processes = None,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import blobs, mlp, sweep
+from scipy.stats import beta, kstest
 from typer.testing import CliRunner
 
 from keras_dwd import DiagonalFisher
@@ -16,7 +17,7 @@ from keras_dwd.evaluation import Method, Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import profile_for
-from keras_dwd.evaluation.recipe import cropped_and_flipped
+from keras_dwd.evaluation.recipe import CosineOfTask, cropped_and_flipped, mixed
 from keras_dwd.files import read_arrays
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -83,19 +84,21 @@ def test_the_default_is_that_of_before():
 
 def test_the_full_profile():
     profile = profile_for((32, 32, 3), "split", "full")
-    assert profile.recipe == Recipe("sgd", 0.05, "cosine", 2e-4, 0.9, True)
+    assert profile.recipe == Recipe("sgd", 0.1, "cosine", 5e-4, 0.9, True, 2.0, 0.2)
     assert (profile.epochs, profile.batch_size, profile.network) == (27, 128, "ResNet-32")
     assert profile.recipe.configuration() == {
         "optimizer": "SGD",
-        "learning_rate": 0.05,
+        "learning_rate": 0.1,
         "momentum": 0.9,
         "schedule": "cosine",
-        "weight_decay": 2e-4,
+        "weight_decay": 5e-4,
         "augment": "crop and flip",
+        "warmup": 2.0,
+        "mixup": 0.2,
     }
     assert str(profile.recipe) == (
-        "SGD 0.05 (momentum 0.9) reset for each task, falling to 0 by a cosine, weight decay "
-        "0.0002, random crops and flips"
+        "SGD 0.1 (Nesterov momentum 0.9) reset for each task, rising for 2 epochs, falling to 0 by "
+        "a cosine, weight decay 0.0005, random crops and flips, mixup 0.2"
     )
     # Networks without local structure keep the plain recipe.
     assert profile_for((28, 28, 1), "permuted", "full").recipe == Recipe()
@@ -120,6 +123,8 @@ def test_another_optimizer_has_its_own_learning_rate():
         ({"momentum": 0.9}, "`momentum` is a setting of SGD"),
         ({"optimizer": "sgd", "momentum": 1.0}, "`momentum` must be a number"),
         ({"augment": "yes"}, "`augment` must be True or False"),
+        ({"warmup": 1.0}, "`warmup` is a setting of the schedule 'cosine'"),
+        ({"mixup": -0.1}, "`mixup` must be"),
     ],
 )
 def test_settings_that_cannot_be(settings, error):
@@ -239,6 +244,65 @@ def test_each_epoch_and_step_has_its_own_crops():
     assert all(np.array_equal(a, x[:2]) for a in tests)  # test data stay as they are
 
 
+def test_the_learning_rate_rises_and_falls():
+    rate = CosineOfTask(0.3)
+    rate.begin_task(epochs=4, batches=5, warmup=1.2)
+    found = [float(rate(step)) for step in range(21)]
+    expected = [
+        0.3 * min(1, (step + 1) / 6) * 0.5 * (1 + math.cos(math.pi * step / 20))
+        for step in range(21)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+    again = CosineOfTask.from_config(rate.get_config())
+    assert float(again(3)) == found[3]
+
+
+def test_examples_and_labels_are_mixed_alike():
+    rng = np.random.default_rng(0)
+    x, y = rng.random((6, 3)).astype("float32"), np.eye(6, dtype="float32")
+    ids, weights = np.arange(6), np.arange(6.0)
+    shares = []
+    for seed in range(200):
+        (found, same_ids), labels, same_weights = mixed(((x, ids), y, weights), 0.2, (seed, 1))
+        np.testing.assert_array_equal(same_ids, ids)
+        np.testing.assert_array_equal(same_weights, weights)
+        np.testing.assert_allclose(found, np.asarray(labels) @ x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.sum(labels, 1), 1, rtol=1e-6)
+        shares.append(float(labels[0, 0]))
+        again = mixed(((x, ids), y, weights), 0.2, (seed, 1))
+        np.testing.assert_array_equal(again[1], labels)
+    assert kstest(shares, beta(0.2, 0.2).cdf).pvalue > 0.01
+
+
+def test_training_examples_are_mixed_and_test_data_are_not():
+    seen = []
+
+    class Look(keras.layers.Layer):
+        def call(self, x):
+            tf.py_function(lambda a: seen.append(np.array(a)), [x], [])
+            return x
+
+    def build(_):
+        inputs = keras.Input((2,))
+        return keras.Model(inputs, keras.layers.Dense(2)(Look()(inputs)))
+
+    x = np.eye(2, dtype="float32")[np.arange(16) % 2]
+    tasks = [(str(t), (x, np.arange(16) % 2), (x[:2], np.arange(2))) for t in range(2)]
+    result = run_sequence(
+        build,
+        Scenario.from_tasks(tasks, outputs=2),
+        CHEAP,
+        recipe=Recipe("adam", 0.05, mixup=0.3),
+        epochs=8,
+        batch_size=8,
+        compile_settings={"steps_per_execution": 1, "run_eagerly": True},
+    )
+    batches = [a for a in seen if len(a) == 8]
+    assert any(np.any((a > 0.01) & (a < 0.99)) for a in batches)
+    assert all(np.array_equal(a, x[:2]) for a in seen if len(a) == 2)
+    assert result.matrix.average_accuracy == 1.0
+
+
 class KilledError(Exception):
     pass
 
@@ -256,7 +320,7 @@ class Kill(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("optimizer", sweep(["sgd", "adam"], "sgd"))
 def test_a_run_is_resumed_bit_identical(tmp_path, optimizer):
-    recipe = Recipe(optimizer, schedule="cosine", weight_decay=1e-3, augment=True)
+    recipe = Recipe(optimizer, None, "cosine", 1e-3, augment=True, warmup=0.5, mixup=0.2)
     whole = run(recipe, CHEAP, sizes=(24, 20), checkpoint_dir=tmp_path / "whole")
     for steps in (5, 2):  # within the second epoch of the first task, and within the second task
         with pytest.raises(KilledError):
@@ -290,6 +354,12 @@ def test_what_a_recipe_needs_is_checked_before_training():
     for given, settings, error in (
         (flat, {"recipe": Recipe(augment=True)}, r"`augment` needs images.*\(12, 6\)"),
         (streams, {"recipe": Recipe(augment=True)}, "`augment` needs tasks of arrays"),
+        (streams, {"recipe": Recipe(mixup=0.2)}, "`mixup` needs tasks of arrays"),
+        (
+            flat,
+            {"recipe": Recipe(mixup=0.2), "compile_settings": {"loss": "mse"}},
+            "`mixup` mixes labels, which must be floats",
+        ),
         (endless, {"recipe": Recipe(schedule="cosine")}, "does not tell its length"),
         (flat, {"recipe": Recipe(), "learning_rate": 0.1}, "`learning_rate` or `recipe`"),
         (flat, {"learning_rate": 0.1, "compile_settings": adam}, "not in both"),
@@ -315,7 +385,7 @@ def test_options_change_the_recipe_of_the_profile():
     assert protocol["weight_decay"] == 0.001
     assert protocol["augment"] == "crop and flip"
     assert protocol["images_per_class"] == 5
-    assert "SGD 0.05 (momentum 0.9)" in protocol["text"]
+    assert "SGD 0.05 (Nesterov momentum 0.9)" in protocol["text"]
     assert "5 training images a class" in protocol["text"]
 
 

@@ -22,7 +22,7 @@ class TrainingArrays(keras.callbacks.Callback):
         rank: Rank of this worker.
         size: Number of workers.
         seed: Seed of the order; `None` keeps the order of the examples.
-        augment: Graph code that changes the inputs `x` of a batch at random, called with `x` and a
+        change: Graph code that changes a batch `(x, y, …)` at random, called with the batch and a
             seed of two integers, which depends on `seed`, the epoch, the step and the rank only.
 
     Attributes:
@@ -36,7 +36,7 @@ class TrainingArrays(keras.callbacks.Callback):
         rank: int,
         size: int,
         seed: int | None,
-        augment: Callable[[Any, tf.Tensor], Any] | None = None,
+        change: Callable[[tuple[Any, ...], tf.Tensor], tuple[Any, ...]] | None = None,
     ):
         super().__init__()
         parts = tf.nest.map_structure(tf.convert_to_tensor, parts)
@@ -56,9 +56,9 @@ class TrainingArrays(keras.callbacks.Callback):
 
         def batch(chosen: tf.Tensor, weights: tf.Tensor) -> tuple[Any, ...]:
             picked = tf.nest.map_structure(lambda a: tf.gather(a, chosen), parts)
-            if augment is not None:  # no two batches of an epoch begin with the same example
+            if change is not None:  # no two batches of an epoch begin with the same example
                 drawn = tf.random.experimental.stateless_fold_in((seed or 0, epoch), chosen[0])
-                picked = (augment(picked[0], drawn), *picked[1:])
+                picked = change(picked, drawn)
             return picked if count % size == 0 else _weighted(picked, weights)
 
         batches = tf.data.Dataset.range(1).flat_map(ordered).map(batch)

@@ -51,6 +51,8 @@ class Experiment:
         weight_decay: By default of the profile.
         augment: By default of the profile.
         keep_state: By default of the profile.
+        warmup: By default of the profile.
+        mixup: By default of the profile.
         metrics: What is measured, see `run_sequence`.
     """
 
@@ -69,6 +71,8 @@ class Experiment:
     weight_decay: float | None = None
     augment: bool | None = None
     keep_state: bool | None = None
+    warmup: float | None = None
+    mixup: float | None = None
     metrics: Metrics = (ACCURACY,)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,8 @@ class Experiment:
                 weight_decay=self.weight_decay,
                 augment=self.augment,
                 keep_state=self.keep_state,
+                warmup=self.warmup,
+                mixup=self.mixup,
             ),
         )
         images = self.protocol.images_per_class

@@ -13,7 +13,7 @@ from keras_dwd.layers.task_heads import TaskHeads
 
 _CPU = Recipe()
 # With SGD, of which the pull is a proximal step, much more is retained than with Adam.
-_FULL = Recipe("sgd", 0.05, "cosine", weight_decay=2e-4, augment=True)
+_FULL = Recipe("sgd", 0.1, "cosine", weight_decay=5e-4, augment=True, warmup=2.0, mixup=0.2)
 
 
 @dataclass(frozen=True)

@@ -31,15 +31,19 @@ class Recipe:
             for SGD.
         schedule: `"constant"`, or `"cosine"`: half a period of the cosine, from the learning rate
             at the first step of each task to 0 after its last.
+        warmup: Epochs at the start of each task in which the learning rate of the cosine is
+            multiplied by a factor that rises linearly from 0 to 1.
         weight_decay: For Adam the decoupled weight decay of AdamW. For SGD the factor of the
             weights in the gradient, as usual; it is applied decoupled, divided by
             `1 − momentum`, which adds up to the same.
-        momentum: Momentum of SGD, 0.9 by default; `None` for Adam.
+        momentum: Nesterov momentum of SGD, 0.9 by default; `None` for Adam.
         augment: Whether training images are cropped at random, after padding by 4 pixels of zeros,
             and flipped horizontally at random.
         keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
             instead of starting each task anew. A new Adam moves every parameter by about the
             learning rate in its first steps, however small its gradient, and so forgets more.
+        mixup: If above 0, training examples are mixed in pairs, and their labels alike: a share m
+            of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup).
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -47,7 +51,8 @@ class Recipe:
     Reference:
         [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983), for the cosine;
         [Loshchilov & Hutter, 2019](https://arxiv.org/abs/1711.05101), for weight decay;
-        [He et al., 2016](https://arxiv.org/abs/1512.03385), section 4.2, for crops and flips.
+        [He et al., 2016](https://arxiv.org/abs/1512.03385), section 4.2, for crops and flips;
+        [Zhang et al., 2018](https://arxiv.org/abs/1710.09412), for mixup.
     """
 
     optimizer: str = "adam"
@@ -57,6 +62,8 @@ class Recipe:
     momentum: float | None = None
     augment: bool = False
     keep_state: bool = False
+    warmup: float = 0.0
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -83,18 +90,27 @@ class Recipe:
         object.__setattr__(self, "learning_rate", number("learning_rate", self.learning_rate, 0))
         if not self.learning_rate:
             raise ValueError("`learning_rate` must be above 0. Received: 0")
-        number("weight_decay", self.weight_decay, 0)
+        for name in ("weight_decay", "warmup", "mixup"):
+            number(name, getattr(self, name), 0)
+        if self.warmup and self.schedule != "cosine":
+            raise ValueError(
+                f"`warmup` is a setting of the schedule 'cosine'. Received: {self.warmup!r} with "
+                f"`schedule` {self.schedule!r}"
+            )
         if sgd:
             number("momentum", self.momentum, 0, 1, closed=False)
 
     def changed(self, **settings: Any) -> "Recipe":
         """This recipe with those settings that are not `None`.
 
-        Another optimizer has its own default learning rate and momentum.
+        Another optimizer has its own default learning rate and momentum, and a constant learning
+        rate no warm-up.
         """
         given = {name: value for name, value in settings.items() if value is not None}
         if given.get("optimizer", self.optimizer) != self.optimizer:
             given = {"learning_rate": None, "momentum": None} | given
+        if given.get("schedule") == "constant":
+            given = {"warmup": 0.0} | given
         return replace(self, **given)
 
     def rate(self) -> "float | CosineOfTask":
@@ -107,7 +123,20 @@ class Recipe:
         if self.momentum is None:
             return keras.optimizers.Adam(rate, weight_decay=self.weight_decay or None)
         decay = self.weight_decay / (1 - self.momentum)
-        return keras.optimizers.SGD(rate, self.momentum, weight_decay=decay or None)
+        return keras.optimizers.SGD(
+            rate, self.momentum, nesterov=self.momentum > 0, weight_decay=decay or None
+        )
+
+    @property
+    def changes_batches(self) -> bool:
+        """Whether training batches are changed at random."""
+        return self.augment or self.mixup > 0
+
+    def changed_batch(self, batch: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
+        """Augment and mix a training batch, `(x, y, …)`, as `seed` alone determines. Graph code."""
+        if self.augment:
+            batch = (cropped_and_flipped(batch[0], seed), *batch[1:])
+        return mixed(batch, self.mixup, seed) if self.mixup else batch
 
     def configuration(self) -> dict[str, Any]:
         """The learning rate, and the settings that are not the default ones, for result files."""
@@ -119,18 +148,22 @@ class Recipe:
             **({"weight_decay": self.weight_decay} if self.weight_decay else {}),
             **({"augment": "crop and flip"} if self.augment else {}),
             **({"keep_state": True} if self.keep_state else {}),
+            **({"warmup": self.warmup} if self.warmup else {}),
+            **({"mixup": self.mixup} if self.mixup else {}),
         }
 
     def __str__(self) -> str:
         """The recipe in words, as in reports."""
-        momentum = "" if self.momentum is None else f" (momentum {self.momentum:g})"
+        momentum = "" if self.momentum is None else f" (Nesterov momentum {self.momentum:g})"
         return ", ".join(
             [
                 f"{'SGD' if self.optimizer == 'sgd' else 'Adam'} {self.learning_rate:g}{momentum} "
                 f"{'kept from task to task' if self.keep_state else 'reset for each task'}",
+                *([f"rising for {self.warmup:g} epochs"] if self.warmup else []),
                 *(["falling to 0 by a cosine"] if self.schedule == "cosine" else []),
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),
                 *(["random crops and flips"] if self.augment else []),
+                *([f"mixup {self.mixup:g}"] if self.mixup else []),
             ]
         )
 
@@ -139,24 +172,34 @@ class Recipe:
 class CosineOfTask(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that falls from its first value to 0 by half a period of the cosine.
 
-    The number of steps can be assigned between tasks, without tracing the training step again.
+    The numbers of steps can be assigned between tasks, without tracing the training step again.
 
     Args:
-        learning_rate: The learning rate at the first step.
+        learning_rate: The learning rate at the first step, without a warm-up.
         steps: Number of steps after which it is 0.
+        warmup: Number of first steps in which it is multiplied by a factor that rises to 1.
     """
 
-    def __init__(self, learning_rate: float, steps: int = 1):
+    def __init__(self, learning_rate: float, steps: int = 1, warmup: int = 0):
         super().__init__()
         self.learning_rate = learning_rate
         self.steps = untracked(np.asarray(steps), "steps")
+        self.warmup = untracked(np.asarray(warmup), "warmup")
+
+    def begin_task(self, epochs: int, batches: int, warmup: float) -> None:
+        """Set the numbers of steps for a task of so many epochs of so many batches."""
+        self.steps.assign(epochs * batches)
+        self.warmup.assign(round(warmup * batches))
 
     def __call__(self, step: Any) -> Any:
-        share = ops.minimum(ops.cast(step, "float32") / self.steps.value, 1.0)
-        return self.learning_rate * 0.5 * (1.0 + ops.cos(np.pi * share))
+        step = ops.cast(step, "float32")
+        share = ops.minimum(step / self.steps.value, 1.0)
+        risen = ops.minimum((step + 1.0) / ops.maximum(self.warmup.value, 1.0), 1.0)
+        return self.learning_rate * risen * 0.5 * (1.0 + ops.cos(np.pi * share))
 
     def get_config(self) -> dict[str, Any]:
-        return {"learning_rate": self.learning_rate, "steps": int(np.asarray(self.steps))}
+        numbers = {n: int(np.asarray(getattr(self, n))) for n in ("steps", "warmup")}
+        return {"learning_rate": self.learning_rate, **numbers}
 
 
 def cropped_and_flipped(x: Any, seed: tf.Tensor) -> Any:
@@ -184,6 +227,28 @@ def cropped_and_flipped(x: Any, seed: tf.Tensor) -> Any:
         return tf.ensure_shape(result, images.shape)
 
     return tf.nest.map_structure(changed, x)
+
+
+def mixed(batch: tuple[Any, ...], mixup: float, seed: tf.Tensor) -> tuple[Any, ...]:
+    """Mix each example of a batch, and its label, with the next one, see `Recipe`. Graph code.
+
+    Args:
+        batch: `(x, y)` or `(x, y, sample_weight)`. Numbers that are not floats, as task ids, and
+            sample weights stay as they are.
+        mixup: The parameter of the distribution of the shares, above 0.
+        seed: Two integers that alone determine the share, which all pairs of the batch have.
+    """
+    drawn = tf.random.stateless_gamma((2,), seed, mixup, dtype="float64")
+    share = tf.cast(drawn[0] / tf.reduce_sum(drawn), "float32")
+
+    def changed(array: Any) -> tf.Tensor:
+        array = tf.convert_to_tensor(array)
+        if not array.dtype.is_floating:
+            return array
+        part = tf.cast(share, array.dtype)
+        return part * array + (1 - part) * tf.roll(array, 1, 0)
+
+    return (*tf.nest.map_structure(changed, batch[:2]), *batch[2:])
 
 
 def check_images(x: Any) -> None:

@@ -172,8 +172,12 @@ def run_sequence(
             f"with its task id. Received: {scenario.setting!r}"
         )
     _check_recipe(recipe, scenario, compile_settings or {})
+    loss: keras.losses.Loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if "loss" not in (compile_settings or {}):
         _check_classes(scenario)
+        if recipe.mixup:
+            scenario = scenario.one_hot()
+            loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     arguments = method.settings(strength)
     if method.graph and strength > 0:
         if not isinstance(scenario.tasks[0].train, (tuple, list)):
@@ -199,7 +203,7 @@ def run_sequence(
     optimizer = recipe.made_optimizer(rate)
     settings = {
         "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "loss": loss,
         "metrics": of_compile(measured),
         # For small networks the overhead of `fit` between two steps exceeds the step itself.
         "steps_per_execution": 64,
@@ -253,12 +257,13 @@ def run_sequence(
             technique.start(_drawn(seed, t))
         if isinstance(rate, CosineOfTask):
             size = model.workers.communicator.size
-            rate.steps.assign(epochs * _batches(task.train, batch_size, size))
+            batches = _batches(task.train, batch_size, size)
+            rate.begin_task(epochs, batches, recipe.warmup)
         progress.begin()
         if progress.epoch < epochs:
-            ordered = checkpoint_dir or model.workers.several or recipe.augment
+            ordered = checkpoint_dir or model.workers.several or recipe.changes_batches
             order = _drawn(seed, t) if ordered else None
-            data, own = _fit_arguments(model, task.train, batch_size, order, recipe.augment)
+            data, own = _fit_arguments(model, task.train, batch_size, order, recipe)
             shown = callbacks(t, task) if callbacks else []
             model.fit(
                 **data,
@@ -293,20 +298,28 @@ def run_sequence(
 
 def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:
     """Raise `ValueError` if a recipe has settings that would have no effect or no meaning."""
-    if "optimizer" in compile_settings and (
-        replace(recipe, augment=False, keep_state=False) != Recipe()
-    ):
+    of_data = replace(recipe, augment=False, mixup=0.0, keep_state=False)
+    if "optimizer" in compile_settings and of_data != Recipe():
         raise ValueError(
             "Give the optimizer and its learning rate in `recipe` or in `compile_settings`, not in "
             f"both. Received: {recipe}"
         )
     for task in scenario.tasks:
         arrays = isinstance(task.train, (tuple, list))
-        if recipe.augment and not arrays:
+        if recipe.changes_batches and not arrays:
+            name = "augment" if recipe.augment else "mixup"
             raise ValueError(
-                f"`augment` needs tasks of arrays. Task {task.name!r} is `tf.data`: augment it by "
+                f"`{name}` needs tasks of arrays. Task {task.name!r} is `tf.data`: change it by "
                 "its `map`."
             )
+        if recipe.mixup and "loss" in compile_settings:
+            labels = [np.asarray(part) for part in tf.nest.flatten(task.train[1])]
+            if any(part.dtype.kind != "f" for part in labels):
+                raise ValueError(
+                    "`mixup` mixes labels, which must be floats for a `loss` of your own, such as "
+                    f"one-hot vectors. Received, in task {task.name!r}: "
+                    f"{', '.join(str(part.dtype) for part in labels)}."
+                )
         if recipe.augment:
             check_images(task.train[0])
         if recipe.schedule == "cosine" and not arrays and int(task.train.cardinality()) < 0:
@@ -340,7 +353,7 @@ def _batches(data: Any, batch_size: int, workers: int) -> int:
 
 
 def _fit_arguments(
-    model: DWDModel, data: Any, batch_size: int, order: int | None, augment: bool
+    model: DWDModel, data: Any, batch_size: int, order: int | None, recipe: Recipe
 ) -> tuple[dict[str, Any], list[keras.callbacks.Callback]]:
     """The arguments of `fit` for a task's data, and the callbacks that this data needs.
 
@@ -349,7 +362,7 @@ def _fit_arguments(
         data: Training data of the task.
         batch_size: Batch size of all workers together.
         order: Seed that alone determines the order of the examples, or `None` for Keras' shuffling.
-        augment: Whether to augment the images, by draws that `order` alone determines too.
+        recipe: Says how batches are changed at random, by draws that `order` alone determines too.
     """
     communicator = model.workers.communicator
     if not isinstance(data, (tuple, list)):
@@ -369,7 +382,7 @@ def _fit_arguments(
         communicator.rank,
         communicator.size,
         order,
-        cropped_and_flipped if augment else None,
+        recipe.changed_batch if recipe.changes_batches else None,
     )
     return {"x": ordered.batches, "shuffle": False}, [ordered]
 

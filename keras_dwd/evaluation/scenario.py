@@ -94,6 +94,16 @@ class Scenario:
                 )
         return cls(name, sequence, setting, outputs, first[0] if first else None)
 
+    def one_hot(self) -> "Scenario":
+        """The same tasks with one-hot vectors in place of class numbers, in tasks of arrays."""
+
+        def encoded(data: Any) -> Any:
+            x, y, *weights = data
+            return (x, np.eye(self.outputs, dtype="float32")[np.asarray(y, "int64")], *weights)
+
+        tasks = [replace(t, train=encoded(t.train), test=encoded(t.test)) for t in self.tasks]
+        return replace(self, tasks=tuple(tasks))
+
     def holdout(self, fraction: float = 0.1, seed: int = 0) -> "Scenario":
         """The same tasks, with part of the *training* data held back in place of the test data.
 

@@ -73,7 +73,8 @@ def tune(
         or the average of the first metric, if it is another one.
     """
     for method in methods:  # raises for unknown names before anything runs
-        method_named(_base(method))
+        # Here and not first in threads: the first model of a class has Keras change the class.
+        method_named(_base(method)).configuration(1.0)
     experiment = Experiment(**settings)
     metric = experiment.measured[0]
     results: dict[str, Any] = {
