@@ -39,11 +39,11 @@ class Recipe:
         momentum: Nesterov momentum of SGD, 0.9 by default; `None` for Adam.
         augment: Whether training images are cropped at random, after padding by 4 pixels of zeros,
             and flipped horizontally at random.
+        mixup: If above 0, training examples are mixed in pairs, and their labels alike: a share m
+            of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup).
         keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
             instead of starting each task anew. A new Adam moves every parameter by about the
             learning rate in its first steps, however small its gradient, and so forgets more.
-        mixup: If above 0, training examples are mixed in pairs, and their labels alike: a share m
-            of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup).
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -61,9 +61,9 @@ class Recipe:
     weight_decay: float = 0.0
     momentum: float | None = None
     augment: bool = False
-    keep_state: bool = False
     warmup: float = 0.0
     mixup: float = 0.0
+    keep_state: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
