@@ -44,6 +44,15 @@ CLASS_SCENARIOS = {
     "split-mnist-class": {"scenario": "split:mnist", "tasks": 5, "setting": "class"},
     "split-cifar100-class": {"scenario": "split:cifar100", "tasks": 10, "setting": "class"},
 }
+# The forms of EWC: what is gained by the anchor, and by an optimizer that is not reset.
+EWC_SCENARIOS = {
+    "permuted-mnist-ewc": {
+        "scenario": "permuted:mnist",
+        "tasks": 5,
+        "epochs": 1,
+        "images_per_class": 1000,
+    },
+}
 TUNING_SEEDS = {
     "permuted-digits": (0, 1, 2),
     "split-digits": (0, 1, 2),
@@ -54,6 +63,7 @@ TUNING_SEEDS = {
     "split-digits-class": (0,),
     "split-mnist-class": (0,),
     "split-cifar100-class": (0,),
+    "permuted-mnist-ewc": (0,),
 }
 # All grids of a scenario have the same number of values over the same range of factors, placed so
 # that preliminary runs had their best values inside. The positions depend on the scale of the
@@ -92,6 +102,7 @@ GRIDS = {
 }
 GRIDS["split-mnist"] = GRIDS["split-digits-task"] = GRIDS["split-digits"]
 GRIDS["split-digits-class"] = GRIDS["split-mnist-class"] = GRIDS["split-digits"]
+GRIDS["permuted-mnist-ewc"] = GRIDS["permuted-mnist"]
 GRIDS["split-cifar100-class"] = GRIDS["split-cifar100"]
 METHODS = (
     *("ewc", "ewc:batch", "ewc:sampled", "ewc:influence", "ewc:negated", "online-ewc"),
@@ -101,6 +112,10 @@ METHODS = (
 CLASS_METHODS = (
     *("ewc", BEST_EWC, "ewc:influence", "dwd", "dwd-online", "lwf", "dwd-online+distill", "er"),
     "dwd-online+er",
+)
+EWC_METHODS = (
+    *("finetune+keep-state", "ewc", "ewc+keep-state", "online-ewc", BEST_EWC),
+    *("dwd-online", "dwd-online+keep-state"),
 )
 # DWD with all its defaults, λ included.
 DEFAULT = f"dwd-online{UNTOUCHED}"
@@ -128,7 +143,7 @@ def grid_of(method):
 
 
 def main():
-    known = SCENARIOS | CLASS_SCENARIOS
+    known = SCENARIOS | CLASS_SCENARIOS | EWC_SCENARIOS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenario", choices=known, nargs="+", default=list(known))
     parser.add_argument("--methods", nargs="*")
@@ -142,6 +157,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.scenario:
         usual = CLASS_METHODS if name in CLASS_SCENARIOS else METHODS
+        usual = EWC_METHODS if name in EWC_SCENARIOS else usual
         wanted = usual if options.methods is None else options.methods
         methods = [m for m in usual if m in wanted] + [m for m in wanted if m not in usual]
         if options.parts is not None and name in SCENARIOS:
