@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from misuse import CASES
 from retention import DEFAULT, METHODS, SCENARIOS
 
 from keras_dwd.evaluation.ablation import PARTS, compare
@@ -147,7 +148,7 @@ def misuse_table():
     """Table of ways to call `consolidate`, and what they lead to."""
     results = json.loads((RESULTS / "misuse.json").read_text())
     lines = [["`consolidate` is called", "old data, %", "new data, %"]]
-    lines += [[label, *_old_and_new(row)] for label, row in results["misuse"].items()]
+    lines += [[c, *_old_and_new(results["misuse"][c])] for c in CASES if c in results["misuse"]]
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
@@ -157,7 +158,10 @@ def examples_table():
     how = {"inputs": "inputs alone", "labelled": "with labels"}
     lines = [["examples", *(f"{of} data, {h}, %" for h in how.values() for of in ("old", "new"))]]
     for count, row in results["examples"].items():
-        lines.append([count, *(text for key in how for text in _old_and_new(row.get(key)))])
+        if row:
+            lines.append([count, *(text for key in how for text in _old_and_new(row.get(key)))])
+    if len(lines) == 1:
+        return "Not measured yet."
     return f"{rows(lines)}\n\nMeasured as: {results['protocol']}."
 
 
