@@ -43,6 +43,8 @@ VARIANTS = (
     "decay-0.5",
     "decay-0.8",
     "diagonal",
+    "damping-0",
+    "damping-1",
     "every-step",
     "pass",
     "decoupled",

@@ -37,8 +37,12 @@ def name_of(page):
 def run(code, names, where):
     """What the code prints."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, where, "exec"), names)
+    keras.config.disable_interactive_logging()  # no bar of progress
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, where, "exec"), names)
+    finally:
+        keras.config.enable_interactive_logging()
     return printed.getvalue()
 
 

@@ -67,11 +67,13 @@ CONSTRUCTORS = {
     "KroneckerFisher": {},
     "LayerGrouping": {},
     "LearningRateWarmup": {"epochs": 2},
+    "MetricMatrix": {"after": np.eye(2), "before": np.zeros(2)},
     "Recipe": {},
     "Responsibilities": {"array": np.array([[255, 0], [55, 200]], "uint8")},
     "SingleGroup": {},
     "SpectralGrouping": {},
     "TaskHeads": {"tasks": 2, "units": 3},
+    "TaskMetric": {"name": "loss"},
     "TaskNormalization": {"tasks": 2},
 }
 
@@ -81,7 +83,7 @@ def test_all_constructors_are_looked_at():
     others = {
         *("Communicator", "DWDModel", "Grouping", "HorovodCommunicator", "Method", "Partition"),
         *("PenaltyLogger", "Rule", "Scenario", "SequenceResult", "Strength", "Task", "TaskGraph"),
-        "Technique",
+        *("Technique", "ConsolidateOnTrainEnd", "EvaluatePastTasks", "StopOnForgetting"),
         *("LayerIO", "FileError", "BoundaryContext", "GroupingResult", "Parameters"),
     }
     assert set(PUBLIC) - others == set(CONSTRUCTORS)
