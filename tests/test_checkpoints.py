@@ -230,6 +230,7 @@ def test_a_damaged_newest_file_is_reported_and_the_one_before_it_used(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.long
 def test_checkpoints_of_something_else_are_refused(tmp_path):
     with pytest.raises(KilledError):
         run(tmp_path, at=(1, 0, 4))

@@ -130,6 +130,7 @@ def test_it_is_saved_with_what_it_learned(tmp_path):
     assert again.grouping.counts == [1, 1, 0]
 
 
+@pytest.mark.long
 def test_a_run_rewards_it_by_held_back_data():
     policy = GroupingPolicy(ARMS)
     settings = {"grouping": policy, "fisher": DiagonalFisher("batch")}

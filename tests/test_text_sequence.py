@@ -114,6 +114,7 @@ def test_validation_data_are_held_back_where_there_is_no_file(small, folder):
     assert "evaluated on validation data" in again.describe(1)["text"]
 
 
+@pytest.mark.long
 def test_equal_pretraining_is_done_once(tmp_path):
     said = []
     made = Pretraining("byte", size=SIZE, window=24)
@@ -210,6 +211,7 @@ def test_sequences_of_similar_length_are_batched_without_padding():
     assert firsts != sorted(firsts)  # the batches are in no order of length
 
 
+@pytest.mark.long
 def test_buckets_do_not_change_what_a_step_does():
     encoding, _, data = written(["ab", "c", "ddd", "e"])
     scenario = Scenario.from_tasks([("t", data, data)], outputs=encoding.tokenizer.size)
