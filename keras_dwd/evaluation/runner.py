@@ -32,6 +32,7 @@ from keras_dwd.evaluation.metric import (
 from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
+    check_floats,
     check_images,
     check_time_steps,
     cropped_and_flipped,
@@ -341,6 +342,8 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
                     f"one-hot vectors. Received, in task {task.name!r}: "
                     f"{', '.join(str(part.dtype) for part in labels)}."
                 )
+        if recipe.mixup:
+            check_floats(task.train[0])
         if recipe.augment:
             check_images(task.train[0])
         if recipe.bucket is not None:
