@@ -292,6 +292,28 @@ def test_inputs_that_cannot_be_mixed_are_refused():
         )
 
 
+def test_methods_that_replay_train_on_whole_sequences():
+    """Examples in the memory are longer than the batches that would be cut."""
+    x = np.ones((4, 6), "int32")
+    whole, half = (np.tile(np.arange(6.0) < n, (4, 1)).astype("float32") for n in (6, 2))
+    tasks = [(str(n), (x, x, w), (x, x, w)) for n, w in enumerate((whole, half))]
+    result = run_sequence(
+        lambda _: keras.Sequential(
+            [keras.Input((6,), dtype="int32"), keras.layers.Embedding(2, 2)]
+        ),
+        Scenario.from_tasks(tasks, outputs=2),
+        "er",
+        metrics=["loss"],
+        recipe=Recipe(bucket=2),
+        epochs=1,
+        batch_size=4,
+        compile_settings={
+            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        },
+    )
+    assert result.model.tasks_learned == 2
+
+
 def test_training_examples_are_mixed_and_test_data_are_not():
     seen = []
 

@@ -48,7 +48,8 @@ class Recipe:
             learning rate in its first steps, however small its gradient, and so forgets more.
         bucket: For sequences that are padded at their ends, with a sample weight for each time
             step: those of similar length are trained on together, without the padding beyond a
-            multiple of this number of time steps. `None` for other data.
+            multiple of this number of time steps. `None` for other data. Methods that replay
+            earlier examples train on whole sequences.
 
     Raises:
         ValueError: If a setting is not one of those above.

@@ -29,6 +29,7 @@ from keras_dwd.evaluation.metric import (
     of_compile,
     task_metrics,
 )
+from keras_dwd.evaluation.peers import Replay
 from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
@@ -207,6 +208,8 @@ def run_sequence(
     if method.task_norm:
         network = with_task_normalization(network, len(scenario.tasks))
     technique = method.technique and method.technique(strength)
+    if isinstance(technique, Replay):  # replayed examples are as long as they were given
+        recipe = replace(recipe, bucket=None)
     kind = TechniqueModel if technique else DWDModel
     model = kind.from_model(network, **arguments)
     if isinstance(model, TechniqueModel):
