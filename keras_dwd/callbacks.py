@@ -20,6 +20,17 @@ __all__ = [
 ]
 
 
+# Parts of the names of metrics of which less is better, or more.
+_FALL = (
+    *("loss", "error", "perplexity", "entropy", "divergence", "hinge", "poisson", "false"),
+    *("mae", "mse", "mape", "msle", "kld", "logcosh", "log_cosh"),
+)
+_RISE = (
+    *("acc", "auc", "precision", "recall", "f1", "fbeta", "score", "iou", "io_u", "true"),
+    *("similarity", "specificity", "sensitivity", "r2"),
+)
+
+
 class PenaltyLogger(keras.callbacks.Callback):
     """Adds what the pull of a `DWDModel` does to the logs of each epoch.
 
@@ -156,7 +167,7 @@ class StopOnForgetting(EvaluatePastTasks):
         most: The largest loss ≥ 0 in `monitor`, averaged over the tasks, that is allowed.
         monitor: The metric.
         mode: `"max"` if more is better, `"min"` if less is, `"auto"` to tell by the name: less is
-            better of what is called a loss or an error.
+            better of what is called a loss, an error or `mae`, more of an accuracy.
         restore_weights: Whether to restore the weights of the last epoch that lost no more than
             that, or those before training if there was none.
         every: See `EvaluatePastTasks`.
@@ -164,6 +175,10 @@ class StopOnForgetting(EvaluatePastTasks):
 
     Attributes:
         stopped_epoch: The epoch in which training was stopped, or `None`.
+
+    Raises:
+        ValueError: If the name of `monitor` does not tell whether more or less of it is better, and
+            `mode` is `"auto"`.
 
     Example:
 
@@ -188,8 +203,7 @@ class StopOnForgetting(EvaluatePastTasks):
             raise ValueError(f"`mode` must be 'auto', 'max' or 'min'. Received: {mode!r}")
         self.most = number("most", most, 0)
         self.monitor = monitor
-        falls = any(word in monitor.lower() for word in ("loss", "error", "perplexity"))
-        self.mode = ("min" if falls else "max") if mode == "auto" else mode
+        self.mode = _direction(monitor) if mode == "auto" else mode
         self.restore_weights = restore_weights
         self.stopped_epoch: int | None = None
 
@@ -227,6 +241,18 @@ class StopOnForgetting(EvaluatePastTasks):
 
     def _weights(self) -> list[np.ndarray]:
         return [np.array(v) for v in self.model.weights] if self.restore_weights else []
+
+
+def _direction(monitor: str) -> str:
+    """Whether more of a metric is better, `"max"`, or less, `"min"`, by the end of its name."""
+    name = monitor.lower()
+    falls, rises = (max(name.rfind(word) for word in words) for words in (_FALL, _RISE))
+    if falls == rises:
+        raise ValueError(
+            f"`mode` must be 'max' or 'min' for the `monitor` {monitor!r}, whose name does not "
+            "tell whether more of it is better. Received: 'auto'"
+        )
+    return "min" if falls > rises else "max"
 
 
 class ConsolidateOnTrainEnd(keras.callbacks.Callback):

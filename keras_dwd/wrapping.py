@@ -100,7 +100,7 @@ def _differs_from_initial(model: keras.Model) -> bool:
     """Whether all weights that layers create as zeros, and at least two, have other values.
 
     So new models have only what their user has set, and models with a new head are no finished
-    ones.
+    ones. Of weights that are all frozen nothing can be forgotten.
     """
     zeros = [
         getattr(layer, name)
@@ -110,7 +110,9 @@ def _differs_from_initial(model: keras.Model) -> bool:
         if isinstance(getattr(layer, f"{name}_initializer", None), keras.initializers.Zeros)
         and getattr(layer, name, None) is not None
     ]
-    return len(zeros) > 1 and all(np.asarray(v, "float32").any() for v in zeros)
+    if len(zeros) < 2 or not any(v.trainable for v in zeros):
+        return False
+    return all(np.asarray(v, "float32").any() for v in zeros)
 
 
 def _inputs_as_built(model: keras.Model) -> Any:

@@ -260,7 +260,7 @@ def test_the_learning_rate_rises_and_falls():
 def test_examples_and_labels_are_mixed_alike():
     rng = np.random.default_rng(0)
     x, y = rng.random((6, 3)).astype("float32"), np.eye(6, dtype="float32")
-    ids, weights = np.arange(6), np.arange(6.0)
+    ids, weights = np.full(6, 2), np.arange(6.0)
     shares = []
     for seed in range(200):
         (found, same_ids), labels, same_weights = mixed(((x, ids), y, weights), 0.2, (seed, 1))
@@ -272,6 +272,46 @@ def test_examples_and_labels_are_mixed_alike():
         again = mixed(((x, ids), y, weights), 0.2, (seed, 1))
         np.testing.assert_array_equal(again[1], labels)
     assert kstest(shares, beta(0.2, 0.2).cdf).pvalue > 0.01
+
+
+def test_examples_of_different_tasks_are_not_mixed():
+    """As in joint training: the label of one is none of the head of the other."""
+    x, y, ids = np.arange(4.0)[:, None], np.eye(4), np.array([0, 0, 1, 1])
+    for seed in range(5):
+        (found, _), labels = mixed(((x, ids), y), 0.5, (seed, 1))
+        np.testing.assert_array_equal(labels[0::2], y[0::2])
+        assert np.all(np.asarray(labels)[[1, 3], [1, 3]] < 1)
+        np.testing.assert_allclose(found, np.asarray(labels) @ x)
+
+
+def test_inputs_that_cannot_be_mixed_are_refused():
+    tasks = [("a", ((255 * x).astype("uint8"), y), (x, y)) for x, y in [images(24, 0)]]
+    with pytest.raises(ValueError, match="inputs, which must be floats"):
+        run_sequence(
+            network, Scenario.from_tasks(tasks, outputs=3), CHEAP, recipe=Recipe(mixup=0.2)
+        )
+
+
+def test_methods_that_replay_train_on_whole_sequences():
+    """Examples in the memory are longer than the batches that would be cut."""
+    x = np.ones((4, 6), "int32")
+    whole, half = (np.tile(np.arange(6.0) < n, (4, 1)).astype("float32") for n in (6, 2))
+    tasks = [(str(n), (x, x, w), (x, x, w)) for n, w in enumerate((whole, half))]
+    result = run_sequence(
+        lambda _: keras.Sequential(
+            [keras.Input((6,), dtype="int32"), keras.layers.Embedding(2, 2)]
+        ),
+        Scenario.from_tasks(tasks, outputs=2),
+        "er",
+        metrics=["loss"],
+        recipe=Recipe(bucket=2),
+        epochs=1,
+        batch_size=4,
+        compile_settings={
+            "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        },
+    )
+    assert result.model.tasks_learned == 2
 
 
 def test_training_examples_are_mixed_and_test_data_are_not():

@@ -68,6 +68,13 @@ def with_a_new_head():
     return keras.Sequential([keras.Input((6,)), body, layers.Dense(3)])
 
 
+def on_a_frozen_body():
+    """All biases are those of the body, which cannot forget."""
+    body = trained()
+    body.trainable = False
+    return keras.Sequential([keras.Input((6,)), body, layers.Dense(3, use_bias=False)])
+
+
 def recurrent():
     inputs = keras.Input((6,))
     x = layers.LSTM(3)(layers.Reshape((6, 1))(inputs))
@@ -75,7 +82,13 @@ def recurrent():
 
 
 @pytest.mark.parametrize(
-    "build", sweep([fresh, with_a_bias_set, with_a_new_head, recurrent], fresh, with_a_new_head)
+    "build",
+    sweep(
+        [fresh, with_a_bias_set, with_a_new_head, on_a_frozen_body, recurrent],
+        fresh,
+        with_a_new_head,
+        on_a_frozen_body,
+    ),
 )
 def test_new_models_are_not_noticed(build):
     compiled(build()).fit(*blobs(), verbose=0)  # warnings are errors
@@ -300,7 +313,15 @@ def compiled_accuracy(model, values, x, y):
 
 
 def test_what_to_monitor_is_checked():
-    assert StopOnForgetting({"old": blobs()}, monitor="loss").mode == "min"
+    for mode, names in {
+        "min": ("loss", "head_loss", "mae", "mse", "root_mean_squared_error", "false_positives"),
+        "max": ("accuracy", "loss_accuracy", "auc", "sparse_top_k_categorical_accuracy", "f1"),
+    }.items():
+        for name in names:
+            assert StopOnForgetting({"old": blobs()}, monitor=name).mode == mode, name
+    with pytest.raises(ValueError, match=r"`mode` must be .* `monitor` 'own'"):
+        StopOnForgetting({"old": blobs()}, monitor="own")
+    assert StopOnForgetting({"old": blobs()}, monitor="own", mode="max").mode == "max"
     stop = StopOnForgetting({"old": blobs()}, monitor="auc")
     with pytest.raises(ValueError, match=r"one of accuracy, loss\. Received: 'auc'"):
         compiled().fit(*blobs(), verbose=0, callbacks=[stop])

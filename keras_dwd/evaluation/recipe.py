@@ -41,13 +41,15 @@ class Recipe:
         augment: Whether training images are cropped at random, after padding by 4 pixels of zeros,
             and flipped horizontally at random.
         mixup: If above 0, training examples are mixed in pairs, and their labels alike: a share m
-            of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup).
+            of one and 1 − m of the other, with m from the distribution Beta(mixup, mixup). Pairs
+            of different tasks, as in joint training with task ids, are not mixed.
         keep_state: Whether the optimizer keeps its state, such as Adam's moments, from task to task
             instead of starting each task anew. A new Adam moves every parameter by about the
             learning rate in its first steps, however small its gradient, and so forgets more.
         bucket: For sequences that are padded at their ends, with a sample weight for each time
             step: those of similar length are trained on together, without the padding beyond a
-            multiple of this number of time steps. `None` for other data.
+            multiple of this number of time steps. `None` for other data. Methods that replay
+            earlier examples train on whole sequences.
 
     Raises:
         ValueError: If a setting is not one of those above.
@@ -258,25 +260,42 @@ def check_time_steps(task: Task) -> None:
 
 
 def mixed(batch: tuple[Any, ...], mixup: float, seed: tf.Tensor) -> tuple[Any, ...]:
-    """Mix each example of a batch, and its label, with the next one, see `Recipe`. Graph code.
+    """Mix each example of a batch, and its label, with another one, see `Recipe`. Graph code.
 
     Args:
         batch: `(x, y)` or `(x, y, sample_weight)`. Numbers that are not floats, as task ids, and
-            sample weights stay as they are.
+            sample weights stay as they are. Pairs that differ in such numbers are not mixed: of
+            two tasks, the label of one is none of the head of the other.
         mixup: The parameter of the distribution of the shares, above 0.
         seed: Two integers that alone determine the share, which all pairs of the batch have.
     """
     drawn = tf.random.stateless_gamma((2,), seed, mixup, dtype="float64")
     share = tf.cast(drawn[0] / tf.reduce_sum(drawn), "float32")
+    examples = tf.nest.map_structure(tf.convert_to_tensor, batch[:2])
+    alike = tf.ones(tf.shape(tf.nest.flatten(examples)[0])[:1], "bool")
+    for array in tf.nest.flatten(examples):
+        if not array.dtype.is_floating:
+            same = tf.reshape(array == tf.roll(array, 1, 0), (tf.shape(array)[0], -1))
+            alike &= tf.reduce_all(same, 1)
+    shares = tf.where(alike, share, 1.0)
 
-    def changed(array: Any) -> tf.Tensor:
-        array = tf.convert_to_tensor(array)
+    def changed(array: tf.Tensor) -> tf.Tensor:
         if not array.dtype.is_floating:
             return array
-        part = tf.cast(share, array.dtype)
+        part = tf.reshape(tf.cast(shares, array.dtype), [-1] + [1] * (len(array.shape) - 1))
         return part * array + (1 - part) * tf.roll(array, 1, 0)
 
-    return (*tf.nest.map_structure(changed, batch[:2]), *batch[2:])
+    return (*tf.nest.map_structure(changed, examples), *batch[2:])
+
+
+def check_floats(x: Any) -> None:
+    """Raise `ValueError` if no array in the structure `x` holds floats, which `mixup` mixes."""
+    dtypes = [np.asarray(array).dtype for array in tf.nest.flatten(x)]
+    if not any(tf.as_dtype(dtype).is_floating for dtype in dtypes):
+        raise ValueError(
+            "`mixup` mixes inputs, which must be floats. Received inputs of dtype "
+            f"{', '.join(map(str, dtypes))}."
+        )
 
 
 def check_images(x: Any) -> None:

@@ -29,9 +29,11 @@ from keras_dwd.evaluation.metric import (
     of_compile,
     task_metrics,
 )
+from keras_dwd.evaluation.peers import Replay
 from keras_dwd.evaluation.recipe import (
     CosineOfTask,
     Recipe,
+    check_floats,
     check_images,
     check_time_steps,
     cropped_and_flipped,
@@ -206,6 +208,8 @@ def run_sequence(
     if method.task_norm:
         network = with_task_normalization(network, len(scenario.tasks))
     technique = method.technique and method.technique(strength)
+    if isinstance(technique, Replay):  # replayed examples are as long as they were given
+        recipe = replace(recipe, bucket=None)
     kind = TechniqueModel if technique else DWDModel
     model = kind.from_model(network, **arguments)
     if isinstance(model, TechniqueModel):
@@ -341,6 +345,8 @@ def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str
                     f"one-hot vectors. Received, in task {task.name!r}: "
                     f"{', '.join(str(part.dtype) for part in labels)}."
                 )
+        if recipe.mixup:
+            check_floats(task.train[0])
         if recipe.augment:
             check_images(task.train[0])
         if recipe.bucket is not None:
