@@ -82,6 +82,16 @@ def test_a_dry_run_tells_sizes_and_trains_nothing(monkeypatch):
         assert str(len(task.train[1])) in shown
     assert f"{built.protocol.build(built.built).count_params():,} parameters" in shown
     assert "runs of" in " ".join(invoke("tune", *arguments, "--dry-run").output.split())
+    one = invoke("run", *arguments[:2], "--methods", "dwd", "--seeds", 1, "--dry-run").output
+    assert "1 method: dwd (λ = 200); 1 seed, 1 run of" in " ".join(one.split())
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+@pytest.mark.parametrize("given", [("--seeds", 0), ("--methods", ",")])
+def test_a_dry_run_refuses_what_the_run_would(command, given):
+    refused = invoke(command, "--scenario", "split:digits", *given, "--dry-run")
+    assert isinstance(refused.exception, ValueError)
+    assert f"`{given[0]}` must" in str(refused.exception)
 
 
 # An interruption.

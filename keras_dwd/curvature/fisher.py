@@ -235,12 +235,12 @@ class Fisher(FixedSettings):
             raise ValueError(
                 "There is no online Fisher estimate: with `gamma=None`, as in `ewc` and "
                 "`online_ewc`, the Fisher information is estimated from data. Call "
-                "`consolidate((x, y))` with the data of the task."
+                "`consolidate(x, y)` with the data of the task."
             )
         if weight == 0:
             raise ValueError(
                 "There is no online Fisher estimate: the model was not trained since the last "
-                "boundary. Train it first, or pass `data` to `consolidate`."
+                "boundary. Train it first, or pass a sample of the data: `consolidate(x, y)`."
             )
         if self.estimator == "adam":
             assert variables is not None

@@ -104,8 +104,8 @@ def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -
     parameters = experiment.protocol.build(experiment.built).count_params()
     known = ", ".join(f"{n} (λ = {s:g})" if s else n for n, s in strengths.items())
     made.caption = (
-        f"{parameters:,} parameters; {len(strengths)} methods: {known}; {seeds} "
-        f"seed{'' if seeds == 1 else 's'}, {len(strengths) * seeds} runs of {steps:,} steps"
+        f"{parameters:,} parameters; {_count(len(strengths), 'method')}: {known}; "
+        f"{_count(seeds, 'seed')}, {_count(len(strengths) * seeds, 'run')} of {steps:,} steps"
     )
     return made
 
@@ -126,6 +126,10 @@ def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
         table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
         table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
     return table
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'' if number == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:
