@@ -112,7 +112,7 @@ def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
     """Table of a `Plan`: what each worker needs, one use per row."""
-    title = f"{made.parameters:,} parameters, {made.workers} workers, {curvature}"
+    title = f"{made.parameters:,} parameters, {_count(made.workers, 'worker')}, {curvature}"
     table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
     table.add_column("of each worker")
     table.add_column("", justify="right")
