@@ -90,8 +90,8 @@ def warn_of_nothing_held(model: keras.Model, trained: bool) -> None:
     reason = "was trained" if trained else "got its weights"
     warnings.warn(
         f"The model {model.name!r} {reason} before this `fit`, and nothing is consolidated: what "
-        "it knows will be forgotten. To keep it, call `model.consolidate(x, y)` with a sample of "
-        "the data it was trained on, before `fit`. If it is to be forgotten, set `strength=0`.",
+        "it knows will be forgotten. To keep it, call `model.consolidate(x)` with a sample of the "
+        "inputs it was trained on, before `fit`. If it is to be forgotten, set `strength=0`.",
         stacklevel=4,
     )
 

@@ -230,7 +230,8 @@ def test_a_task_model_keeps_what_it_can_do(tmp_path):
     assert isinstance(model, DWDModel)
     assert said(model) == before
     assert model.backbone is task.backbone
-    model.fit(TEXTS, batch_size=3, verbose=0, validation_data=(TEXTS,))
+    with pytest.warns(UserWarning, match="got its weights before this `fit`"):
+        model.fit(TEXTS, batch_size=3, verbose=0, validation_data=(TEXTS,))
     assert model.evaluate(TEXTS, verbose=0)[0] > 0
     assert model.predict(TEXTS, verbose=0).shape == (3, 8, 6)
     model.consolidate(TEXTS)
