@@ -82,7 +82,8 @@ def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
     One seed has no deviation.
     """
     if key.startswith("steps"):
-        return f"{metric['mean']:.0f}"
+        rate = metric["mean"]
+        return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # never 0 for a slow one
     factor, mean, deviation = (100, ".1f", ".1f") if percent else (1, ".3g", ".2g")
     shown = f"{factor * metric['mean']:{mean}}"
     if len(metric["per_seed"]) == 1:
