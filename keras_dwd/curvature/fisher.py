@@ -336,7 +336,7 @@ class Fisher(FixedSettings):
         examples = tf.cast(count, "float32")
         if self.estimator == "adam":
             raise ValueError(
-                "The estimator 'adam' is made by training alone, not in a pass: leave `data` out."
+                "The estimator 'adam' is made by training alone, not in a pass: leave `x` out."
             )
         if self.estimator == "batch":
             return self._mean_gradient_statistics(model, variables, batch, scale)
@@ -632,7 +632,7 @@ class Fisher(FixedSettings):
         return (
             "the loss of a single example has no gradient at the weights. If the loss compares the "
             f"examples of a batch, {_USE_BATCH}. If all examples are learned perfectly, leave "
-            "`data` out, to use the estimate made while they were learned."
+            "`x` and `y` out, to use the estimate made while they were learned."
         )
 
     @property
