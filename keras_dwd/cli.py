@@ -60,7 +60,7 @@ def run(
     """`keras-dwd run`."""
     console = Console(stderr=as_json)
     experiment = Experiment(**_settings(context))
-    names = _names(methods)
+    names = _methods(methods)
     strengths = _strengths(strength, names)
     _check_out(out)
     _check_report(report)
@@ -72,6 +72,7 @@ def run(
             f"`--checkpoint-dir` {str(checkpoint_dir)!r} holds the progress of a run: go on with "
             "`--resume`, or name another folder."
         )
+    integer("--seeds", seeds, 1)
     if dry_run:
         known = {name: strengths.get(name, method_named(name).strength) for name in names}
         _show_plan(experiment, known, seeds)
@@ -128,7 +129,7 @@ def _tell_how_to_go_on(
 
 def tune(context: typer.Context, methods: str, **given: Any) -> None:
     """`keras-dwd tune`."""
-    _tuned(_settings(context), _names(methods), **given)
+    _tuned(_settings(context), _methods(methods), **given)
 
 
 def ablate(context: typer.Context, parts: str, **given: Any) -> None:
@@ -182,7 +183,7 @@ def report(results: list[Path], out: Path) -> None:
 
     _check_file("--out", out)
     write_report(out, results)
-    Console().print(f"Written: {out}", highlight=False)
+    Console().print(f"Written: {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
@@ -279,6 +280,13 @@ def _names(methods: str) -> list[str]:
     return [name.strip() for name in methods.split(",") if name.strip()]
 
 
+def _methods(given: str) -> list[str]:
+    names = _names(given)
+    if not names:
+        raise ValueError(f"`--methods` must name at least one. Received: {given!r}")
+    return names
+
+
 def _check_out(out: Path | None) -> None:
     if out is not None:
         _check_file("--out", out)
@@ -295,7 +303,9 @@ def _write_report(report: Path | None, results: dict[str, Any]) -> None:
         from keras_dwd.page import write_report
 
         write_report(report, results)
-        Console(stderr=True).print(f"Report: {report}", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"Report: {report}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _check_file(option: str, path: Path) -> None:
@@ -309,7 +319,8 @@ def _show_plan(experiment: Experiment, strengths: dict[str, float], seeds: int) 
     """What would be run, for `--dry-run`."""
     console = Console()
     console.print(dry_table(experiment, strengths, seeds))
-    console.print(experiment.describe(seeds)["text"], style="dim", highlight=False)
+    text = experiment.describe(seeds)["text"]
+    console.print(text, style="dim", highlight=False, markup=False)
 
 
 def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
@@ -317,7 +328,8 @@ def _show(results: dict[str, Any], as_json: bool, console: Console) -> None:
         print(json.dumps(results, indent=1))
     else:
         console.print(table(results))
-        console.print(results["protocol"]["text"], style="dim", highlight=False)
+        text = results["protocol"]["text"]
+        console.print(text, style="dim", highlight=False, markup=False)
 
 
 def _strengths(option: str | None, methods: list[str]) -> dict[str, float]:

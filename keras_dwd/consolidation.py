@@ -297,8 +297,8 @@ class Consolidation:
             if self.fisher.online and self._held_paths(model) - built_for:
                 raise ValueError(
                     "There is no online Fisher estimate of variables whose `strength` was raised "
-                    "from 0 since the last call of `fit`. Call `fit` first, or pass `data` to "
-                    "`consolidate`."
+                    "from 0 since the last call of `fit`. Call `fit` first, or pass a sample of "
+                    "the data: `consolidate(x, y)`."
                 )
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
             summed = self.fisher.estimator == "adam" and sums_examples(model)

@@ -116,7 +116,7 @@ class DWDModel(CloneAware):
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     for x, y in tasks:
         model.fit(x, y, epochs=10)
-        model.consolidate((x, y))
+        model.consolidate(x, y)
     ```
     """
 

@@ -38,7 +38,7 @@ def ewc(strength: float = 100.0) -> Settings:
     model = DWDModel.from_model(network, **keras_dwd.ewc(strength=100.0))
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(x, y)
-    model.consolidate((x, y))
+    model.consolidate(x, y)
     ```
 
     Reference:
@@ -65,7 +65,7 @@ def online_ewc(strength: float = 100.0, decay: float = 0.9) -> Settings:
     model = DWDModel.from_model(network, **keras_dwd.online_ewc(strength=100.0))
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(x, y)
-    model.consolidate((x, y))
+    model.consolidate(x, y)
     ```
 
     Reference:

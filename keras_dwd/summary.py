@@ -63,7 +63,7 @@ class ConsolidationSummary:
     Example:
 
     ```python
-    found = model.consolidate((x, y))
+    found = model.consolidate(x, y)
     print(found)
     print(found.layers[0].name, found.layers[0].share)
     ```

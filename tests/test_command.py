@@ -23,6 +23,7 @@ from keras_dwd.evaluation.methods import METHODS, VARIANTS
 from keras_dwd.evaluation.plan import CURVATURES
 from keras_dwd.evaluation.profiles import NETWORKS
 from keras_dwd.evaluation.recipe import OPTIMIZERS
+from keras_dwd.evaluation.report import cell
 from keras_dwd.evaluation.runner import SequenceResult
 from keras_dwd_command import options
 
@@ -82,6 +83,21 @@ def test_a_dry_run_tells_sizes_and_trains_nothing(monkeypatch):
         assert str(len(task.train[1])) in shown
     assert f"{built.protocol.build(built.built).count_params():,} parameters" in shown
     assert "runs of" in " ".join(invoke("tune", *arguments, "--dry-run").output.split())
+    one = invoke("run", *arguments[:2], "--methods", "dwd", "--seeds", 1, "--dry-run").output
+    assert "1 method: dwd (λ = 200); 1 seed, 1 run of" in " ".join(one.split())
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+@pytest.mark.parametrize("given", [("--seeds", 0), ("--methods", ",")])
+def test_a_dry_run_refuses_what_the_run_would(command, given):
+    refused = invoke(command, "--scenario", "split:digits", *given, "--dry-run")
+    assert isinstance(refused.exception, ValueError)
+    assert f"`{given[0]}` must" in str(refused.exception)
+
+
+def test_a_slow_rate_is_not_shown_as_zero():
+    rates = [{"mean": mean, "per_seed": [mean]} for mean in (1234.4, 9.6, 0.0512)]
+    assert [cell("steps_per_second_with_boundaries", r) for r in rates] == ["1234", "9.6", "0.051"]
 
 
 # An interruption.

@@ -367,7 +367,7 @@ def test_adams_second_moment_needs_a_decoupled_pull_and_no_data():
     model.fit(*blobs(), verbose=0)
     with pytest.raises(ValueError, match="around Adam"):
         model.consolidate()
-    with pytest.raises(ValueError, match="leave `data` out"):
+    with pytest.raises(ValueError, match="leave `x` out"):
         model.consolidate(blobs())
     assert model.tasks_learned == 0
 

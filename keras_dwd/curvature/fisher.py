@@ -235,12 +235,12 @@ class Fisher(FixedSettings):
             raise ValueError(
                 "There is no online Fisher estimate: with `gamma=None`, as in `ewc` and "
                 "`online_ewc`, the Fisher information is estimated from data. Call "
-                "`consolidate((x, y))` with the data of the task."
+                "`consolidate(x, y)` with the data of the task."
             )
         if weight == 0:
             raise ValueError(
                 "There is no online Fisher estimate: the model was not trained since the last "
-                "boundary. Train it first, or pass `data` to `consolidate`."
+                "boundary. Train it first, or pass a sample of the data: `consolidate(x, y)`."
             )
         if self.estimator == "adam":
             assert variables is not None
@@ -336,7 +336,7 @@ class Fisher(FixedSettings):
         examples = tf.cast(count, "float32")
         if self.estimator == "adam":
             raise ValueError(
-                "The estimator 'adam' is made by training alone, not in a pass: leave `data` out."
+                "The estimator 'adam' is made by training alone, not in a pass: leave `x` out."
             )
         if self.estimator == "batch":
             return self._mean_gradient_statistics(model, variables, batch, scale)
@@ -632,7 +632,7 @@ class Fisher(FixedSettings):
         return (
             "the loss of a single example has no gradient at the weights. If the loss compares the "
             f"examples of a batch, {_USE_BATCH}. If all examples are learned perfectly, leave "
-            "`data` out, to use the estimate made while they were learned."
+            "`x` and `y` out, to use the estimate made while they were learned."
         )
 
     @property

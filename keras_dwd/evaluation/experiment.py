@@ -102,8 +102,8 @@ class Experiment:
         if kind not in (*KINDS, TEXT) or not name:
             known = ", ".join(f"{k}:NAME" for k in KINDS)
             raise ValueError(
-                f"Unknown scenario {self.scenario!r}. Known: {known}, with NAME digits or a tfds "
-                f"classification data set, and {TEXT}:TASK,TASK…"
+                f"Unknown scenario {self.scenario!r}. Known: {known}, with NAME digits, a tfds "
+                f"classification data set or the path of your own data, and {TEXT}:TASK,TASK…"
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs}")

@@ -82,7 +82,8 @@ def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
     One seed has no deviation.
     """
     if key.startswith("steps"):
-        return f"{metric['mean']:.0f}"
+        rate = metric["mean"]
+        return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # never 0 for a slow one
     factor, mean, deviation = (100, ".1f", ".1f") if percent else (1, ".3g", ".2g")
     shown = f"{factor * metric['mean']:{mean}}"
     if len(metric["per_seed"]) == 1:
@@ -104,15 +105,15 @@ def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -
     parameters = experiment.protocol.build(experiment.built).count_params()
     known = ", ".join(f"{n} (λ = {s:g})" if s else n for n, s in strengths.items())
     made.caption = (
-        f"{parameters:,} parameters; {len(strengths)} methods: {known}; {seeds} "
-        f"seed{'' if seeds == 1 else 's'}, {len(strengths) * seeds} runs of {steps:,} steps"
+        f"{parameters:,} parameters; {_count(len(strengths), 'method')}: {known}; "
+        f"{_count(seeds, 'seed')}, {_count(len(strengths) * seeds, 'run')} of {steps:,} steps"
     )
     return made
 
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
     """Table of a `Plan`: what each worker needs, one use per row."""
-    title = f"{made.parameters:,} parameters, {made.workers} workers, {curvature}"
+    title = f"{made.parameters:,} parameters, {_count(made.workers, 'worker')}, {curvature}"
     table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
     table.add_column("of each worker")
     table.add_column("", justify="right")
@@ -126,6 +127,10 @@ def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
         table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
         table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
     return table
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'' if number == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:

@@ -85,9 +85,7 @@ class BoundaryPass:
                     if bar is not None:
                         bar.update(examples, finalize=False)
                 if not examples:
-                    raise ValueError(
-                        "`data` is empty: there is nothing to estimate the Fisher from."
-                    )
+                    raise ValueError("`x` is empty: there is nothing to estimate the Fisher from.")
                 if fisher.compares_examples:
                     fisher.refuse_coupling()
                 if fisher.contradicts:

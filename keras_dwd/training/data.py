@@ -202,7 +202,7 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
         lengths = {_length(a) for a in leaves(parts)}
         if len(lengths) != 1:
             raise ValueError(
-                f"`data` must hold as many labels as examples. Received {sorted(lengths)}."
+                f"`x` and `y` must hold as many examples as each other. Received {sorted(lengths)}."
             )
         for start in range(0, lengths.pop(), batch_size):
             piece = partial(_piece, start=start, stop=start + batch_size)
