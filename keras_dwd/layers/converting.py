@@ -100,7 +100,9 @@ class _Conversion:
             (model.inputs[0], model.outputs[0]) if sequential else (model.input, model.output)
         )
         if not any(tensor.name == _TASK for tensor in model.inputs):
-            inputs = _with_task(inputs, keras.Input((), dtype="int32", name=_TASK))
+            task = keras.Input((), dtype="int32", name=_TASK)
+            keras.layers.Identity()(task)  # Keras 3.10 refuses an input that leads nowhere
+            inputs = _with_task(inputs, task)
         # With the task among the inputs already, though no layer takes it yet.
         source = keras.Model(inputs, outputs, name=model.name)
         fresh = {
