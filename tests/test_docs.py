@@ -243,7 +243,8 @@ def test_the_wheel_works_without_the_source_tree(tmp_path):
         "import keras, keras_dwd, pathlib; from keras_dwd import DWDModel; "
         "network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]); "
         "model = DWDModel.from_model(network); model.compile('adam', 'mse'); "
-        "x = keras.ops.ones((8, 2)); model.consolidate(x); model.fit(x, x[:, :1], verbose=0); "
+        "x = keras.ops.ones((8, 2)); model.consolidate(x, verbose=0); "
+        "model.fit(x, x[:, :1], verbose=0); "
         "print(model.tasks_learned, keras_dwd.__file__, pathlib.Path(keras_dwd.__file__)"
         ".with_name('py.typed').exists())"
     )

@@ -212,6 +212,7 @@ def run_sequence(
         recipe = replace(recipe, bucket=None)
     kind = TechniqueModel if technique else DWDModel
     model = kind.from_model(network, **arguments)
+    model._wraps_trained = None  # what the network knows before is no task of the scenario
     if isinstance(model, TechniqueModel):
         model.technique = technique
     if technique and recipe.augment:
