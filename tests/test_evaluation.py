@@ -210,7 +210,7 @@ def test_the_command_holds_back_known_start_up_messages_only():
         (["--strength", "-1"], "`strength`"),
         (["--strength", "much"], "`--strength` must be a number or METHOD=NUMBER"),
         (["--strength", "ewc:exact=1"], "`--strength` names 'ewc:exact'"),
-        (["--seeds", "0"], "`seeds`"),
+        (["--seeds", "0"], "`--seeds`"),
         (["--epochs", "0"], "`epochs`"),
         (["--profile", "x"], "`profile` must be one of cpu, full"),
         (["--setting", "x"], "`setting` must be one of"),
