@@ -228,3 +228,8 @@ def test_a_regularizer_outside_of_the_floor_keeps_its_anchor():
     with pytest.raises(AttributeError, match="`anchor` of a DWDRegularizer"):
         regularizer.anchor = "latest"
     assert keras.regularizers.get(regularizer) is regularizer
+
+
+def test_the_path_of_a_model_is_not_a_model():
+    with pytest.raises(TypeError, match=r"load one from a file.*'trained.keras'"):
+        DWDModel.from_model("trained.keras")
