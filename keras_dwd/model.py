@@ -233,6 +233,11 @@ class DWDModel(CloneAware):
             raise ValueError(
                 f"`model` is a DWDModel already: {model.name!r}. Wrapping it would lose its state."
             )
+        if not isinstance(model, keras.Layer):  # as models of Keras' own tests are
+            raise TypeError(
+                "`model` must be a keras.Model; load one from a file by `keras.models.load_model`. "
+                f"Received: {model!r}"
+            )
         if isinstance(inputs, (int, float)):
             raise TypeError(
                 f"`inputs` must be `keras.Input`s. Received: {inputs!r}. The strength λ of the "

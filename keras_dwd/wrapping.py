@@ -30,11 +30,6 @@ def wrapped(
     kind: type[keras.Model], model: keras.Model, inputs: Any, settings: dict[str, Any]
 ) -> Any:
     """A model of class `kind` around another model, see `DWDModel.from_model`."""
-    if not isinstance(model, keras.Layer):  # as models of Keras' own tests are
-        raise TypeError(
-            "`model` must be a keras.Model; load one from a file by `keras.models.load_model`. "
-            f"Received: {model!r}"
-        )
     overridden = overridden_steps(model)
     if overridden:
         raise ValueError(
