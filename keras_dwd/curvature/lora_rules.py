@@ -4,6 +4,7 @@ With the gradient D by this sum, that by A is s D Bᵀ and that by B is s Aᵀ D
 only where the kernel is trained too.
 """
 
+import abc
 import string
 
 import keras
@@ -15,15 +16,15 @@ from keras_dwd.curvature.language_rules import REVERSIBLE, uses_of
 from keras_dwd.curvature.rules import LayerIO, Rule, register_rule
 
 
-class _LoraRule(Rule):
+class _LoraRule(Rule, abc.ABC):
     variables = {  # noqa: RUF012
         **{"kernel": "_kernel", "bias": "bias"},
         **{name: name for name in ("lora_kernel_a", "lora_kernel_b")},
     }
 
+    @abc.abstractmethod
     def axes(self, layer: keras.Layer, flow: LayerIO) -> tuple[str, str, str]:
         """One letter per axis of the input, kernel and output."""
-        raise NotImplementedError
 
     def gradients(self, layer: keras.Layer, flow: LayerIO) -> dict[str, tf.Tensor]:
         x, kernel, y = self.axes(layer, flow)

@@ -5,6 +5,7 @@ a layer's variables then follow in closed form from the inputs of the layer and 
 gradient at its output. One ordinary backward pass gives both for a whole batch.
 """
 
+import abc
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -211,24 +212,24 @@ class Part:
     variables: dict[str, keras.Variable]
 
 
-class NestedRule:
+class NestedRule(abc.ABC):
     """For layers that call another layer in a loop: closed forms for the variables of that one."""
 
+    @abc.abstractmethod
     def supports(self, layer: keras.Layer) -> bool:
         """Whether the closed forms hold for this layer as it is configured."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def within(self, layer: keras.Layer) -> keras.Layer:
         """The layer that is called in the loop."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def random(self, layer: keras.Layer) -> bool:
         """Whether the layer is random in training: the forms hold in inference alone."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parts(self, layer: keras.Layer) -> list[Part]:
         """The variables and their rules, which are given the calls of `layer`."""
-        raise NotImplementedError
 
 
 _NESTED: dict[type, NestedRule] = {}

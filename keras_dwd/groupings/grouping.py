@@ -77,16 +77,10 @@ class BoundaryContext:
     Example:
 
     ```python
-    class Halved(Grouping):
+    class Told(GaussianMixtureGrouping):
         def apply(self, context):  # a BoundaryContext
-            blocks = {
-                key: block.scale_importances(np.full(block.importances().shape, 0.5))
-                for key, block in context.blocks.items()
-            }
-            return GroupingResult(blocks, [], {})
-
-        def get_config(self):
-            return {}
+            print(sorted(context.blocks))
+            return super().apply(context)
     ```
     """
 
