@@ -575,7 +575,7 @@ def trained():
         ((X[:0], Y[:0]), "empty"),
         (tf.data.Dataset.from_tensor_slices((X, Y)).take(0).batch(4), "empty"),
         ((X[:, :5], Y), r"shape \(5,\)"),
-        ((X, Y[:5]), "as many labels"),
+        ((X, Y[:5]), "as many examples as each other"),
         ((X, Y, _with(np.ones(64), 2, np.inf)), "sample_weight"),
         (tf.data.Dataset.from_tensor_slices((X, Y)).repeat().batch(4), "must end"),
     ],
@@ -840,5 +840,5 @@ def test_a_model_in_place_of_inputs_is_told_of_from_model():
 def test_an_estimate_from_data_alone_asks_for_data():
     model = compiled(fisher=DiagonalFisher("empirical", gamma=None), grouping=None)
     model.fit(*blobs(), verbose=0)
-    with pytest.raises(ValueError, match=r"estimated from data. Call `consolidate\(\(x, y\)\)`"):
+    with pytest.raises(ValueError, match=r"estimated from data. Call `consolidate\(x, y\)`"):
         model.consolidate()
