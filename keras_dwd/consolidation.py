@@ -41,6 +41,7 @@ from keras_dwd.state import (
 )
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training import optimizer
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.boundary_pass import BoundaryPass
 from keras_dwd.training.data import check_weights
 from keras_dwd.training.head_gate import HeadGate
@@ -134,7 +135,8 @@ class Consolidation:
         self.last_boundary = LastBoundary()
         # Counts changes of what a training step is made of, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
-        self._pass = BoundaryPass()
+        self._statistics = BatchStatistics()
+        self._pass = BoundaryPass(self._statistics)
         self._built_for: set[str] | None = None
 
     # During training.
@@ -194,6 +196,7 @@ class Consolidation:
         return TrainingStep(
             self.regularizer,
             self.fisher if self.fisher.online and pulled else None,
+            self._statistics,
             pulled,
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,

@@ -13,6 +13,7 @@ from keras_dwd import DiagonalFisher, DWDModel
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.groupings.grouping import GroupingResult
 from keras_dwd.precision.block import Block
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.boundary_pass import BoundaryPass
 
 
@@ -118,7 +119,8 @@ def pass_statistics(
     if fisher is None:
         return model._consolidation.pass_statistics(model, data, batch_size)
     variables = model._consolidation.pulled_variables(model)
-    return BoundaryPass()(model, fisher, variables, data, batch_size, model.workers.communicator)
+    boundary_pass = BoundaryPass(BatchStatistics())
+    return boundary_pass(model, fisher, variables, data, batch_size, model.workers.communicator)
 
 
 def blocks_of(model: DWDModel, statistics: dict[str, np.ndarray]) -> dict[str, Block]:

@@ -454,7 +454,7 @@ def test_weights_of_outputs_are_part_of_the_loss():
     base, x, y = sequences(outputs=2)
     model = DWDModel.from_model(base, **EXACT)
     model.compile("sgd", [LOSS, LOSS])
-    w = [np.random.default_rng(i).uniform(0, 2, 6).astype("float32") for i in (1, 2)]
+    w = [np.random.default_rng(i).uniform(0, 2, (6, 1)).astype("float32") for i in (1, 2)]
 
     def loss_of(i):
         parts = (cross_entropies(model, x, y[o], i, o) for o in (0, 1))
