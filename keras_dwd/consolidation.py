@@ -225,7 +225,7 @@ class Consolidation:
         """Consolidate the current task, see `DWDModel.consolidate`."""
         started = time.perf_counter()
         digest = digest_of(weights_by_path(model))
-        if self.tasks_learned and digest == self.weights_digest:
+        if self._is_last(digest):
             raise ValueError(
                 "The weights are those of the last boundary: train the model on the next task "
                 "before consolidating again."
@@ -274,6 +274,13 @@ class Consolidation:
             self.last_boundary = LastBoundary(examples, time.perf_counter() - started, noted)
             if self._layout() != layout:
                 self._retrace(model)
+
+    def has_nothing_new(self, model: Learner) -> bool:
+        """Whether the weights are those of the last boundary."""
+        return self._is_last(digest_of(weights_by_path(model)))
+
+    def _is_last(self, digest: bytes) -> bool:
+        return self.tasks_learned > 0 and digest == self.weights_digest
 
     def _layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
