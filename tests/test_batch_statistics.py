@@ -86,3 +86,23 @@ def test_a_loss_with_tensors_of_its_step_is_estimated_in_each_step():
         model.fit(*blobs(seed=task), verbose=0)
         model.consolidate()
     assert model.tasks_learned == 2
+
+
+def test_a_loss_that_must_know_the_size_of_a_batch_is_traced_for_it():
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+
+    def mean(y, y_pred):
+        return keras.ops.sum(cross_entropy(y, y_pred)) / y.shape[0]  # not `None`
+
+    found = []
+    for loss in (mean, keras.losses.SparseCategoricalCrossentropy(from_logits=True)):
+        keras.utils.set_random_seed(0)
+        model = compiled(**ONLINE)
+        model.compile("sgd", loss)
+        data = tf.data.Dataset.from_tensor_slices(blobs(32)).batch(16, drop_remainder=True)
+        for _ in range(2):
+            model.fit(data, shuffle=False, verbose=0)
+            model.consolidate(data)
+        found.append(state_of(model))
+    for name in model.regularizer.slots():
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-7)

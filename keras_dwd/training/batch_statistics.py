@@ -1,5 +1,6 @@
 """The Fisher statistics of a batch, by one graph for all training steps and boundary passes."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -13,6 +14,23 @@ from keras_dwd.training.gradients import loss_scale
 from keras_dwd.variables import Variables
 
 
+@dataclass
+class _Graph:
+    """A graph, and what it was made for.
+
+    Attributes:
+        key: Tells whether it can be used again.
+        objects: Those whose ids are in the key, kept so that no others get these.
+        all_sizes: Whether it is traced for batches of all sizes.
+        function: The `tf.function`.
+    """
+
+    key: list[Any]
+    objects: list[Any]
+    all_sizes: bool
+    function: Any
+
+
 class BatchStatistics:
     """Computes the statistics of batches with a graph that is reused from task to task.
 
@@ -22,7 +40,7 @@ class BatchStatistics:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[bool, tuple[Any, Any, Any]] = {}
+        self._graphs: dict[bool, _Graph] = {}
 
     def __call__(
         self,
@@ -53,27 +71,25 @@ class BatchStatistics:
         # `compile` creates a new loss, for which the graph must be traced again.
         objects = [fisher, loss_metric(model), communicator, *variables.values(), *model.metrics]
         key = [*variables, *map(id, objects)]
+        function = tf.function(compute, reduce_retracing=True, autograph=False)  # as in `fit`
         several = communicator.size > 1
-        known = self._graphs.get(several)
-        if known is None or known[0] != key:
-            graph = tf.function(compute, reduce_retracing=True, autograph=False)  # as in `fit`
-            # The objects are kept, so that no others get their ids.
-            known = self._graphs[several] = key, objects, graph
-        *_, graph = known
-        if any(map(tf.is_symbolic_tensor, _traced(graph, model, batch).captured_inputs)):
-            return compute(batch)  # of the calling step, which another one cannot access
-        return graph(batch)
-
-
-def _traced(graph: Any, model: Learner, batch: Any) -> Any:
-    """The concrete function for a batch: for any batch size, if the model can be traced so."""
-    fixed = any(i.shape[0] is not None for i in model.inputs or ()) or carried_states(model)
-    if not fixed:
+        if several not in self._graphs or self._graphs[several].key != key:
+            fixed = any(i.shape[0] is not None for i in model.inputs or ())
+            all_sizes = not fixed and not carried_states(model)
+            self._graphs[several] = _Graph(key, objects, all_sizes, function)
+        graph = self._graphs[several]
+        traced_for = map_leaves(_of_any_size, batch) if graph.all_sizes else batch
         try:
-            return graph.get_concrete_function(map_leaves(_of_any_size, batch))
-        except Exception:  # which is raised again below, unless it was for want of the size
-            pass
-    return graph.get_concrete_function(batch)
+            traced = graph.function.get_concrete_function(traced_for)
+        except Exception:
+            graph.function = function  # TensorFlow cannot use one again that was not traced
+            if not graph.all_sizes:
+                raise
+            graph.all_sizes = False  # a model that must know the size, or the error comes again
+            return self(model, fisher, variables, batch, communicator)
+        if any(map(tf.is_symbolic_tensor, traced.captured_inputs)):
+            return compute(batch)  # they are of the calling step, and another has no access
+        return graph.function(batch)
 
 
 def _of_any_size(leaf: Any) -> Any:
