@@ -25,10 +25,14 @@ def sweep(cases, *core):
     names = [case[0] if isinstance(case, tuple) else case for case in cases]
     assert {*core} <= {*names}, {*core} - {*names}
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        case if name in core else long(*(case if isinstance(case, tuple) else (case,)))
         for case, name in zip(cases, names, strict=True)
-        for marks in [() if name in core else pytest.mark.long]
     ]
+
+
+def long(*case):
+    """A case that `make test-long` runs, and `make test` does not."""
+    return pytest.param(*case, marks=pytest.mark.long)
 
 
 def blobs(count=64, features=6, classes=3, seed=0):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, pass_statistics, state_of, sweep
+from cases import blobs, long, pass_statistics, state_of, sweep
 from keras import layers, ops
 
 from keras_dwd import DiagonalFisher, DWDModel
@@ -66,7 +66,7 @@ def test_none_is_taken_wherever_keras_takes_it():
     model.consolidate((inputs, labels, weights))
 
 
-@pytest.mark.parametrize("form", ["tf", "scipy"])
+@pytest.mark.parametrize("form", sweep(["tf", "scipy"], "tf"))
 def test_sparse_inputs_give_what_dense_ones_do(form):
     x, y = blobs(8)
     x[np.abs(x) < 0.7] = 0
@@ -90,6 +90,7 @@ def test_sparse_inputs_give_what_dense_ones_do(form):
     assert float(default.penalty()) > 0
 
 
+@pytest.mark.long
 def test_ragged_inputs_are_estimated_example_by_example():
     rows, y = [[1, 2], [3], [4, 5, 6], [1]], np.array([0, 1, 2, 1])
     source = keras.Input((None,), dtype="int32", ragged=True)
@@ -234,7 +235,7 @@ def centred():
 
 
 @pytest.mark.parametrize("jit", sweep([False, True], False))
-@pytest.mark.parametrize("build", [towers, centred])
+@pytest.mark.parametrize("build", sweep([towers, centred], towers))
 def test_models_that_compare_examples_are_refused_unless_estimated_from_batches(build, jit):
     x, y = blobs(8)
     if build is towers:
@@ -271,7 +272,7 @@ def noisy():
     return keras.Sequential([keras.Input((6,)), Noise(), layers.Dense(3)]), blobs(8)[0]
 
 
-@pytest.mark.parametrize("build", [variable_length, noisy])
+@pytest.mark.parametrize("build", sweep([variable_length, noisy], noisy))
 def test_models_that_only_seem_to_compare_examples_are_not_refused(build):
     """Batches are padded to their longest text; noise makes outputs differ without a cause."""
     net, x = build()
@@ -310,8 +311,8 @@ def random_loss():
     "case",
     [
         masked_sequences,
-        pytest.param(lambda: weighted("mean_with_sample_weight"), marks=pytest.mark.long),
-        pytest.param(lambda: weighted("sum"), marks=pytest.mark.long),
+        long(lambda: weighted("mean_with_sample_weight")),
+        long(lambda: weighted("sum")),
         random_loss,
     ],
 )

@@ -445,7 +445,7 @@ def several_learner(base=None, rate=0.1):
     return model
 
 
-@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize("as_dataset", sweep([False, True], True))
 def test_class_weights_are_weights_of_examples(as_dataset):
     x, y = blobs(32)
     given = np.linspace(0.5, 1.5, 32).astype("float32") if as_dataset else np.ones(32, "float32")

@@ -64,9 +64,7 @@ def weighed(reduction, w):
     return w / w.mean() if reduction == "mean_with_sample_weight" else w
 
 
-@pytest.mark.parametrize(
-    "reduction", sweep(REDUCTIONS, "sum_over_batch_size", "mean_with_sample_weight")
-)
+@pytest.mark.parametrize("reduction", sweep(REDUCTIONS, "mean_with_sample_weight"))
 def test_weights_of_examples_are_those_of_the_loss(reduction):
     loss = SPARSE(from_logits=True, reduction=reduction)
     x, y = RNG.normal(size=(6, 4)).astype("float32"), RNG.integers(0, 3, 6)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, state_of
+from cases import blobs, compiled, long, mlp, state_of
 from test_hardening import CONSTRUCTORS, PUBLIC
 
 import keras_dwd
@@ -182,7 +182,7 @@ def test_decay_is_that_of_the_next_boundary():
     np.testing.assert_allclose(np.concatenate(total), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), KroneckerFisher()])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), long(KroneckerFisher())])
 def test_the_penalty_can_be_differentiated_in_a_loop_of_ones_own(fisher):
     model = compiled(strength=5.0, fisher=fisher, grouping=None)
     x, y = blobs()

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, load, mlp, saved, state_of
+from cases import blobs, compiled, load, long, mlp, saved, state_of
 
 from keras_dwd import DiagonalFisher, DWDOptimizer, DWDRegularizer, KroneckerFisher
 from keras_dwd.groupings import SingleGroup
@@ -103,7 +103,7 @@ def test_a_strength_is_that_of_all_tasks():
     "settings",
     [
         {"fisher": KroneckerFisher("empirical"), "grouping": "gmm"},
-        {"fisher": KroneckerFisher("empirical", correction=2), "grouping": None},
+        long({"fisher": KroneckerFisher("empirical", correction=2), "grouping": None}),
         {"fisher": DiagonalFisher(), "grouping": SingleGroup("budget")},
     ],
     ids=["kronecker", "low rank", "budget"],
@@ -288,7 +288,7 @@ def test_nothing_can_be_raised_that_was_not_estimated(tmp_path):
     model.strength = 3.0
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), KroneckerFisher()])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), long(KroneckerFisher())])
 def test_a_strength_raised_within_the_first_task_is_in_force_from_there_on(fisher):
     model = compiled(strength=0.0, fisher=fisher, grouping=None)
     model.fit(X, Y, verbose=0)

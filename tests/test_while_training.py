@@ -286,6 +286,7 @@ def test_evaluating_past_tasks_changes_no_training():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_training_stops_on_forgetting_and_restores_the_weights():
     keras.utils.set_random_seed(0)
     x, y = blobs()
