@@ -25,6 +25,7 @@ from keras_dwd.evaluation.profiles import NETWORKS
 from keras_dwd.evaluation.recipe import OPTIMIZERS
 from keras_dwd.evaluation.report import cell
 from keras_dwd.evaluation.runner import SequenceResult
+from keras_dwd.words import counted
 from keras_dwd_command import options
 
 COMMANDS = get_command(app).commands
@@ -268,6 +269,11 @@ def test_own_images(tmp_path):
         ("a.csv", "", "must have a line of names"),
         ("a.csv", "a,label\n1,x\n2,y", "two examples at least"),
         ("no.csv", None, "There is no file"),
+        ("a.npz", "text", r"a\.npz' must be a file that `numpy.savez`"),
+        ("a.npz", "PK\x03\x04 cut", r"a\.npz' must be a file that `numpy.savez`"),
+        ("a.npz", {"x": np.array([{}]), "y": np.zeros(1)}, r"a\.npz' must be.*numbers"),
+        ("nofolder", None, "'nofolder': it is neither prepared here nor a folder"),
+        ("digit", None, r"Did you mean 'digits'\?"),
     ],
 )
 def test_own_data_that_cannot_be_read_is_refused(tmp_path, name, content, error):
@@ -275,5 +281,32 @@ def test_own_data_that_cannot_be_read_is_refused(tmp_path, name, content, error)
         np.savez(tmp_path / name, **content)
     elif content is not None:
         (tmp_path / name).write_text(content)
+    elsewhere = "." in name  # else it is no path
     with pytest.raises((ValueError, FileNotFoundError), match=error):
-        datasets.load(str(tmp_path / name))
+        datasets.load(str(tmp_path / name) if elsewhere else name, tmp_path)
+
+
+def test_images_that_cannot_be_read_are_refused_by_name(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+    keras.utils.save_img(tmp_path / "cat" / "1.png", np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match=r"dog' must hold images of its class.*none"):
+        datasets.load(str(tmp_path))
+    (tmp_path / "dog" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2\.png' must be an image"):
+        datasets.load(str(tmp_path))
+
+
+def test_counts_in_words():
+    assert [counted(n, "epoch") for n in (1, 2, 0.5, 1.0)] == [
+        "1 epoch",
+        "2 epochs",
+        "0.5 epochs",
+        "1 epoch",
+    ]
+    told = Experiment(scenario="split:digits", tasks=1, epochs=1, images_per_class=1).describe(1)
+    assert "1 task," in told["title"]
+    assert "1 epoch a task, 1 training image a class" in told["text"]
+    assert "classes in their own order" in told["text"]
+    told = Experiment(class_order_seed=3).describe(2)
+    assert "permutations of seed 3" in told["text"]

@@ -23,6 +23,7 @@ from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_seq
 from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
 from keras_dwd.evaluation.text.sequence import TextSettings, text_sequence
 from keras_dwd.version import __version__
+from keras_dwd.words import counted, nearest
 
 Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.Callback]]
 """Called before each `fit` with the method, seed, scenario, epochs, task index and task; returns
@@ -101,9 +102,10 @@ class Experiment:
         kind, _, name = self.scenario.partition(":")
         if kind not in (*KINDS, TEXT) or not name:
             known = ", ".join(f"{k}:NAME" for k in KINDS)
+            near = nearest(kind, (*KINDS, TEXT)) if name else ""
             raise ValueError(
-                f"Unknown scenario {self.scenario!r}. Known: {known}, with NAME digits, a tfds "
-                f"classification data set or the path of your own data, and {TEXT}:TASK,TASK…"
+                f"Unknown scenario {self.scenario!r}.{near} Known: {known}, with NAME digits, a "
+                f"tfds classification data set or the path of your own data, and {TEXT}:TASK,TASK…"
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs}")
@@ -151,6 +153,7 @@ class Experiment:
         seed = self.class_order_seed
         profile = profile_for(data.x_train.shape[1:], kind, self.profile)
         images = self.images_per_class or profile.images_per_class
+        used = "all training images" if images is None else counted(images, "training image")
         if kind == "split":
             built = split(data, self.tasks, setting, seed, images)
         else:
@@ -162,8 +165,8 @@ class Experiment:
             replace(profile, images_per_class=images),
             measured,
             {"class_order_seed": seed, "images_per_class": images},
-            f"{'all' if images is None else images} training images a class",
-            f"class order or permutation seed {seed}",
+            f"{used} a class",
+            _order(kind, seed),
             f"{self.validation or 0:.0%} of the training data, held back",
         )
 
@@ -261,10 +264,10 @@ class Experiment:
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""
         protocol = self.protocol
-        title = f"{self.scenario}, {self.tasks} tasks, {self.setting}-incremental"
+        title = f"{self.scenario}, {counted(self.tasks, 'task')}, {self.setting}-incremental"
         text = (
             f"{protocol.network}, {protocol.recipe}, batch "
-            f"{protocol.batch_size}, {self.epochs} epochs a task, "
+            f"{protocol.batch_size}, {counted(self.epochs or 0, 'epoch')} a task, "
             f"{self.prepared.training_data}, Fisher "
             f"information from a pass over {FISHER_EXAMPLES} of a task, {self.prepared.details}, "
             + (f"seeds 0–{seeds - 1}, mean ± std; " if seeds > 1 else "seed 0; ")
@@ -289,6 +292,13 @@ class Experiment:
             "seeds": list(range(seeds)),
             **metric_settings(self.measured),
         }
+
+
+def _order(kind: str, seed: int | None) -> str:
+    """What a scenario of images makes of the seed of its tasks, in words."""
+    if kind == "permuted":
+        return f"permutations of seed {seed}"
+    return "classes in their own order" if seed is None else f"class order of seed {seed}"
 
 
 def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:
