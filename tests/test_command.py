@@ -310,3 +310,63 @@ def test_counts_in_words():
     assert "classes in their own order" in told["text"]
     told = Experiment(class_order_seed=3).describe(2)
     assert "permutations of seed 3" in told["text"]
+
+
+# Options from a file.
+
+
+def parsed(name, *words):
+    return COMMANDS[name].make_context(name, list(map(str, words))).params
+
+
+def test_options_of_a_file_and_of_set(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        'seeds = 5\ntasks = 2\nmethods = ["ewc", "dwd"]\nlearning-rate = 1\naugment = false\n'
+        'strength = 30\njson = true\nout = "r.json"\n'
+    )
+    found = parsed("run", "--set", "tasks=4", "--config", file, "--seeds", 2, "--set", "epochs=3")
+    assert (found["seeds"], found["tasks"], found["epochs"]) == (2, 4, 3)
+    assert (found["methods"], found["strength"]) == ("ewc,dwd", "30")
+    assert (found["learning_rate"], found["augment"], found["as_json"]) == (1.0, False, True)
+    assert str(found["out"]) == "r.json"
+    assert "config" not in found  # the command that resumes needs no file
+    left = parsed("run")
+    assert found.keys() == left.keys()
+    assert {n for n in found if found[n] != left[n]} == {
+        *("seeds", "tasks", "epochs", "methods", "strength", "learning_rate", "augment"),
+        *("as_json", "out"),
+    }
+    assert parsed("tune", "--set", "tuning-seeds=3")["tuning_seeds"] == 3
+    assert parsed("ablate", "--set", "parts=groups")["parts"] == "groups"
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("taks = 3", r"'taks', which is no option of this command. Did you mean 'tasks'"),
+        ("x = 3", "'x', which is no option of this command. Known: scenario, "),
+        ("tasks = 2.5", "'tasks' in .*must be an integer. Received: 2.5"),
+        ("tasks = true", "'tasks' in .*must be an integer. Received: True"),
+        ("augment = 1", "'augment' in .*must be true or false. Received: 1"),
+        ("methods = [[1]]", "'methods' in .*must be text"),
+        ("out = 1", "'out' in .*must be a path"),
+        ("[run]", "'run', which is no option"),
+        ("tasks =", "cannot be read as TOML"),
+        (None, "cannot be read as TOML: .*No such file"),
+    ],
+)
+def test_a_file_of_options_is_checked_before_anything_runs(tmp_path, content, error):
+    file = tmp_path / "c.toml"
+    if content is not None:
+        file.write_text(content)
+    refused = invoke("run", "--config", file)
+    assert refused.exit_code == 2
+    assert re.search(error.replace(" ", r"[\s│]+"), refused.output), refused.output
+
+
+@pytest.mark.parametrize("given", ["taks=1", "tasks", "tasks=x"])
+def test_set_is_checked(given):
+    refused = invoke("run", "--set", given)
+    assert refused.exit_code == 2
+    assert given.partition("=")[0] in refused.output
