@@ -91,6 +91,19 @@ ClassOrderSeed = Annotated[
     int | None,
     typer.Option(help="Seed of the class order (split) or of the permutations (permuted)."),
 ]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="A trained classifier, a .keras file, in place of a new network; no code in it is run."
+    ),
+]
+ConsolidateOn = Annotated[
+    str | None,
+    typer.Option(
+        help="The data that --model knows, as NAME in --scenario: the first task, which is "
+        "consolidated and not trained."
+    ),
+]
 Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
 TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
 Points = Annotated[
@@ -220,6 +233,8 @@ def experiment(
     tasks: Tasks = 5,
     setting: Setting = None,
     class_order_seed: ClassOrderSeed = None,
+    model: Model = None,
+    consolidate_on: ConsolidateOn = None,
     seeds: Seeds = 3,
     epochs: Epochs = None,
     profile: Profile = "cpu",

@@ -370,3 +370,74 @@ def test_set_is_checked(given):
     refused = invoke("run", "--set", given)
     assert refused.exit_code == 2
     assert given.partition("=")[0] in refused.output
+
+
+# A trained model.
+
+
+def classifier(activation=None):
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, activation)])
+
+
+def test_the_first_task_is_what_a_trained_model_knows(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 4
+    x = (np.eye(4)[y] + 0.1 * rng.normal(size=(80, 4))).astype("float32")
+    np.savez(tmp_path / "old.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+    np.savez(tmp_path / "new.npz", x_train=x[:, ::-1], y_train=y, x_test=x[:8, ::-1], y_test=y[:8])
+    network = classifier()
+    network.layers[0].kernel.assign(9 * np.eye(4))
+    network.save(tmp_path / "m.keras")
+    given = {
+        "scenario": f"split:{tmp_path / 'new.npz'}",
+        "tasks": 1,
+        "epochs": 1,
+        "model": tmp_path / "m.keras",
+        "consolidate_on": str(tmp_path / "old.npz"),
+    }
+    experiment = Experiment(**given)
+    assert "m.keras, " in experiment.describe(1)["text"]
+    assert "as loaded 100.0 % accurate" in experiment.describe(1)["text"]
+    result = experiment.run("ewc", strength=1e6)
+    assert result.matrix.after[0, 0] == 1  # as it was: nothing was trained in this task
+    assert result.steps == 3
+    assert result.train_seconds[0] < 0.1 < result.train_seconds[1]
+    # A strength as large as this holds the weights where the file has them.
+    held = result.model.get_layer(network.layers[0].name).kernel
+    np.testing.assert_allclose(held, network.layers[0].kernel, atol=0.01)
+
+
+def test_a_model_that_cannot_be_used_is_refused(tmp_path):
+    x, y = examples()
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    np.savez(tmp_path / "b.npz", x=x[:, :3], y=y)
+    classifier("softmax").save(tmp_path / "m.keras")
+    given = {"model": tmp_path / "m.keras", "consolidate_on": str(tmp_path / "a.npz")}
+    made = Experiment(scenario=f"split:{tmp_path / 'a.npz'}", tasks=2, **given).protocol
+    assert not made.compiled()["loss"].get_config()["from_logits"]
+    inputs = keras.Input((4,))
+    code = keras.Model(inputs, keras.layers.Lambda(lambda x: x)(inputs))
+    code.save(tmp_path / "code.keras")
+    keras.Model(inputs, [inputs + 1, inputs + 2]).save(tmp_path / "two.keras")
+    (tmp_path / "broken.keras").write_text("x")
+
+    def message(model="m.keras", known="a.npz", **changed):
+        given = {"scenario": f"split:{tmp_path / 'a.npz'}", "tasks": 2} | changed
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            Experiment(
+                **given,
+                model=model and tmp_path / model,
+                consolidate_on=known and str(tmp_path / known),
+            )
+        return str(error.value)
+
+    assert "need each other" in message(model=None)
+    assert "need each other" in message(known=None)
+    assert "must be domain" in message(setting="class")
+    assert "must be a file that ends in .keras" in message("no.keras")
+    assert "must be a file that ends in .keras" in message("a.npz")
+    assert "broken.keras' cannot be loaded" in message("broken.keras")
+    assert "code.keras' cannot be loaded" in message("code.keras")
+    assert "must be a functional or sequential classifier" in message("two.keras")
+    assert "takes examples of shape (4,)" in message(known="b.npz")
+    assert "no setting of 'text'" in message(scenario="text:x", tasks=5)

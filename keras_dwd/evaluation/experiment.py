@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
+from keras_dwd.evaluation.known import after_model
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.metric import ACCURACY, Metrics, metric_settings, task_metrics
 from keras_dwd.evaluation.prepared import Prepared
@@ -30,7 +31,10 @@ Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.C
 callbacks."""
 
 TEXT = "text"
-_OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics")
+_OF_IMAGES = (
+    *("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics"),
+    *("model", "consolidate_on"),
+)
 _OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir")
 
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
@@ -72,6 +76,10 @@ class Experiment:
         beams: By default 1.
         run_code: By default programs are not run.
         cache_dir: By default that of the user.
+        model: A `.keras` file of a trained classifier, which is trained in place of a new network.
+            Its outputs are shared by all tasks: the setting is `domain`.
+        consolidate_on: The data that it was trained on, as NAME in `scenario`: the first task,
+            which is consolidated and not trained.
     """
 
     scenario: str = "permuted:digits"
@@ -97,6 +105,8 @@ class Experiment:
     beams: int | None = None
     run_code: bool | None = None
     cache_dir: Path | None = None
+    model: Path | None = None
+    consolidate_on: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")
@@ -146,7 +156,19 @@ class Experiment:
         if self.images_per_class is not None:
             integer("images_per_class", self.images_per_class, 1)
         measured = task_metrics(self.metrics)
-        setting: Any = self.setting or ("task" if kind == "split" else "domain")
+        setting: Any = self.setting
+        if (self.model is None) != (self.consolidate_on is None):
+            raise ValueError(
+                "`--model` and `--consolidate-on` need each other: a trained model, and the data "
+                "that it knows."
+            )
+        if setting is None:
+            setting = "task" if kind == "split" and self.model is None else "domain"
+        if self.model is not None and setting != "domain":
+            raise ValueError(
+                "`--setting` must be domain with `--model`: its tasks share the outputs of the "
+                f"model. Received: {setting!r}"
+            )
         data = datasets.load(name, self.data_dir)
         if self.class_order_seed is None:
             self.class_order_seed = _CLASS_ORDER_SEEDS.get(name) if kind == "split" else 0
@@ -158,15 +180,24 @@ class Experiment:
             built = split(data, self.tasks, setting, seed, images)
         else:
             built = permuted(data, self.tasks, setting, seed or 0, images)
+        details = _order(kind, seed)
+        if self.model is not None and self.consolidate_on is not None:
+            known = datasets.load(self.consolidate_on, self.data_dir)
+            built, profile, found = after_model(Path(self.model), known, built, profile)
+            details += f", {found}"
         if self.validation is not None:
             built = built.holdout(self.validation)
         return Prepared(
             built,
             replace(profile, images_per_class=images),
             measured,
-            {"class_order_seed": seed, "images_per_class": images},
+            {
+                "class_order_seed": seed,
+                "images_per_class": images,
+                **({"model": str(self.model), "known": self.consolidate_on} if self.model else {}),
+            },
             f"{used} a class",
-            _order(kind, seed),
+            details,
             f"{self.validation or 0:.0%} of the training data, held back",
         )
 
