@@ -47,10 +47,10 @@ def methods_table(results):
         held_back = f"{tuning['validation_fraction']:.0%} of the training data held back"
         if protocol["scenario"].startswith("text:"):  # whose tasks may have files for it
             held_back = "validation data"
-        text += (
-            f" λ is the best of {count} per method by the {metric} on {held_back}, "
-            f"seeds {', '.join(map(str, tuning['seeds']))}."
+        seeds = (
+            f"seed{'s' if len(tuning['seeds']) > 1 else ''} {', '.join(map(str, tuning['seeds']))}"
         )
+        text += f" λ is the best of {count} per method by the {metric} on {held_back}, {seeds}."
     return f"{rows(lines)}\n\n{text}"
 
 

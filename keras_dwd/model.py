@@ -1,7 +1,6 @@
 """`DWDModel`, a Keras model that learns one task after another."""
 
 import copy
-import difflib
 import inspect
 import os
 import re
@@ -55,7 +54,8 @@ from keras_dwd.training.data import build_state, check_fit, check_task_ids
 from keras_dwd.training.given import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
-from keras_dwd.wrapping import copied, warn_of_nothing_held, was_trained, wrapped
+from keras_dwd.words import nearest
+from keras_dwd.wrapping import copied, warn_of_logits, warn_of_nothing_held, was_trained, wrapped
 
 # Arguments of a functional Keras model.
 _OF_FUNCTIONAL = {"inputs", "outputs", "name", "trainable", "dtype"}
@@ -491,6 +491,7 @@ class DWDModel(CloneAware):
         arguments = _by_name(keras.Model.compile, *args, **kwargs)
         check_compile(self._consolidation, workers, arguments)
         super().compile(**arguments)
+        warn_of_logits(self)
         self.fisher.forget_loss()
         self._consolidation.divide(self, workers)
 
@@ -811,8 +812,7 @@ def _hint(kind: type, name: str) -> str:
         if name in inspect.signature(owner).parameters:
             return f"Pass `{part}={owner.__name__}({name}=…)`."
     parameters = [p for c in kind.__mro__ if issubclass(c, DWDModel) for p in _parameters(c)]
-    near = difflib.get_close_matches(name, [*parameters, *_OF_FUNCTIONAL], 1)
-    return f"Did you mean `{near[0]}`?" if near else ""
+    return nearest(name, [*parameters, *_OF_FUNCTIONAL]).strip()
 
 
 def _parameters(kind: type) -> list[str]:

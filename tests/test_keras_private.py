@@ -204,6 +204,12 @@ def test_is_output_of_layer():
     assert not keras_private.is_output_of_layer(tf.ones(2))
 
 
+def test_layer_of():
+    inputs, dense = keras.Input((2,)), layers.Dense(2)
+    assert keras_private.layer_of(dense(inputs)) is dense
+    assert keras_private.layer_of(keras.KerasTensor((None, 2))) is None
+
+
 def test_loss_metric():
     class Own(keras.Model):
         @property

@@ -329,3 +329,21 @@ def test_a_loss_with_a_call_of_its_own_is_another_loss():
     g = softmax(-(x @ kernel_of(model))) - np.eye(3)[y]
     expected = (np.einsum("bi,bo->bio", x, g) ** 2).mean(0)
     np.testing.assert_allclose(diagonal(model, (x, y)), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", "binary_crossentropy"])
+def test_a_loss_of_probabilities_on_logits_is_told(loss):
+    inputs = keras.Input((3,))
+    outputs = {
+        "logits": layers.Dense(2, name="logits")(inputs),
+        "chances": layers.Dense(2, "softmax", name="chances")(inputs),
+    }
+    model = DWDModel(inputs, outputs, grouping=None)
+    with pytest.warns(UserWarning, match=r"output 'logits' .*from_logits=True\)` to `comp") as said:
+        model.compile("sgd", {"logits": loss, "chances": loss})
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    # No warning, which would be an error: the right loss, another loss, an activation, no loss.
+    for other in (SPARSE(from_logits=True), "mse", None):
+        model.compile("sgd", {"logits": other, "chances": loss})
+    model.compile("sgd")

@@ -57,12 +57,12 @@ def test_from_model_names_its_settings():
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ("strenght", r"Did you mean `strength`\?"),
+        ("strenght", r"Did you mean 'strength'\?"),
         ("lam", "The strength λ of the penalty is `strength`"),
         ("lambda_", "The strength λ of the penalty is `strength`"),
         ("ewc_lambda", "The strength λ of the penalty is `strength`"),
         ("importance", "The strength λ of the penalty is `strength`"),
-        ("taskgraph", r"Did you mean `task_graph`\?"),
+        ("taskgraph", r"Did you mean 'task_graph'\?"),
         ("decay", r"Pass `regularizer=DWDRegularizer\(decay=…\)`"),
         ("gamma", r"Pass `fisher=KroneckerFisher\(gamma=…\)`"),
         ("zzz", "Its settings are strength"),
@@ -81,7 +81,7 @@ def test_a_subclass_is_told_of_its_own_settings():
             self.temperature = temperature
 
     assert Mine.from_model(mlp(), temperature=2.0, strength=3).strength == 3
-    with pytest.raises(TypeError, match=r"Mine has no argument 'temprature'\. Did you mean `temp"):
+    with pytest.raises(TypeError, match=r"Mine has no argument 'temprature'\. Did you mean 'temp"):
         Mine.from_model(mlp(), temprature=2.0)
 
 

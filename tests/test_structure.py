@@ -14,7 +14,7 @@ ROOT = Path(keras_dwd.__file__).parent
 
 # From the ground up. A folder stands for all its modules that are not named themselves.
 FLOORS = [
-    ["version", "backend_check", "variables", "checks", "keras_private"],
+    ["version", "backend_check", "variables", "checks", "words", "keras_private"],
     ["files", "communicator", "state", "learner"],
     ["precision"],
     ["curvature"],

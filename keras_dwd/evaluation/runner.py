@@ -282,7 +282,7 @@ def run_sequence(
             batches = _batches(task.train, batch_size, size)
             rate.begin_task(epochs, batches, recipe.warmup)
         progress.begin()
-        if progress.epoch < epochs:
+        if progress.epoch < epochs and not task.known:
             several = model.workers.several
             ordered = checkpoint_dir or several or recipe.changes_batches or recipe.bucket
             order = _drawn(seed, t) if ordered else None
@@ -308,7 +308,7 @@ def run_sequence(
             sample = tuple(np.asarray(part) for part in cut(sample, recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
-        given = sample if method.boundary_pass else None
+        given = sample if method.boundary_pass or task.known else None
         model.consolidate(given, batch_size=batch_size, verbose=0)
         result.boundary_seconds.append(time.perf_counter() - started)
         if method.joint:

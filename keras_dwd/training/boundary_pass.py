@@ -13,6 +13,7 @@ from keras_dwd.learner import Learner
 from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.data import batches, check_batch, check_task_ids, examples_in
 from keras_dwd.variables import Arrays, Variables
+from keras_dwd.words import counted
 
 
 class BoundaryPass:
@@ -96,7 +97,7 @@ class BoundaryPass:
             if bar is not None:
                 bar.update(examples, finalize=True)
             elif verbose:
-                print(f"Fisher information of {examples:,} examples")
+                print(f"Fisher information of {counted(examples, 'example')}")
         finally:  # also if the pass fails
             for variable, value in zip(noted, before, strict=True):
                 variable.assign(value)
