@@ -136,8 +136,8 @@ class Consolidation:
         self.last_boundary = LastBoundary()
         # Counts changes of what a training step is made of, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
-        self._statistics = BatchStatistics()
-        self._pass = BoundaryPass(self._statistics)
+        self._batch_statistics = BatchStatistics()
+        self._pass = BoundaryPass(self._batch_statistics)
         self._built_for: set[str] | None = None
 
     # During training.
@@ -197,7 +197,7 @@ class Consolidation:
         return TrainingStep(
             self.regularizer,
             self.fisher if self.fisher.online and pulled else None,
-            self._statistics,
+            self._batch_statistics,
             pulled,
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,
