@@ -15,6 +15,8 @@ from keras_dwd.training.data import batches, check_batch, check_task_ids, exampl
 from keras_dwd.variables import Arrays, Variables
 from keras_dwd.words import counted
 
+_ALONE = Communicator()
+
 
 class BoundaryPass:
     """Computes mean statistics over data.
@@ -62,8 +64,7 @@ class BoundaryPass:
             chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
         noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
         before = [np.array(v) for v in noted]
-        # Each batch is one worker's own.
-        alone = communicator if communicator.size == 1 else Communicator()
+        alone = communicator if communicator.size == 1 else _ALONE  # each batch is one worker's
         bar = None
         if verbose == 1:
             bar = keras.utils.Progbar(examples_in(data), unit_name="example")
