@@ -10,9 +10,12 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer, number
 from keras_dwd.keras_private import has_schedule
+from keras_dwd.streams import ConsolidateEvery, ConsolidateOnDrift
 from keras_dwd.variables import by_path
 
 __all__ = [
+    "ConsolidateEvery",
+    "ConsolidateOnDrift",
     "ConsolidateOnTrainEnd",
     "EvaluatePastTasks",
     "LearningRateWarmup",

@@ -48,6 +48,7 @@ from keras_dwd.saving import (
     mark_clone,
     subclassed_within,
 )
+from keras_dwd.strength_check import warn_of_strength
 from keras_dwd.summary import ConsolidationSummary, summary_of
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
@@ -181,6 +182,7 @@ class DWDModel(CloneAware):
         self._in_step = False
         self.supports_jit = self.fisher.supports_jit
         self._sharded_in_file = False
+        self._checks_strength = True
         self._wraps_trained: bool | None = None  # of a model that is wrapped and not yet trained
         if isinstance(grouping, Grouping):
             grouping.check(by_path(self))
@@ -528,7 +530,10 @@ class DWDModel(CloneAware):
             share_fit(self, consolidation, arguments)
         build_state(self, arguments)
         with _without_length(self.workers):
-            return super().fit(**arguments)
+            history = super().fit(**arguments)
+        if self._checks_strength and consolidation.has_learned and not self.workers.several:
+            warn_of_strength(self, consolidation, history.history)
+        return history
 
     def _notice_nothing_held(self) -> None:
         """Warn at the first `fit` if the wrapped model knows something that nothing holds."""

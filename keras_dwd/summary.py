@@ -189,6 +189,11 @@ def summary_of(model: Learner, consolidation: Consolidation) -> ConsolidationSum
     )
 
 
+def importance_by_layer(consolidation: Consolidation, variables: Variables) -> dict[str, float]:
+    """The trace of the precision, with its strength, by layer."""
+    return _importances(consolidation, variables)[0]
+
+
 def _importances(
     consolidation: Consolidation, variables: Variables
 ) -> tuple[dict[str, float], list[np.ndarray]]:

@@ -1,6 +1,7 @@
 """The strength λ may change at any time, and is then that of all tasks learned so far."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -320,3 +321,22 @@ def test_a_larger_model_holds_what_it_inherits_with_its_own_strength():
     other = linear(strength=8.0)
     other.inherit(model)
     assert float(other.penalty()) == pytest.approx(4 * float(model.penalty()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strength", "told"),
+    [(1e9, "so large that this `fit`"), (1e-6, "so small that it holds nothing"), (200.0, None)],
+)
+def test_a_strength_that_makes_no_sense_is_told(strength, told):
+    keras.utils.set_random_seed(0)
+    x, y = blobs(256)
+    adam = keras.optimizers.Adam(0.01)
+    model = compiled(optimizer=adam, fisher=DiagonalFisher("influence", None), strength=strength)
+    model.fit(x, y, epochs=8, verbose=0)
+    model.consolidate(x, y, verbose=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.fit(x, (y + 1) % 3, epochs=8, verbose=0)
+        model.fit(x, (y + 1) % 3, epochs=2, verbose=0)  # goes on with what it has learned
+    assert [told in str(each.message) for each in said] == [True] * (2 if told else 0)
+    assert all(each.filename == __file__ for each in said)

@@ -300,6 +300,7 @@ def _wrapped(
     kind = TechniqueModel if technique else DWDModel
     model = kind.from_model(network, **arguments)
     model._wraps_trained = None  # what the network knows before is no task of the scenario
+    model._checks_strength = False  # extreme strengths are tried when it is tuned
     if isinstance(model, TechniqueModel):
         model.technique = technique
     if folder is not None and not checkpoint_dir:
