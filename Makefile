@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures package saved-model clean
+.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures screenshots package saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -74,6 +74,10 @@ docs: $(VENV)/.docs
 # The pictures of the README and docs/, from benchmarks/results.
 figures: $(VENV)/.dev
 	$(BIN)/python scripts/make_figures.py
+
+# The pictures of the terminal and of the report page in docs/; the latter needs Chromium.
+screenshots: $(VENV)/.dev
+	$(BIN)/python scripts/make_screenshots.py
 
 # The wheel and the source distribution, in dist.
 package: $(VENV)/.packaging

@@ -22,7 +22,7 @@ from keras_dwd.evaluation.profiles import mlp
 from keras_dwd.evaluation.scenario import permuted
 from keras_dwd.files import write_json
 
-TASKS, EXAMPLES, BATCH, BLUR = 4, 6000, 16, 0.25
+TASKS, EXAMPLES, BATCH, BLUR = 4, 3200, 16, 0.25
 STEPS = EXAMPLES // BATCH
 PROTOCOL = (
     f"permuted MNIST, {TASKS} tasks, one pass over {EXAMPLES:,} examples of each in batches of "
