@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 from keras_dwd import growing
 from keras_dwd.curvature.fisher import NAMES as STATISTICS
@@ -234,16 +235,22 @@ class Consolidation:
             self.task_graph.check(model, self.tasks_learned, self.weights_digest)
         variables = self.pulled_variables(model)
         check_weights(variables)
-        blocks: dict[str, Block] = {}
-        result = GroupingResult({}, [], {})
+        statistics: Arrays = {}
         if variables:
-            blocks = self._estimated(model, variables, data, batch_size, verbose)
-            result = self._grouped(model, blocks)
-        noted = histograms(blocks, result.assignments)
-        adjusted: dict[str, int] = {}
-        if self.grouping is not None and self.grouping.budget is not None:
-            adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
-        commits = [self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)]
+            statistics = self._estimated(model, variables, data, batch_size, verbose)
+        # The matrices are small: several threads would wait for each other, on a busy machine ten
+        # times as long, and the results would depend on their number.
+        with threadpool_limits(1):
+            blocks: dict[str, Block] = {}
+            result = GroupingResult({}, [], {})
+            if variables:
+                blocks = self.fisher.blocks(model, variables, statistics)
+                result = self._grouped(model, blocks)
+            noted = histograms(blocks, result.assignments)
+            adjusted: dict[str, int] = {}
+            if self.grouping is not None and self.grouping.budget is not None:
+                adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
+            commits = [self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)]
         if self.distillation is not None:
             commits.append(
                 self.distillation.prepare_task(
@@ -300,8 +307,8 @@ class Consolidation:
 
     def _estimated(
         self, model: Learner, variables: Variables, data: Any, batch_size: int, verbose: int
-    ) -> dict[str, Block]:
-        """The Fisher information of the current task."""
+    ) -> Arrays:
+        """The statistics of the current task, which its Fisher information is made of."""
         if data is None:
             built_for = self._held_paths(model) if self._built_for is None else self._built_for
             if self.fisher.online and self._held_paths(model) - built_for:
@@ -328,7 +335,7 @@ class Consolidation:
         if total[2]:
             self.fisher.refuse_rules()
         self.fisher.check(statistics, float(total[0]), model)
-        return self.fisher.blocks(model, variables, statistics)
+        return statistics
 
     def pass_statistics(
         self, model: Learner, data: Any, batch_size: int, verbose: int = 0
