@@ -136,8 +136,8 @@ class Consolidation:
         self.last_boundary = LastBoundary()
         # Counts changes of what a training step is made of, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
-        self._batch_statistics = BatchStatistics()
-        self._pass = BoundaryPass(self._batch_statistics)
+        self._statistics = BatchStatistics()
+        self._pass = BoundaryPass(self._statistics)
         self._built_for: set[str] | None = None
 
     # During training.
@@ -197,7 +197,7 @@ class Consolidation:
         return TrainingStep(
             self.regularizer,
             self.fisher if self.fisher.online and pulled else None,
-            self._batch_statistics,
+            self._statistics,
             pulled,
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,
@@ -237,7 +237,7 @@ class Consolidation:
         check_weights(variables)
         statistics: Arrays = {}
         if variables:
-            statistics = self._statistics(model, variables, data, batch_size, verbose)
+            statistics = self._estimated(model, variables, data, batch_size, verbose)
         # The matrices are small: several threads would wait for each other, on a busy machine ten
         # times as long, and the results would depend on their number.
         with threadpool_limits(1):
@@ -305,7 +305,7 @@ class Consolidation:
             weights = self.task_graph.weights_to(model)
             regularizer.pull_to_tasks(*self.task_graph.anchor(weights, variables))
 
-    def _statistics(
+    def _estimated(
         self, model: Learner, variables: Variables, data: Any, batch_size: int, verbose: int
     ) -> Arrays:
         """The statistics of the current task, which its Fisher information is made of."""
