@@ -59,6 +59,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py --parts
 	$(BIN)/python benchmarks/policy.py
+	$(BIN)/python benchmarks/streams.py
 	$(BIN)/python benchmarks/strength.py
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/crash.py
