@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
-import keras
+import numpy as np
 
 from keras_dwd.consolidation import Consolidation
 from keras_dwd.curvature.likelihood import known_loss, losses_of
@@ -74,4 +74,4 @@ def _step_penalty(model: Learner, consolidation: Consolidation) -> float:
     if form_of_pull(model.optimizer) != "part of the gradient" or rate is None:
         return 0.0
     total = sum(importance_by_layer(consolidation, by_path(model)).values())
-    return 0.5 * float(keras.ops.convert_to_numpy(rate)) ** 2 * total
+    return 0.5 * float(np.asarray(rate)) ** 2 * total
