@@ -83,6 +83,8 @@ def run(
     beams: o.Beams = None,
     run_code: o.RunCode = None,
     cache_dir: o.CacheDir = None,
+    preset: o.Preset = None,
+    lora: o.Lora = None,
     workers: o.Workers = 1,
     sharded: Annotated[
         bool, typer.Option("--sharded", help="Divide the consolidation state among the workers.")
@@ -137,6 +139,8 @@ def tune(
     beams: o.Beams = None,
     run_code: o.RunCode = None,
     cache_dir: o.CacheDir = None,
+    preset: o.Preset = None,
+    lora: o.Lora = None,
     processes: o.Processes = None,
     out: o.Resumed = None,
     report: o.Report = None,
@@ -186,6 +190,8 @@ def ablate(
     beams: o.Beams = None,
     run_code: o.RunCode = None,
     cache_dir: o.CacheDir = None,
+    preset: o.Preset = None,
+    lora: o.Lora = None,
     processes: o.Processes = None,
     out: o.Resumed = None,
     report: o.Report = None,

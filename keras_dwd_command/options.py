@@ -167,6 +167,17 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(help="Text: folder for the pretrained model, by default in ~/.cache."),
 ]
+Preset = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text: folder with a preset of a causal language model of KerasHub, which is trained "
+        "in place of the small model."
+    ),
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(help="Text: train only adapters of this rank, with --preset."),
+]
 Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
 Resumed = Annotated[
     Path | None,

@@ -30,7 +30,7 @@ callbacks."""
 
 TEXT = "text"
 _OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics")
-_OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir")
+_OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir", "preset", "lora")
 
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
 _CLASS_ORDER_SEEDS = {"cifar100": 1993}
@@ -71,6 +71,8 @@ class Experiment:
         beams: By default 1.
         run_code: By default programs are not run.
         cache_dir: By default that of the user.
+        preset: By default the small decoder.
+        lora: By default all weights are trained.
     """
 
     scenario: str = "permuted:digits"
@@ -96,6 +98,8 @@ class Experiment:
     beams: int | None = None
     run_code: bool | None = None
     cache_dir: Path | None = None
+    preset: Path | None = None
+    lora: int | None = None
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")

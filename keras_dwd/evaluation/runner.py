@@ -305,7 +305,7 @@ def run_sequence(
             policy.reward(reward(model, t + 1)[0].tolist())
         sample = _sample(task.train, fisher_examples)
         if recipe.bucket is not None:
-            sample = tuple(np.asarray(part) for part in cut(sample, recipe.bucket))
+            sample = tf.nest.map_structure(np.asarray, cut(sample, recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
         given = sample if method.boundary_pass else None
