@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
-.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures package saved-model clean
+.PHONY: run text report test test-long test-oldest test-keras conformance lint bench docs figures screenshots package saved-model clean
 
 run: $(VENV)/.package
 	$(BIN)/keras-dwd run
@@ -54,10 +54,13 @@ bench: $(VENV)/.dev
 	$(BIN)/keras-dwd run --out benchmarks/results/run_default.json
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/text_cost.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/fisher_cost.py
 	$(BIN)/python benchmarks/grouping_cost.py
 	$(BIN)/python benchmarks/retention.py --parts
 	$(BIN)/python benchmarks/policy.py
+	$(BIN)/python benchmarks/streams.py
 	$(BIN)/python benchmarks/strength.py
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/crash.py
@@ -75,6 +78,10 @@ docs: $(VENV)/.docs
 # The pictures of the README and docs/, from benchmarks/results.
 figures: $(VENV)/.dev
 	$(BIN)/python scripts/make_figures.py
+
+# The pictures of the terminal and of the report page in docs/; the latter needs Chromium.
+screenshots: $(VENV)/.dev
+	$(BIN)/python scripts/make_screenshots.py
 
 # The wheel and the source distribution, in dist.
 package: $(VENV)/.packaging

@@ -47,10 +47,10 @@ def methods_table(results):
         held_back = f"{tuning['validation_fraction']:.0%} of the training data held back"
         if protocol["scenario"].startswith("text:"):  # whose tasks may have files for it
             held_back = "validation data"
-        text += (
-            f" λ is the best of {count} per method by the {metric} on {held_back}, "
-            f"seeds {', '.join(map(str, tuning['seeds']))}."
+        seeds = (
+            f"seed{'s' if len(tuning['seeds']) > 1 else ''} {', '.join(map(str, tuning['seeds']))}"
         )
+        text += f" λ is the best of {count} per method by the {metric} on {held_back}, {seeds}."
     return f"{rows(lines)}\n\n{text}"
 
 
@@ -197,6 +197,35 @@ def _range(measured):
     return f"{measured['ratio']:.3f} ({low:.3f}–{high:.3f})"
 
 
+def startup_table(results):
+    """Table of networks and phases: seconds of a `DWDModel`, in parentheses of plain Keras."""
+    networks = results["startup"]
+    names = list(next(iter(networks.values()))["DWD"])
+    lines = [["network", *names, "in all, DWD / Keras"]]
+    for network, row in networks.items():
+        cells = [f"{row['DWD'][n]:.1f} ({row['Keras'][n]:.1f})" for n in names]
+        ratio = sum(row["DWD"].values()) / sum(row["Keras"].values())
+        lines.append([network, *cells, f"{ratio:.2f}"])
+    return (
+        f"{rows(lines)}\n\nSeconds of a `DWDModel`, in parentheses those of plain Keras. Measured "
+        f"as: {results['protocol']}."
+    )
+
+
+def memory_table(results):
+    """Two tables: bytes of state after some tasks, and peaks of a training step and a pass."""
+    tasks = list(next(iter(results["states"].values()))["bytes_per_parameter"])
+    states = [["network", "parameters", *(f"bytes a parameter, {t} tasks" for t in tasks)]]
+    for name, row in results["states"].items():
+        found = [f"{row['bytes_per_parameter'][t]:.1f}" for t in tasks]
+        states.append([name, f"{row['parameters']:,}", *found])
+    states[0][2] = states[0][2].removesuffix("s")
+    peaks = [["layer", "training step, Keras", "pass of a `DWDModel`"]]
+    for name, row in results["peaks"].items():
+        peaks.append([name, f"{row['step']:.0f} MB", f"{row['pass']:.0f} MB"])
+    return f"{rows(states)}\n\n{rows(peaks)}\n\nMeasured as: {results['protocol']}."
+
+
 def passes_table(results):
     kinds = ["exact diagonal", "Kronecker", "loop over examples"]
     lines = [["network", "parameters", *kinds]]
@@ -270,6 +299,8 @@ OF_ALL = {
 TABLES = {
     "methods": methods_table,
     "networks": cost_table,
+    "startup": startup_table,
+    "peaks": memory_table,
     "passes": passes_table,
     "groupings": groupings_table,
     "rules": picks_table,

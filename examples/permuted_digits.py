@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 from keras_dwd import DWDModel
 from keras_dwd.callbacks import PenaltyLogger
 
+EPOCHS = 10
+
 
 def main():
     x, y = load_digits(return_X_y=True)
@@ -35,7 +37,7 @@ def main():
         for order in orders:
             model.compile("adam", loss, metrics=["accuracy"])
             model.fit(
-                x[train][:, order], y[train], epochs=10, verbose=0, callbacks=[PenaltyLogger()]
+                x[train][:, order], y[train], epochs=EPOCHS, verbose=0, callbacks=[PenaltyLogger()]
             )
             model.consolidate()
         accuracies = [

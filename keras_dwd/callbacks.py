@@ -1,5 +1,6 @@
 """Callbacks for `fit`."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,12 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer, number
 from keras_dwd.keras_private import has_schedule
+from keras_dwd.streams import ConsolidateEvery, ConsolidateOnDrift
 from keras_dwd.variables import by_path
 
 __all__ = [
+    "ConsolidateEvery",
+    "ConsolidateOnDrift",
     "ConsolidateOnTrainEnd",
     "EvaluatePastTasks",
     "LearningRateWarmup",
@@ -258,14 +262,15 @@ def _direction(monitor: str) -> str:
 class ConsolidateOnTrainEnd(keras.callbacks.Callback):
     """Calls `consolidate` at the end of `fit`, so that each `fit` is a task.
 
-    List it last: callbacks such as `EarlyStopping` may restore weights at the end of training.
+    List it last: callbacks such as `EarlyStopping` may restore weights at the end of training. If
+    they are then those of the last boundary, there is nothing to consolidate, which a warning says.
 
     Args:
         *args: Arguments of `consolidate`: data of the task, or nothing for the online estimate.
         **kwargs: Keyword arguments of `consolidate`.
 
     Attributes:
-        found: What `consolidate` returned last.
+        found: What `consolidate` returned; `None` if there was nothing to consolidate.
 
     Example:
 
@@ -282,6 +287,14 @@ class ConsolidateOnTrainEnd(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Consolidate the task that was trained."""
+        self.found = None
+        if self.model._consolidation.has_nothing_new(self.model):
+            warnings.warn(
+                "Nothing was consolidated: at the end of `fit` the weights were those of the last "
+                "boundary, as when a callback restores them.",
+                stacklevel=2,
+            )
+            return
         verbose = {"verbose": (self.params or {}).get("verbose") or 0}
         self.found = self.model.consolidate(*self.args, **(verbose | self.kwargs))
 

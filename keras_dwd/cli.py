@@ -38,6 +38,8 @@ from keras_dwd.evaluation.report import dry_table, plan_table, table
 from keras_dwd.evaluation.scenario import Scenario, Task
 from keras_dwd.evaluation.stored import factor_of, results_of
 from keras_dwd.files import write_json
+from keras_dwd.words import counted
+from keras_dwd_command import without_noise
 from keras_dwd_command.app import app as app
 from keras_dwd_command.app import main as main
 
@@ -115,7 +117,7 @@ def _tell_how_to_go_on(
     console = Console(stderr=True)
     runs = sum(len(method["train_seconds"]) for method in finished.get("methods", {}).values())
     where = f", written to {out}" if out is not None and runs else ""
-    lines = [f"Interrupted. Finished: {runs} run{'' if runs == 1 else 's'}{where}."]
+    lines = [f"Interrupted. Finished: {counted(runs, 'run')}{where}."]
     if folder is not None:
         words = ["keras-dwd", *_again(context, resume=True)[3:]]
         lines.append(f"To go on: {shlex.join(words)}")
@@ -160,7 +162,8 @@ def plan(
     integer("--workers", workers, 1)
     if link is None and workers > 1:
         try:
-            link = planning.measured_link()
+            with without_noise():
+                link = planning.measured_link()
         except ModuleNotFoundError:
             Console(stderr=True).print(f"{INSTALL} Without it and `--link` there are no times.")
     if model is not None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 from keras_dwd import growing
 from keras_dwd.curvature.fisher import NAMES as STATISTICS
@@ -41,6 +42,7 @@ from keras_dwd.state import (
 )
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training import optimizer
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.boundary_pass import BoundaryPass
 from keras_dwd.training.data import check_weights
 from keras_dwd.training.head_gate import HeadGate
@@ -134,7 +136,8 @@ class Consolidation:
         self.last_boundary = LastBoundary()
         # Counts changes of what a training step is made of, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
-        self._pass = BoundaryPass()
+        self._statistics = BatchStatistics()
+        self._pass = BoundaryPass(self._statistics)
         self._built_for: set[str] | None = None
 
     # During training.
@@ -194,6 +197,7 @@ class Consolidation:
         return TrainingStep(
             self.regularizer,
             self.fisher if self.fisher.online and pulled else None,
+            self._statistics,
             pulled,
             self.grouping.budget if self.grouping is not None else None,
             self.head_gate,
@@ -222,7 +226,7 @@ class Consolidation:
         """Consolidate the current task, see `DWDModel.consolidate`."""
         started = time.perf_counter()
         digest = digest_of(weights_by_path(model))
-        if self.tasks_learned and digest == self.weights_digest:
+        if self._is_last(digest):
             raise ValueError(
                 "The weights are those of the last boundary: train the model on the next task "
                 "before consolidating again."
@@ -231,16 +235,22 @@ class Consolidation:
             self.task_graph.check(model, self.tasks_learned, self.weights_digest)
         variables = self.pulled_variables(model)
         check_weights(variables)
-        blocks: dict[str, Block] = {}
-        result = GroupingResult({}, [], {})
+        statistics: Arrays = {}
         if variables:
-            blocks = self._estimated(model, variables, data, batch_size, verbose)
-            result = self._grouped(model, blocks)
-        noted = histograms(blocks, result.assignments)
-        adjusted: dict[str, int] = {}
-        if self.grouping is not None and self.grouping.budget is not None:
-            adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
-        commits = [self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)]
+            statistics = self._estimated(model, variables, data, batch_size, verbose)
+        # The matrices are small: several threads would wait for each other, on a busy machine ten
+        # times as long, and the results would depend on their number.
+        with threadpool_limits(1):
+            blocks: dict[str, Block] = {}
+            result = GroupingResult({}, [], {})
+            if variables:
+                blocks = self.fisher.blocks(model, variables, statistics)
+                result = self._grouped(model, blocks)
+            noted = histograms(blocks, result.assignments)
+            adjusted: dict[str, int] = {}
+            if self.grouping is not None and self.grouping.budget is not None:
+                adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
+            commits = [self.regularizer.prepare_task(by_path(model), result.blocks, adjusted)]
         if self.distillation is not None:
             commits.append(
                 self.distillation.prepare_task(
@@ -272,6 +282,13 @@ class Consolidation:
             if self._layout() != layout:
                 self._retrace(model)
 
+    def has_nothing_new(self, model: Learner) -> bool:
+        """Whether the weights are those of the last boundary."""
+        return self._is_last(digest_of(weights_by_path(model)))
+
+    def _is_last(self, digest: bytes) -> bool:
+        return self.tasks_learned > 0 and digest == self.weights_digest
+
     def _layout(self) -> Any:
         """What the traced training step is made of: if it changes, it must be traced again."""
         distillation = None if self.distillation is None else self.distillation.layout()
@@ -290,8 +307,8 @@ class Consolidation:
 
     def _estimated(
         self, model: Learner, variables: Variables, data: Any, batch_size: int, verbose: int
-    ) -> dict[str, Block]:
-        """The Fisher information of the current task."""
+    ) -> Arrays:
+        """The statistics of the current task, which its Fisher information is made of."""
         if data is None:
             built_for = self._held_paths(model) if self._built_for is None else self._built_for
             if self.fisher.online and self._held_paths(model) - built_for:
@@ -318,7 +335,7 @@ class Consolidation:
         if total[2]:
             self.fisher.refuse_rules()
         self.fisher.check(statistics, float(total[0]), model)
-        return self.fisher.blocks(model, variables, statistics)
+        return statistics
 
     def pass_statistics(
         self, model: Learner, data: Any, batch_size: int, verbose: int = 0

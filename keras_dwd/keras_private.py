@@ -150,6 +150,12 @@ def is_output_of_layer(tensor: Any) -> bool:
     return keras.utils.is_keras_tensor(tensor) and hasattr(tensor, "_keras_history")
 
 
+def layer_of(tensor: keras.KerasTensor) -> keras.Layer | None:
+    """The layer or operation that made a symbolic tensor; `None` for one that is only described."""
+    history = getattr(tensor, "_keras_history", None)
+    return None if history is None else history.operation
+
+
 # Models in training.
 
 

@@ -32,6 +32,7 @@ class Learner(Protocol):
     weights: Sequence[keras.Variable]
     trainable_variables: Sequence[keras.Variable]
     non_trainable_variables: Sequence[keras.Variable]
+    run_eagerly: bool
     steps_per_execution: int
     train_function: Any
 

@@ -1,7 +1,6 @@
 """`DWDModel`, a Keras model that learns one task after another."""
 
 import copy
-import difflib
 import inspect
 import os
 import re
@@ -49,13 +48,15 @@ from keras_dwd.saving import (
     mark_clone,
     subclassed_within,
 )
+from keras_dwd.strength_check import warn_of_strength
 from keras_dwd.summary import ConsolidationSummary, summary_of
 from keras_dwd.task_graph.graph import TaskGraph
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
 from keras_dwd.training.given import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
-from keras_dwd.wrapping import copied, warn_of_nothing_held, was_trained, wrapped
+from keras_dwd.words import nearest
+from keras_dwd.wrapping import copied, warn_of_logits, warn_of_nothing_held, was_trained, wrapped
 
 # Arguments of a functional Keras model.
 _OF_FUNCTIONAL = {"inputs", "outputs", "name", "trainable", "dtype"}
@@ -181,6 +182,7 @@ class DWDModel(CloneAware):
         self._in_step = False
         self.supports_jit = self.fisher.supports_jit
         self._sharded_in_file = False
+        self._checks_strength = True
         self._wraps_trained: bool | None = None  # of a model that is wrapped and not yet trained
         if isinstance(grouping, Grouping):
             grouping.check(by_path(self))
@@ -491,6 +493,7 @@ class DWDModel(CloneAware):
         arguments = _by_name(keras.Model.compile, *args, **kwargs)
         check_compile(self._consolidation, workers, arguments)
         super().compile(**arguments)
+        warn_of_logits(self)
         self.fisher.forget_loss()
         self._consolidation.divide(self, workers)
 
@@ -527,7 +530,10 @@ class DWDModel(CloneAware):
             share_fit(self, consolidation, arguments)
         build_state(self, arguments)
         with _without_length(self.workers):
-            return super().fit(**arguments)
+            history = super().fit(**arguments)
+        if self._checks_strength and consolidation.has_learned and not self.workers.several:
+            warn_of_strength(self, consolidation, history.history)
+        return history
 
     def _notice_nothing_held(self) -> None:
         """Warn at the first `fit` if the wrapped model knows something that nothing holds."""
@@ -811,8 +817,7 @@ def _hint(kind: type, name: str) -> str:
         if name in inspect.signature(owner).parameters:
             return f"Pass `{part}={owner.__name__}({name}=…)`."
     parameters = [p for c in kind.__mro__ if issubclass(c, DWDModel) for p in _parameters(c)]
-    near = difflib.get_close_matches(name, [*parameters, *_OF_FUNCTIONAL], 1)
-    return f"Did you mean `{near[0]}`?" if near else ""
+    return nearest(name, [*parameters, *_OF_FUNCTIONAL]).strip()
 
 
 def _parameters(kind: type) -> list[str]:

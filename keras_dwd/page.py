@@ -18,11 +18,12 @@ from keras_dwd.files import FileError, replaced
 from keras_dwd.plots.of_results import chosen_methods
 from keras_dwd.plots.style import FAINT, INK, style
 from keras_dwd.version import __version__
+from keras_dwd.words import counted, decimals, sized
 
-# Metrics of the table of costs: name in files, heading, digits.
+# Metrics of the table of costs: name in files, heading, digits (`None`: as many as a rate needs).
 _COST = (
-    ("steps_per_second", "steps/s", 0),
-    ("steps_per_second_with_boundaries", "steps/s with boundaries", 0),
+    ("steps_per_second", "steps/s", None),
+    ("steps_per_second_with_boundaries", "steps/s with boundaries", None),
     ("seconds", "seconds in all", 1),
     ("peak_memory_mb", "peak memory MB", 0),
 )
@@ -125,7 +126,7 @@ def _results(results: Mapping[str, Any]) -> str:
     return f"<section>{chr(10).join(parts)}</section>"
 
 
-def _quality(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+def _quality(results: Mapping[str, Any]) -> list[tuple[str, str, int | None]]:
     """What the main table shows: name in files, heading and digits, see `_COST`."""
     first, *others = recorded(results["protocol"])
     keys = [
@@ -134,7 +135,7 @@ def _quality(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
         f"learning_{first.name}",
         *(f"average_{other.name}" for other in others),
     ]
-    shown = []
+    shown: list[tuple[str, str, int | None]] = []
     for key in keys:
         percent = factor_of(results, key) == 100
         words = key.replace("learning_", "right after learning_").replace("average_", "")
@@ -144,7 +145,9 @@ def _quality(results: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return shown
 
 
-def _metrics_table(results: Mapping[str, Any], metrics: Iterable[tuple[str, str, int]]) -> str:
+def _metrics_table(
+    results: Mapping[str, Any], metrics: Iterable[tuple[str, str, int | None]]
+) -> str:
     methods = results["methods"]
     shown = [m for m in metrics if all(m[0] in row["metrics"] for row in methods.values())]
     rows = []
@@ -160,8 +163,9 @@ def _metrics_table(results: Mapping[str, Any], metrics: Iterable[tuple[str, str,
     return _table(["method", "λ", *(heading for _, heading, _ in shown)], rows)
 
 
-def spread(metric: Mapping[str, Any], factor: float = 1, digits: int = 1) -> str:
+def spread(metric: Mapping[str, Any], factor: float = 1, digits: int | None = 1) -> str:
     """A metric as text: mean ± standard deviation, or the value alone where there is one seed."""
+    digits = decimals(factor * metric["mean"]) if digits is None else digits
     shown = f"{factor * metric['mean']:.{digits}f}"
     if len(metric["per_seed"]) > 1:
         shown += f" ± {factor * metric['std']:.{digits}f}"
@@ -180,7 +184,7 @@ def _of_lines(drawn: Sequence[str], results: Mapping[str, Any]) -> str:
     seeds = max(len(matrices_of(results, name)) for name in drawn)
     text = "Lines are means over the seeds, bands reach from the lowest seed to the highest. "
     left = len(methods) - len(drawn)
-    others = f"{left} more methods are in the tables alone." if left else ""
+    others = f"{counted(left, 'more method')} in the tables alone." if left else ""
     return (text if seeds > 1 else "") + others
 
 
@@ -231,7 +235,7 @@ def _retained(results: Mapping[str, Any], drawn: Sequence[str]) -> list[str]:
 def _words(retained: Mapping[str, Any]) -> str:
     return (
         f"{retained['held']:,} of {retained['trainable']:,} trainable parameters are held with "
-        f"λ = {retained['strength']:g}, by {retained['bytes']:,} bytes of state. The pull is "
+        f"λ = {retained['strength']:g}, by {sized(retained['bytes'])} of state. The pull is "
         f"{retained['pull']}. 90 % of the importance is in {100 * retained['directions']:.1f} % of "
         "the directions."
     )

@@ -12,6 +12,7 @@ from keras_dwd.groupings.histograms import concentration
 from keras_dwd.learner import Learner
 from keras_dwd.training.optimizer import form_of_pull
 from keras_dwd.variables import Variables, by_path, trainable_by_path
+from keras_dwd.words import counted, sized
 
 # The share of the precision of which `ConsolidationSummary.directions` tells in how many it is.
 _MOST = 0.9
@@ -106,9 +107,9 @@ class ConsolidationSummary:
             ]
         of_this = f", share of one of {self.workers} workers" if self.workers > 1 else ""
         first = (
-            f"{_tasks(self.tasks)} consolidated: {self.held:,} of {self.trainable:,} trainable "
-            f"parameters are held with λ = {self.strength:g} ({_bytes(self.bytes)} of state"
-            f"{of_this})."
+            f"{counted(self.tasks, 'task')} consolidated: {self.held:,} of {self.trainable:,} "
+            f"trainable parameters are held with λ = {self.strength:g} ({sized(self.bytes)} of "
+            f"state{of_this})."
         )
         if self.distils:
             first += " The outputs are kept by distillation."
@@ -138,14 +139,14 @@ class ConsolidationSummary:
         strengths = [group["strength"] for group in self.groups]
         if strengths:
             lines.append(
-                f"{len(strengths)} group{'s' if len(strengths) > 1 else ''}, with λ_k from "
+                f"{counted(len(strengths), 'group')}, with λ_k from "
                 f"{min(strengths):.3g} to {max(strengths):.3g}."
             )
         if self.seconds is not None:
             data = (
                 "by the online estimate"
                 if self.examples is None
-                else f"from {self.examples:,} examples"
+                else f"from {counted(self.examples, 'example')}"
             )
             lines.append(f"The last task was estimated {data}, in {self.seconds:.1f} s.")
         return lines
@@ -186,6 +187,11 @@ def summary_of(model: Learner, consolidation: Consolidation) -> ConsolidationSum
         seconds=last.seconds,
         workers=consolidation.workers.communicator.size if several else 1,
     )
+
+
+def importance_by_layer(consolidation: Consolidation, variables: Variables) -> dict[str, float]:
+    """The trace of the precision, with its strength, by layer."""
+    return _importances(consolidation, variables)[0]
 
 
 def _importances(
@@ -230,15 +236,3 @@ def _layer(path: str) -> str:
 
 def _size(variable: Any) -> int:
     return int(np.prod(variable.shape))
-
-
-def _tasks(count: int) -> str:
-    return "1 task" if count == 1 else f"{count} tasks"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -7,9 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dwd.curvature.likelihood import losses_of, name_with_logits, output_names
 from keras_dwd.hub_tasks import for_hub_tasks, is_hub_task, keep_hub_task
-from keras_dwd.keras_private import layers_within
-from keras_dwd.learner import overridden_steps, runs_its_graph
+from keras_dwd.keras_private import layer_of, layers_within
+from keras_dwd.layers.task_heads import TaskHeads
+from keras_dwd.learner import Learner, overridden_steps, runs_its_graph
 
 # Layers of which some weights are zero until they are trained.
 _WITH_ZEROS = (
@@ -21,6 +23,9 @@ _WITH_ZEROS = (
     keras.layers.BatchNormalization,
     keras.layers.LayerNormalization,
 )
+
+# Layers that give logits where they have no activation.
+_HEADS = (keras.layers.Dense, keras.layers.EinsumDense, TaskHeads)
 
 # The largest integer up to which a floating-point dtype holds all of them.
 _EXACT = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53}
@@ -94,6 +99,25 @@ def warn_of_nothing_held(model: keras.Model, trained: bool) -> None:
         "inputs it was trained on, before `fit`. If it is to be forgotten, set `strength=0`.",
         stacklevel=4,
     )
+
+
+def warn_of_logits(model: Learner) -> None:
+    """Warn of a loss that takes probabilities where the outputs are certainly logits.
+
+    Keras computes such a loss without an error, but it is that of no likelihood.
+    """
+    losses = zip(output_names(model), model.outputs, losses_of(model), strict=False)
+    for name, output, loss in losses:
+        layer, needed = layer_of(output), name_with_logits(loss)
+        linear = getattr(layer, "activation", None) is keras.activations.linear
+        if needed and linear and isinstance(layer, _HEADS):
+            warnings.warn(
+                f"The output {name!r} has no activation, so it gives logits, but its loss takes "
+                "probabilities: Keras computes a wrong loss without an error. Pass "
+                f"`keras.losses.{needed}(from_logits=True)` to `compile`, or give the output a "
+                "softmax or a sigmoid.",
+                stacklevel=3,
+            )
 
 
 def _differs_from_initial(model: keras.Model) -> bool:

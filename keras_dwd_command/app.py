@@ -12,6 +12,8 @@ from rich.console import Console
 from keras_dwd_command import needs_experiments, without_noise
 from keras_dwd_command import options as o
 
+METHODS = "finetune,ewc,dwd,joint"
+
 app = typer.Typer(
     help="Continual learning for Keras 3.",
     no_args_is_help=True,
@@ -51,40 +53,16 @@ def _do(name: str, given: dict[str, Any]) -> None:
 
 
 @app.command(epilog="Example: keras-dwd run --scenario split:digits --methods finetune,ewc,dwd")
+@o.options_of(o.experiment)
 def run(
     context: typer.Context,
-    scenario: o.Scenario = "permuted:digits",
-    methods: o.Methods = "finetune,ewc,dwd,joint",
-    tasks: o.Tasks = 5,
-    setting: o.Setting = None,
-    class_order_seed: o.ClassOrderSeed = None,
-    seeds: o.Seeds = 3,
-    epochs: o.Epochs = None,
+    methods: o.Methods = METHODS,
     strength: Annotated[
         str | None,
         typer.Option(
             help="λ of all methods, or of some of them (ewc=1000,dwd=200); by default their own."
         ),
     ] = None,
-    profile: o.Profile = "cpu",
-    images_per_class: o.Images = None,
-    optimizer: o.Optimizer = None,
-    learning_rate: o.LearningRate = None,
-    schedule: o.Schedule = None,
-    weight_decay: o.WeightDecay = None,
-    augment: o.Augment = None,
-    warmup: o.Warmup = None,
-    mixup: o.Mixup = None,
-    keep_state: o.KeepState = None,
-    metrics: o.Metrics = "accuracy",
-    data_dir: o.DataDir = None,
-    examples: o.Examples = None,
-    tokenizer: o.Tokenizer = None,
-    beams: o.Beams = None,
-    run_code: o.RunCode = None,
-    cache_dir: o.CacheDir = None,
-    preset: o.Preset = None,
-    lora: o.Lora = None,
     workers: o.Workers = 1,
     sharded: Annotated[
         bool, typer.Option("--sharded", help="Divide the consolidation state among the workers.")
@@ -97,68 +75,32 @@ def run(
         bool, typer.Option("--resume", help="Resume from the checkpoints in `--checkpoint-dir`.")
     ] = False,
     out: o.Out = None,
-    report: o.Report = None,
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
+    **_: Any,
 ) -> None:
     """Train several methods on a sequence of tasks and compare what they learn and forget.
 
     Ctrl-C ends the run; what was finished is written to `--out`.
     """
-    _do("run", locals())
+    _do("run", {"context": context, **context.params})
 
 
 @app.command(
     epilog="Example: keras-dwd tune --scenario split:digits --methods ewc,dwd --out t.json"
 )
-def tune(
-    context: typer.Context,
-    scenario: o.Scenario = "permuted:digits",
-    methods: o.Methods = "finetune,ewc,dwd,joint",
-    tasks: o.Tasks = 5,
-    setting: o.Setting = None,
-    class_order_seed: o.ClassOrderSeed = None,
-    seeds: o.Seeds = 3,
-    tuning_seeds: o.TuningSeeds = 1,
-    points: o.Points = 7,
-    epochs: o.Epochs = None,
-    profile: o.Profile = "cpu",
-    images_per_class: o.Images = None,
-    optimizer: o.Optimizer = None,
-    learning_rate: o.LearningRate = None,
-    schedule: o.Schedule = None,
-    weight_decay: o.WeightDecay = None,
-    augment: o.Augment = None,
-    warmup: o.Warmup = None,
-    mixup: o.Mixup = None,
-    keep_state: o.KeepState = None,
-    metrics: o.Metrics = "accuracy",
-    data_dir: o.DataDir = None,
-    examples: o.Examples = None,
-    tokenizer: o.Tokenizer = None,
-    beams: o.Beams = None,
-    run_code: o.RunCode = None,
-    cache_dir: o.CacheDir = None,
-    preset: o.Preset = None,
-    lora: o.Lora = None,
-    processes: o.Processes = None,
-    out: o.Resumed = None,
-    report: o.Report = None,
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
-) -> None:
+@o.options_of(o.experiment, o.tuning)
+def tune(context: typer.Context, methods: o.Methods = METHODS, **_: Any) -> None:
     """Tune λ of each method on held-back training data, then compare them on the test data.
 
     Each method that has a λ is tuned with the same number of values around its default, the same
     seeds and the same epochs.
     """
-    _do("tune", locals())
+    _do("tune", {"context": context, **context.params})
 
 
 @app.command(epilog="Example: keras-dwd ablate --scenario split:digits --parts groups --out a.json")
+@o.options_of(o.experiment, o.tuning)
 def ablate(
     context: typer.Context,
-    scenario: o.Scenario = "permuted:digits",
     parts: Annotated[
         str,
         typer.Option(
@@ -166,44 +108,14 @@ def ablate(
             "names contain one of them. By default all parts."
         ),
     ] = "",
-    tasks: o.Tasks = 5,
-    setting: o.Setting = None,
-    class_order_seed: o.ClassOrderSeed = None,
-    seeds: o.Seeds = 3,
-    tuning_seeds: o.TuningSeeds = 1,
-    points: o.Points = 7,
-    epochs: o.Epochs = None,
-    profile: o.Profile = "cpu",
-    images_per_class: o.Images = None,
-    optimizer: o.Optimizer = None,
-    learning_rate: o.LearningRate = None,
-    schedule: o.Schedule = None,
-    weight_decay: o.WeightDecay = None,
-    augment: o.Augment = None,
-    warmup: o.Warmup = None,
-    mixup: o.Mixup = None,
-    keep_state: o.KeepState = None,
-    metrics: o.Metrics = "accuracy",
-    data_dir: o.DataDir = None,
-    examples: o.Examples = None,
-    tokenizer: o.Tokenizer = None,
-    beams: o.Beams = None,
-    run_code: o.RunCode = None,
-    cache_dir: o.CacheDir = None,
-    preset: o.Preset = None,
-    lora: o.Lora = None,
-    processes: o.Processes = None,
-    out: o.Resumed = None,
-    report: o.Report = None,
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
+    **_: Any,
 ) -> None:
     """Change one part of DWD at a time and compare the result with tuned EWC, paired by seed.
 
     λ is the default. For EWC, and where a change affects the scale of the Fisher information, it is
     tuned as by `tune`.
     """
-    _do("ablate", locals())
+    _do("ablate", {"context": context, **context.params})
 
 
 @app.command(epilog="Example: keras-dwd plan --params 1.75e11 --workers 1024")

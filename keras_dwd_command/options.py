@@ -1,9 +1,13 @@
 """The options of the command line, which know nothing of TensorFlow: so help comes at once."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from keras_dwd_command import config
 
 # What the package has: `tests/test_command.py` compares.
 METHODS = (
@@ -86,6 +90,19 @@ Setting = Annotated[
 ClassOrderSeed = Annotated[
     int | None,
     typer.Option(help="Seed of the class order (split) or of the permutations (permuted)."),
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="A trained classifier, a .keras file, in place of a new network; no code in it is run."
+    ),
+]
+ConsolidateOn = Annotated[
+    str | None,
+    typer.Option(
+        help="The data that --model knows, as NAME in --scenario: the first task, which is "
+        "consolidated and not trained."
+    ),
 ]
 Seeds = Annotated[int, typer.Option(help="Number of runs per method: seeds 0, 1, …")]
 TuningSeeds = Annotated[int, typer.Option(help="Number of runs per λ on validation data.")]
@@ -198,3 +215,85 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Tell what would be run, with its sizes, and end."),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=config.from_file,
+        is_eager=True,
+        expose_value=False,
+        help="TOML file with options of this command by their names, such as seeds = 5. What is "
+        "given otherwise takes precedence.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        callback=config.from_pairs,
+        is_eager=True,
+        expose_value=False,
+        help="An option in place of that in --config; may be repeated.",
+    ),
+]
+
+
+def experiment(
+    scenario: Scenario = "permuted:digits",
+    tasks: Tasks = 5,
+    setting: Setting = None,
+    class_order_seed: ClassOrderSeed = None,
+    model: Model = None,
+    consolidate_on: ConsolidateOn = None,
+    seeds: Seeds = 3,
+    epochs: Epochs = None,
+    profile: Profile = "cpu",
+    images_per_class: Images = None,
+    optimizer: Optimizer = None,
+    learning_rate: LearningRate = None,
+    schedule: Schedule = None,
+    weight_decay: WeightDecay = None,
+    augment: Augment = None,
+    warmup: Warmup = None,
+    mixup: Mixup = None,
+    keep_state: KeepState = None,
+    metrics: Metrics = "accuracy",
+    data_dir: DataDir = None,
+    examples: Examples = None,
+    tokenizer: Tokenizer = None,
+    beams: Beams = None,
+    run_code: RunCode = None,
+    cache_dir: CacheDir = None,
+    preset: Preset = None,
+    lora: Lora = None,
+    report: Report = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    config: Config = None,
+    sets: Set = None,
+) -> None:
+    """The options of all commands that run an experiment."""
+
+
+def tuning(
+    tuning_seeds: TuningSeeds = 1,
+    points: Points = 7,
+    processes: Processes = None,
+    out: Resumed = None,
+) -> None:
+    """The options of all commands that tune."""
+
+
+def options_of(*shared: Callable[..., None]) -> Callable[[Any], Any]:
+    """A decorator that gives a command the options of these functions in place of its `**`."""
+
+    def decorated(command: Any) -> Any:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+        more = [p for function in shared for p in inspect.signature(function).parameters.values()]
+        parameters = [own[0], *more, *own[1:]]  # the context comes first
+        command.__signature__ = inspect.Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorated

@@ -13,6 +13,7 @@ from keras_dwd import DiagonalFisher, DWDModel
 from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.groupings.grouping import GroupingResult
 from keras_dwd.precision.block import Block
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.boundary_pass import BoundaryPass
 
 
@@ -24,10 +25,14 @@ def sweep(cases, *core):
     names = [case[0] if isinstance(case, tuple) else case for case in cases]
     assert {*core} <= {*names}, {*core} - {*names}
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        case if name in core else long(*(case if isinstance(case, tuple) else (case,)))
         for case, name in zip(cases, names, strict=True)
-        for marks in [() if name in core else pytest.mark.long]
     ]
+
+
+def long(*case):
+    """A case that `make test-long` runs, and `make test` does not."""
+    return pytest.param(*case, marks=pytest.mark.long)
 
 
 def blobs(count=64, features=6, classes=3, seed=0):
@@ -118,7 +123,8 @@ def pass_statistics(
     if fisher is None:
         return model._consolidation.pass_statistics(model, data, batch_size)
     variables = model._consolidation.pulled_variables(model)
-    return BoundaryPass()(model, fisher, variables, data, batch_size, model.workers.communicator)
+    boundary_pass = BoundaryPass(BatchStatistics())
+    return boundary_pass(model, fisher, variables, data, batch_size, model.workers.communicator)
 
 
 def blocks_of(model: DWDModel, statistics: dict[str, np.ndarray]) -> dict[str, Block]:

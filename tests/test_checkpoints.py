@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from cases import blobs, sweep
+from cases import blobs, long, sweep
 from safetensors.numpy import save_file
 
 from keras_dwd import DiagonalFisher
@@ -101,7 +101,7 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("at", [(2, 0, 5), pytest.param((0, 1, 2), marks=pytest.mark.long)])
+@pytest.mark.parametrize("at", [(2, 0, 5), long((0, 1, 2))])
 def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_path, undisturbed, at):
     with pytest.raises(KilledError):
         run(tmp_path, at=at)
@@ -116,18 +116,15 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_goes_on_bit_identical(tmp_pat
     "method",
     sweep(
         [
-            "dwd-online+graph",
-            "dwd-online+decoupled",
-            "dwd-online+policy",
+            "dwd-online+graph+policy",
+            "dwd-online+decoupled+distill",
             "dwd:sampled",
             "dwd-online+one-budget",
             "ewc",
             "si",
-            "er",
             "der++",
             "a-gem",
             "dwd+er",
-            "dwd-online+distill",
         ],
     ),
 )
@@ -138,6 +135,7 @@ def test_so_do_all_kinds_of_methods(tmp_path, undisturbed, method):
     assert ended_with(tmp_path) == undisturbed(method)[0]
 
 
+@pytest.mark.long
 def test_a_run_that_is_over_is_not_run_again(tmp_path, undisturbed):
     run(tmp_path)
     again = run(tmp_path, at=(2, 1, 0))
@@ -164,7 +162,7 @@ def test_what_was_lost_at_a_boundary_is_made_again(tmp_path, undisturbed):
 @pytest.mark.parametrize(
     ("of", "where", "method"),
     [
-        pytest.param(runner._Progress, "boundary", WITH_GRAPH, marks=pytest.mark.long),
+        long(runner._Progress, "boundary", WITH_GRAPH),
         (runner.DWDModel, "consolidate", CHEAP),
     ],
 )
@@ -270,6 +268,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training():
     assert not trained
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_ends_the_run_which_can_go_on(tmp_path, undisturbed, monkeypatch):
     saved = Checkpoints.save
     count = []

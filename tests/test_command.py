@@ -25,6 +25,7 @@ from keras_dwd.evaluation.profiles import NETWORKS
 from keras_dwd.evaluation.recipe import OPTIMIZERS
 from keras_dwd.evaluation.report import cell
 from keras_dwd.evaluation.runner import SequenceResult
+from keras_dwd.words import counted
 from keras_dwd_command import options
 
 COMMANDS = get_command(app).commands
@@ -268,6 +269,11 @@ def test_own_images(tmp_path):
         ("a.csv", "", "must have a line of names"),
         ("a.csv", "a,label\n1,x\n2,y", "two examples at least"),
         ("no.csv", None, "There is no file"),
+        ("a.npz", "text", r"a\.npz' must be a file that `numpy.savez`"),
+        ("a.npz", "PK\x03\x04 cut", r"a\.npz' must be a file that `numpy.savez`"),
+        ("a.npz", {"x": np.array([{}]), "y": np.zeros(1)}, r"a\.npz' must be.*numbers"),
+        ("nofolder", None, "'nofolder': it is neither prepared here nor a folder"),
+        ("digit", None, r"Did you mean 'digits'\?"),
     ],
 )
 def test_own_data_that_cannot_be_read_is_refused(tmp_path, name, content, error):
@@ -275,5 +281,163 @@ def test_own_data_that_cannot_be_read_is_refused(tmp_path, name, content, error)
         np.savez(tmp_path / name, **content)
     elif content is not None:
         (tmp_path / name).write_text(content)
+    elsewhere = "." in name  # else it is no path
     with pytest.raises((ValueError, FileNotFoundError), match=error):
-        datasets.load(str(tmp_path / name))
+        datasets.load(str(tmp_path / name) if elsewhere else name, tmp_path)
+
+
+def test_images_that_cannot_be_read_are_refused_by_name(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+    keras.utils.save_img(tmp_path / "cat" / "1.png", np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match=r"dog' must hold images of its class.*none"):
+        datasets.load(str(tmp_path))
+    (tmp_path / "dog" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2\.png' must be an image"):
+        datasets.load(str(tmp_path))
+
+
+def test_counts_in_words():
+    assert [counted(n, "epoch") for n in (1, 2, 0.5, 1.0)] == [
+        "1 epoch",
+        "2 epochs",
+        "0.5 epochs",
+        "1 epoch",
+    ]
+    told = Experiment(scenario="split:digits", tasks=1, epochs=1, images_per_class=1).describe(1)
+    assert "1 task," in told["title"]
+    assert "1 epoch a task, 1 training image a class" in told["text"]
+    assert "classes in their own order" in told["text"]
+    told = Experiment(class_order_seed=3).describe(2)
+    assert "permutations of seed 3" in told["text"]
+
+
+# Options from a file.
+
+
+def parsed(name, *words):
+    return COMMANDS[name].make_context(name, list(map(str, words))).params
+
+
+def test_options_of_a_file_and_of_set(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        'seeds = 5\ntasks = 2\nmethods = ["ewc", "dwd"]\nlearning-rate = 1\naugment = false\n'
+        'strength = 30\njson = true\nout = "r.json"\n'
+    )
+    found = parsed("run", "--set", "tasks=4", "--config", file, "--seeds", 2, "--set", "epochs=3")
+    assert (found["seeds"], found["tasks"], found["epochs"]) == (2, 4, 3)
+    assert (found["methods"], found["strength"]) == ("ewc,dwd", "30")
+    assert (found["learning_rate"], found["augment"], found["as_json"]) == (1.0, False, True)
+    assert str(found["out"]) == "r.json"
+    assert "config" not in found  # the command that resumes needs no file
+    left = parsed("run")
+    assert found.keys() == left.keys()
+    assert {n for n in found if found[n] != left[n]} == {
+        *("seeds", "tasks", "epochs", "methods", "strength", "learning_rate", "augment"),
+        *("as_json", "out"),
+    }
+    assert parsed("tune", "--set", "tuning-seeds=3")["tuning_seeds"] == 3
+    assert parsed("ablate", "--set", "parts=groups")["parts"] == "groups"
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("taks = 3", r"'taks', which is no option of this command. Did you mean 'tasks'"),
+        ("x = 3", "'x', which is no option of this command. Known: scenario, "),
+        ("tasks = 2.5", "'tasks' in .*must be an integer. Received: 2.5"),
+        ("tasks = true", "'tasks' in .*must be an integer. Received: True"),
+        ("augment = 1", "'augment' in .*must be true or false. Received: 1"),
+        ("methods = [[1]]", "'methods' in .*must be text"),
+        ("out = 1", "'out' in .*must be a path"),
+        ("[run]", "'run', which is no option"),
+        ("tasks =", "cannot be read as TOML"),
+        (None, "cannot be read as TOML: .*No such file"),
+    ],
+)
+def test_a_file_of_options_is_checked_before_anything_runs(tmp_path, content, error):
+    file = tmp_path / "c.toml"
+    if content is not None:
+        file.write_text(content)
+    refused = invoke("run", "--config", file)
+    assert refused.exit_code == 2
+    assert re.search(error.replace(" ", r"[\s│]+"), refused.output), refused.output
+
+
+@pytest.mark.parametrize("given", ["taks=1", "tasks", "tasks=x"])
+def test_set_is_checked(given):
+    refused = invoke("run", "--set", given)
+    assert refused.exit_code == 2
+    assert given.partition("=")[0] in refused.output
+
+
+# A trained model.
+
+
+def classifier(activation=None):
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, activation)])
+
+
+def test_the_first_task_is_what_a_trained_model_knows(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 4
+    x = (np.eye(4)[y] + 0.1 * rng.normal(size=(80, 4))).astype("float32")
+    np.savez(tmp_path / "old.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+    np.savez(tmp_path / "new.npz", x_train=x[:, ::-1], y_train=y, x_test=x[:8, ::-1], y_test=y[:8])
+    network = classifier()
+    network.layers[0].kernel.assign(9 * np.eye(4))
+    network.save(tmp_path / "m.keras")
+    given = {
+        "scenario": f"split:{tmp_path / 'new.npz'}",
+        "tasks": 1,
+        "epochs": 1,
+        "model": tmp_path / "m.keras",
+        "consolidate_on": str(tmp_path / "old.npz"),
+    }
+    experiment = Experiment(**given)
+    assert "m.keras, " in experiment.describe(1)["text"]
+    assert "as loaded 100.0 % accurate" in experiment.describe(1)["text"]
+    result = experiment.run("ewc", strength=1e6)
+    assert result.matrix.after[0, 0] == 1  # as it was: nothing was trained in this task
+    assert result.steps == 3
+    assert result.train_seconds[0] < 0.1 < result.train_seconds[1]
+    # A strength as large as this holds the weights where the file has them.
+    held = result.model.get_layer(network.layers[0].name).kernel
+    np.testing.assert_allclose(held, network.layers[0].kernel, atol=0.01)
+
+
+def test_a_model_that_cannot_be_used_is_refused(tmp_path):
+    x, y = examples()
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    np.savez(tmp_path / "b.npz", x=x[:, :3], y=y)
+    classifier("softmax").save(tmp_path / "m.keras")
+    given = {"model": tmp_path / "m.keras", "consolidate_on": str(tmp_path / "a.npz")}
+    made = Experiment(scenario=f"split:{tmp_path / 'a.npz'}", tasks=2, **given).protocol
+    assert not made.compiled()["loss"].get_config()["from_logits"]
+    inputs = keras.Input((4,))
+    code = keras.Model(inputs, keras.layers.Lambda(lambda x: x)(inputs))
+    code.save(tmp_path / "code.keras")
+    keras.Model(inputs, [inputs + 1, inputs + 2]).save(tmp_path / "two.keras")
+    (tmp_path / "broken.keras").write_text("x")
+
+    def message(model="m.keras", known="a.npz", **changed):
+        given = {"scenario": f"split:{tmp_path / 'a.npz'}", "tasks": 2} | changed
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            Experiment(
+                **given,
+                model=model and tmp_path / model,
+                consolidate_on=known and str(tmp_path / known),
+            )
+        return str(error.value)
+
+    assert "need each other" in message(model=None)
+    assert "need each other" in message(known=None)
+    assert "must be domain" in message(setting="class")
+    assert "must be a file that ends in .keras" in message("no.keras")
+    assert "must be a file that ends in .keras" in message("a.npz")
+    assert "broken.keras' cannot be loaded" in message("broken.keras")
+    assert "code.keras' cannot be loaded" in message("code.keras")
+    assert "must be a functional or sequential classifier" in message("two.keras")
+    assert "takes examples of shape (4,)" in message(known="b.npz")
+    assert "no setting of 'text'" in message(scenario="text:x", tasks=5)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, load, mlp, moved, saved, state_of, sweep
+from cases import blobs, compiled, dtype_policy, load, long, mlp, moved, saved, state_of, sweep
 from keras import layers
 
 from keras_dwd import (
@@ -316,7 +316,7 @@ def test_all_heads_of_earlier_tasks_are_compared_and_get_no_gradient(activation)
 # The training step.
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), DiagonalFisher("empirical")])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), long(DiagonalFisher("empirical"))])
 def test_nothing_changes_before_the_first_boundary(fisher):
     x, y = blobs()
     models = [
@@ -371,7 +371,7 @@ def outputs_of_teacher(model, x):
     return np.asarray(model.distillation.teach(model, x, model.regularizer.anchors).outputs[0])
 
 
-@pytest.mark.parametrize("anchor", ["latest", "folded"])
+@pytest.mark.parametrize("anchor", sweep(["latest", "folded"], "latest"))
 def test_the_teacher_is_the_model_at_the_boundary_in_inference_mode(anchor):
     x, y = blobs()
     model = normalized(
@@ -400,8 +400,8 @@ def test_the_teacher_is_the_model_at_the_boundary_in_inference_mode(anchor):
     "settings",
     [
         {"jit_compile": True},
-        {"steps_per_execution": 2},
-        {"gradient_accumulation_steps": 2},
+        long({"steps_per_execution": 2}),
+        long({"gradient_accumulation_steps": 2}),
     ],
     ids=["jit", "several steps", "accumulation"],
 )

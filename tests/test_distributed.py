@@ -77,8 +77,8 @@ def assert_close(found, expected, tolerance=1e-5):
 
 # Jobs of several workers: their number, programs, and the cases that are compared with one worker.
 JOBS = {
-    "two": (2, "agree,share,behaves,bytes_sent,different_graph", ["sharded"]),
-    "two, all cases": (2, "agree", [*script.CASES, "sequence"]),
+    "two": (2, "agree,share,behaves", ["sharded"]),
+    "two, all cases": (2, "agree,bytes_sent,different_graph", [*script.CASES, "sequence"]),
     "four": (4, "agree,share,not_a_number", ["sharded"]),
 }
 
@@ -197,8 +197,9 @@ def sent(timeline):
     return counts
 
 
+@pytest.mark.long
 def test_the_pull_of_sharded_workers_sends_nothing_more(several):
-    _, folder = several("two")
+    _, folder = several("two, all cases")
     plain, pulled = (sent(folder / f"{name}.json") for name in ("plain", "pulled"))
     steps = 12  # 96 examples in batches of 8
     gradients = {name for name in plain if "gradients" in name}
@@ -240,8 +241,9 @@ def test_files_averages_and_callbacks(several):
     assert float(one.penalty()) == pytest.approx(float(results[0]["penalty"]), rel=1e-5)
 
 
+@pytest.mark.long
 def test_what_differs_on_one_worker_is_named_on_all(several):
-    for found in several("two")[0]["different_graph"]:
+    for found in several("two, all cases")[0]["different_graph"]:
         said = str(found["said"])
         assert "Worker 1 has built another model than worker 0" in said
         assert "more/kernel" in said
@@ -445,7 +447,7 @@ def several_learner(base=None, rate=0.1):
     return model
 
 
-@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize("as_dataset", sweep([False, True], True))
 def test_class_weights_are_weights_of_examples(as_dataset):
     x, y = blobs(32)
     given = np.linspace(0.5, 1.5, 32).astype("float32") if as_dataset else np.ones(32, "float32")

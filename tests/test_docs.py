@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import os
@@ -129,6 +130,11 @@ PUBLIC = public()
 # Data have no docstrings: their examples are in the reference itself, which runs.
 DATA = {"keras_dwd.__version__", "keras_dwd.evaluation.METHODS"}
 DOCUMENTED = [name for name in PUBLIC if name not in DATA]
+# Figures need matplotlib and files of results, with which `tests/test_report.py` draws them all.
+FIGURES = {}
+if importlib.util.find_spec("matplotlib"):
+    plots = importlib.import_module("keras_dwd.plots")
+    FIGURES = {f"keras_dwd.plots.{name}": getattr(plots, name) for name in plots.__all__}
 
 
 def examples_of(documented):
@@ -137,14 +143,16 @@ def examples_of(documented):
     return re.findall(r"```python\n(.*?)```", text.partition("Example:\n")[2], re.DOTALL)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *FIGURES])
 def test_every_public_name_is_in_the_reference_with_an_example(name):
     if name in DATA:
         assert re.search(rf"```python\n[^`]*\b{name.rpartition('.')[2]}\b", REFERENCE)
     else:
         listed = re.search(rf"^::: {re.escape(name)}$", REFERENCE, re.M)
         assert listed, f"no page of docs/reference has the line `::: {name}`"
-        assert examples_of(PUBLIC[name]), f"the docstring of {name} has no `Example:` with code"
+        assert examples_of((PUBLIC | FIGURES)[name]), (
+            f"the docstring of {name} has no `Example:` with code"
+        )
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, dtype_policy, mlp, weights
+from cases import blobs, compiled, dtype_policy, mlp, sweep, weights
 from keras import layers
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -416,7 +416,7 @@ def of_keras_applications():
     return keras.Model(whole.input, layers.Dense(3)(x))
 
 
-@pytest.mark.parametrize("make", [mlp, of_keras_applications])
+@pytest.mark.parametrize("make", sweep([mlp, of_keras_applications], mlp))
 def test_a_model_from_a_file_is_the_first_task(tmp_path, make):
     base = make()
     x = np.random.default_rng(0).normal(size=(16, *base.input_shape[1:])).astype("float32")

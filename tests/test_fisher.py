@@ -258,7 +258,7 @@ CROSS_ENTROPIES = {
 }
 
 
-@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("from_logits", sweep([True, False], True))
 @pytest.mark.parametrize("estimator", ["mc", "negated"])
 @pytest.mark.parametrize("kind", CROSS_ENTROPIES)
 def test_drawn_labels_and_negated_logits(kind, estimator, from_logits):
@@ -450,11 +450,12 @@ def test_weights_of_time_steps_are_part_of_the_loss():
     online.consolidate()
 
 
+@pytest.mark.long
 def test_weights_of_outputs_are_part_of_the_loss():
     base, x, y = sequences(outputs=2)
     model = DWDModel.from_model(base, **EXACT)
     model.compile("sgd", [LOSS, LOSS])
-    w = [np.random.default_rng(i).uniform(0, 2, 6).astype("float32") for i in (1, 2)]
+    w = [np.random.default_rng(i).uniform(0, 2, (6, 1)).astype("float32") for i in (1, 2)]
 
     def loss_of(i):
         parts = (cross_entropies(model, x, y[o], i, o) for o in (0, 1))
@@ -497,7 +498,7 @@ def test_margins_are_distances_of_logits():
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sparse", "categorical", "binary"])
+@pytest.mark.parametrize("kind", sweep(["sparse", "categorical", "binary"], "categorical"))
 def test_influence_is_the_same_for_probabilities_and_logits(kind):
     x, y = blobs(40)
     activation = "sigmoid" if kind == "binary" else "softmax"

@@ -113,6 +113,7 @@ def test_all_forms_of_the_same_data_give_the_same_precision(name, expected):
         np.testing.assert_allclose(array, expected[path], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.long
 def test_sample_weights_are_those_of_the_tuple():
     states = []
     for given in ((X, Y, W), ((X, Y, W),), ([X, Y, W],)):
@@ -130,6 +131,7 @@ def two_inputs():
     return keras.Model([a, b], keras.layers.Dense(3, name="dense")(added))
 
 
+@pytest.mark.long
 def test_several_inputs():
     states = []
     for given in (([X, X], Y), (((X, X), Y),), ({"a": X, "b": X}, Y)):

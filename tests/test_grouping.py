@@ -13,6 +13,7 @@ from cases import (
     gentle,
     grouped,
     load,
+    long,
     mlp,
     moved,
     pass_statistics,
@@ -396,10 +397,7 @@ MADE = [
 @pytest.mark.parametrize(
     ("grouping", "fisher"),
     [(grouping, DiagonalFisher("empirical", gamma=None)) for grouping in MADE]
-    + [
-        pytest.param(grouping, KroneckerFisher("empirical", gamma=None), marks=pytest.mark.long)
-        for grouping in MADE[1:4]
-    ],
+    + [long(grouping, KroneckerFisher("empirical", gamma=None)) for grouping in MADE[1:4]],
     ids=lambda given: type(given).__name__,
 )
 def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
@@ -445,7 +443,7 @@ def test_the_model_groups_weighs_and_saves(grouping, fisher, tmp_path):
 @pytest.mark.parametrize(
     ("granularity", "fisher"),
     [(name, DiagonalFisher("empirical", gamma=None)) for name in ("element", "unit", "variable")]
-    + [("element", KroneckerFisher("empirical", gamma=None))],
+    + [long("element", KroneckerFisher("empirical", gamma=None))],
 )
 def test_responsibilities_are_saved_and_checked(fisher, granularity):
     def make():
@@ -527,7 +525,7 @@ def test_bad_arguments_are_named(make, arguments):
 
 
 @pytest.mark.parametrize(
-    "fisher", [DiagonalFisher("empirical", None), KroneckerFisher("empirical", None)]
+    "fisher", [DiagonalFisher("empirical", None), long(KroneckerFisher("empirical", None))]
 )
 def test_fixed_groups_have_the_strengths_they_were_given(fisher):
     data = blobs()
@@ -580,6 +578,7 @@ def budgeted(optimizer="sgd", strengths=None, **settings):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decoupled", sweep([False, True], False))
 def test_the_pull_gets_its_share_of_the_gradient(decoupled):
     sgd = keras.optimizers.SGD(0.0)  # only λ changes
@@ -628,6 +627,7 @@ def test_a_budget_leaves_alone_what_nothing_pulls():
     assert levels["head/kernel"] > 1.0
 
 
+@pytest.mark.long
 def test_a_budget_is_saved_and_goes_on(tmp_path):
     model = budgeted()
     model.fit(*blobs(seed=3), epochs=2, verbose=0)
@@ -662,7 +662,7 @@ def test_a_budget_needs_whole_variables():
     assert model.grouping.get_config()["strengths"]["config"] == {"share": 0.2, "rate": 0.1}
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decoupled", sweep([False, True], True))
 def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
     """g + m Λ (θ − c) as gradient, or decoupled (θ' / η + m Λ c) / (1 / η + m Λ), in float64."""
     rate = 0.1
@@ -696,6 +696,7 @@ def test_a_step_and_the_penalty_have_the_levels_of_a_budget(decoupled):
         np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_budget_in_mixed_precision_is_that_of_float32_and_overflow_leaves_it_alone():
     levels = {}
     for policy in ("float32", "mixed_float16"):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import DEFAULTS, blobs, compiled, mlp, state_of, weights
+from cases import DEFAULTS, blobs, compiled, long, mlp, state_of, weights
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher, TaskGraph
@@ -88,8 +88,8 @@ def test_layers_may_be_shared():
     ("fisher", "norm"),
     [
         (DiagonalFisher("empirical"), False),
-        pytest.param(KroneckerFisher(correction=2), True, marks=pytest.mark.long),
-        pytest.param(KroneckerFisher(rank=2), False, marks=pytest.mark.long),
+        long(KroneckerFisher(correction=2), True),
+        long(KroneckerFisher(rank=2), False),
     ],
 )
 def test_what_has_become_wider_is_pulled_where_it_was_and_free_where_it_is_new(fisher, norm):

@@ -117,6 +117,17 @@ def test_a_loss_of_values_counts_by_how_it_bends(loss):
     assert_all_close(found, examples([VALUE_KERNEL], [(g, bend, 25.0)]))
 
 
+def test_a_loss_that_is_no_distance_counts_by_its_weight_alone():
+    turn = np.array([[0.05, 1.0], [-1.0, 0.05]])  # gradients that are all but orthogonal to errors
+
+    def loss(y, p):
+        along = keras.ops.stop_gradient((p - y) @ turn.astype("float32"))
+        return keras.ops.mean(along * p, axis=-1)
+
+    found = importances(network([VALUE_KERNEL]), VALUES, loss=loss)
+    assert_all_close(found, examples([VALUE_KERNEL], [(errors() @ turn, 1.0, 25.0)]))
+
+
 def test_each_output_counts_by_its_own_gradients_margin_and_weight():
     outputs = [of_classes(weight=3.0), (0.5 * errors(), 0.5, 25.0)]
     found = importances(

@@ -23,12 +23,27 @@ OPTIMIZERS = {
     "nadam": lambda: keras.optimizers.Nadam(0.1, beta_2=0.75),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.1, rho=0.75),
 }
+
+
+def can_update(kind):
+    """Whether an optimizer of Keras can update a matrix."""
+    optimizer, variable = kind(0.5), keras.Variable([[1.0, 2.0]])
+    optimizer.build([variable])
+    try:
+        optimizer.apply([tf.ones((1, 2))], [variable])
+    except AttributeError:
+        return False
+    return True
+
+
 KINDS_OF_OPTIMIZERS = [
     name
     for name, kind in vars(keras.optimizers).items()
     if isinstance(kind, type)
     and issubclass(kind, keras.optimizers.Optimizer)
     and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer", "TFOptimizer")
+    # Some versions of Keras have one that TensorFlow cannot use.
+    and (name != "Muon" or can_update(kind))
 ]
 
 
@@ -202,6 +217,12 @@ def test_is_output_of_layer():
     )
     assert not keras_private.is_output_of_layer(keras.KerasTensor((None, 2)))
     assert not keras_private.is_output_of_layer(tf.ones(2))
+
+
+def test_layer_of():
+    inputs, dense = keras.Input((2,)), layers.Dense(2)
+    assert keras_private.layer_of(dense(inputs)) is dense
+    assert keras_private.layer_of(keras.KerasTensor((None, 2))) is None
 
 
 def test_loss_metric():

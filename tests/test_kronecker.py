@@ -135,6 +135,12 @@ def test_merging_with_nothing():
         np.testing.assert_allclose(dense_kronecker(merged), dense_kronecker(some), rtol=1e-4)
 
 
+def test_one_strength_for_kernel_and_bias_scales_the_matrix():
+    made = block(np.random.default_rng(0), rank=2)
+    scaled = made.scale_variables({"w": 3.0, "b": 3.0})
+    np.testing.assert_allclose(dense_kronecker(scaled), 3 * dense_kronecker(made), rtol=1e-9)
+
+
 def test_strengths_of_kernel_and_bias_scale_rows():
     kronecker = block(np.random.default_rng(0))
     weighted = kronecker.scale_variables({"w": 4.0, "b": 0.25})

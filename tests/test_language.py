@@ -157,6 +157,7 @@ def test_squares_are_those_of_single_sequences_whatever_their_padding(family):
     check(wrapped(FAMILIES[family]()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sweep(FAMILIES, "gpt2"))
 def test_adapters_are_followed_and_nothing_else_is_pulled(family):
     model = wrapped(FAMILIES[family](), lora=True)
@@ -223,6 +224,7 @@ def said(model):
     return model.generate(list(PROMPTS), max_length=8), np.asarray(out["token_ids"]).tolist()
 
 
+@pytest.mark.long
 def test_a_task_model_keeps_what_it_can_do(tmp_path):
     task = speaker()
     before = said(task)

@@ -65,9 +65,7 @@ def weighed(reduction, w):
     return w / w.mean() if reduction == "mean_with_sample_weight" else w
 
 
-@pytest.mark.parametrize(
-    "reduction", sweep(REDUCTIONS, "sum_over_batch_size", "mean_with_sample_weight")
-)
+@pytest.mark.parametrize("reduction", sweep(REDUCTIONS, "mean_with_sample_weight"))
 def test_weights_of_examples_are_those_of_the_loss(reduction):
     loss = SPARSE(from_logits=True, reduction=reduction)
     x, y = RNG.normal(size=(6, 4)).astype("float32"), RNG.integers(0, 3, 6)
@@ -341,3 +339,21 @@ def test_weights_of_positions_may_be_booleans():
     outputs = model(np.zeros((2, 4, 2), "float32"))
     (counted,) = counted_positions(model, np.zeros((2, 4), "int32"), outputs, {}, weights)
     np.testing.assert_array_equal(counted, weights.astype("float32"))
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", "binary_crossentropy"])
+def test_a_loss_of_probabilities_on_logits_is_told(loss):
+    inputs = keras.Input((3,))
+    outputs = {
+        "logits": layers.Dense(2, name="logits")(inputs),
+        "chances": layers.Dense(2, "softmax", name="chances")(inputs),
+    }
+    model = DWDModel(inputs, outputs, grouping=None)
+    with pytest.warns(UserWarning, match=r"output 'logits' .*from_logits=True\)` to `comp") as said:
+        model.compile("sgd", {"logits": loss, "chances": loss})
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    # No warning, which would be an error: the right loss, another loss, an activation, no loss.
+    for other in (SPARSE(from_logits=True), "mse", None):
+        model.compile("sgd", {"logits": other, "chances": loss})
+    model.compile("sgd")

@@ -119,6 +119,7 @@ def normalized():
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decoupled", sweep([False, True], False))
 def test_a_model_learns_with_it_and_is_saved_with_it(tmp_path, decoupled):
     optimizer = DWDOptimizer("adam") if decoupled else "adam"

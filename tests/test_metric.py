@@ -174,6 +174,7 @@ def test_what_a_function_must_return():
             evaluate(None)
 
 
+@pytest.mark.long
 def test_multi_label_data_and_sample_weights():
     """Examples of weight 0 count for nothing, in training and in what is measured."""
 
@@ -211,6 +212,7 @@ def test_multi_label_data_and_sample_weights():
     assert expected > 0.9
 
 
+@pytest.mark.long
 def test_several_outputs():
     x, y = blobs(48)
     targets = {"kind": y, "size": x[:, :1]}
@@ -239,6 +241,7 @@ def test_several_outputs():
     assert result.matrices["size_mae"].higher_is_better is False
 
 
+@pytest.mark.long
 def test_a_run_with_several_metrics_is_resumed(tmp_path):
     """From a checkpoint in the middle; one of other metrics is refused."""
 

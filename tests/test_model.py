@@ -13,6 +13,7 @@ from cases import (
     dtype_policy,
     gentle,
     load,
+    long,
     mlp,
     moved,
     saved,
@@ -117,7 +118,7 @@ def test_it_is_bit_identical_to_keras_until_a_boundary_and_then_holds_what_matte
     assert 0 < held < 0.9 * float(model.penalty())
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("policy", sweep(["float32", "mixed_float16"], "mixed_float16"))
 def test_so_it_is_with_a_frozen_layer_and_in_mixed_precision(policy):
     trained = []
     for wrap in (lambda model: model, lambda model: DWDModel.from_model(model, strength=5.0)):
@@ -169,7 +170,7 @@ def test_no_variable_of_a_step_is_of_a_type_that_xla_cannot_reach_on_a_gpu():
     [
         KroneckerFisher("influence", correction=2),
         *(
-            pytest.param(fisher, marks=pytest.mark.long)
+            long(fisher)
             for fisher in (
                 *(KroneckerFisher(e, correction=2) for e in ("empirical", "mc", "negated")),
                 DiagonalFisher("influence"),
@@ -265,6 +266,7 @@ def test_several_inputs_and_outputs():
     assert set(model.predict(x, verbose=0)) == {"kind", "size"}
 
 
+@pytest.mark.long
 def test_the_reported_losses_of_several_outputs_are_those_of_keras():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 4)).astype("float32")
@@ -291,7 +293,9 @@ def slots_of(model, layer):
     return {name: array.copy() for name, array in state if f"/{layer}/" in name}
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher(), KroneckerFisher()], ids=["diag", "kron"])
+@pytest.mark.parametrize(
+    "fisher", [DiagonalFisher(), long(KroneckerFisher())], ids=["diag", "kron"]
+)
 def test_frozen_layers_are_neither_trained_nor_folded(fisher):
     x, y = blobs()
     model = compiled(strength=1.0, fisher=fisher)

@@ -92,8 +92,8 @@ def test_without_a_pull_it_is_the_wrapped_optimizer(name):
 @pytest.mark.parametrize(
     ("name", "fisher", "strength"),
     sweep([(name, "diagonal", 1e8) for name in OPTIMIZERS], *CORE)
-    + [(name, "kronecker", 1e8) for name in ("sgd", "adam", "accumulation")]
-    + [("sgd", "diagonal", 10.0), ("adam", "kronecker", 10.0)],
+    + sweep([(name, "kronecker", 1e8) for name in ("sgd", "adam", "accumulation")], "adam")
+    + sweep([("sgd", "diagonal", 10.0), ("adam", "kronecker", 10.0)], "adam"),
 )
 def test_it_holds_what_matters_at_any_strength(name, fisher, strength):
     free = learn(plain_learner(OPTIMIZERS[name]()))
@@ -121,7 +121,7 @@ def test_optimizers_with_steps_of_any_size_need_no_wrapper():
     )
 
 
-@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("fisher", sweep(FISHERS, "diagonal"))
 def test_at_small_strength_it_agrees_with_the_gradient_form(fisher):
     """They evaluate the penalty at different points of a step, a relative error of 1 / steps."""
     x, y = blobs(seed=5)

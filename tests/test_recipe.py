@@ -209,6 +209,7 @@ def test_images_are_crops_of_the_padded_ones_or_their_mirrors():
     assert not np.array_equal(found, other)
 
 
+@pytest.mark.long
 def test_each_epoch_and_step_has_its_own_crops():
     """The network returns what it is given; the data are one image, again and again."""
     seen = []
@@ -314,6 +315,7 @@ def test_methods_that_replay_train_on_whole_sequences():
     assert result.model.tasks_learned == 2
 
 
+@pytest.mark.long
 def test_training_examples_are_mixed_and_test_data_are_not():
     seen = []
 
@@ -358,6 +360,7 @@ class Kill(keras.callbacks.Callback):
             raise KilledError
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", sweep(["sgd", "adam"], "sgd"))
 def test_a_run_is_resumed_bit_identical(tmp_path, optimizer):
     recipe = Recipe(optimizer, None, "cosine", 1e-3, augment=True, warmup=0.5, mixup=0.2)
@@ -440,7 +443,7 @@ def test_options_change_the_recipe_of_the_profile():
         (["--images-per-class", "0"], "`images_per_class` must be an integer >= 1"),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "tune", "ablate"])
+@pytest.mark.parametrize("command", sweep(["run", "tune", "ablate"], "run"))
 def test_bad_options_are_one_clear_line(command, arguments, error):
     result = CliRunner().invoke(app, [command, *arguments])
     assert isinstance(result.exception, ValueError)
@@ -472,6 +475,7 @@ def test_a_rehearsal_of_the_full_profile(data_dir, tmp_path):
     assert protocol["images_per_class"] == 20
 
 
+@pytest.mark.long
 def test_an_optimizer_can_keep_its_state_from_task_to_task(tmp_path):
     """Its steps are counted on, and a run that was resumed ends as one that was not."""
     kept, plain = Recipe(keep_state=True), Method("plain", lambda s: {"strength": 0.0})

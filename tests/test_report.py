@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from cases import DEFAULTS, blobs, compiled
+from cases import DEFAULTS, blobs, compiled, sweep
 
 pytest.importorskip("matplotlib")
 
@@ -196,6 +196,7 @@ def test_one_seed_has_no_deviation():
     assert not any("±" in text for text in texts)
 
 
+@pytest.mark.long
 def test_several_files_are_on_one_page(tmp_path):
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, count in zip(files, (1, 14), strict=True):
@@ -236,7 +237,7 @@ def test_a_missing_file_is_named(tmp_path):
         report([])
 
 
-@pytest.mark.parametrize("size", ["1100,900", "390,844"])
+@pytest.mark.parametrize("size", sweep(["1100,900", "390,844"], "390,844"))
 def test_the_page_renders_in_a_browser(size, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:

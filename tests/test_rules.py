@@ -287,8 +287,8 @@ def float64_gradients(model, case, x, y):
 
 
 CORE = [
-    *("dense", "shared_dense", "conv2d_same", "einsum_heads", "embedding_masked"),
-    *("layer_norm_axes", "without_a_rule", "lora_einsum"),
+    *("dense", "shared_dense", "conv2d_same", "embedding_masked"),
+    *("without_a_rule", "lora_einsum"),
     *(["reversible"] if "reversible" in CASES else []),
 ]
 
@@ -416,7 +416,7 @@ def test_a_model_of_fixed_batches_says_that_it_cannot_be_followed():
     assert rules.ruled_layers(model) == []  # no second warning
 
 
-@pytest.mark.parametrize("case", sweep(NOT_FOLLOWED, "windows", "queries"))
+@pytest.mark.parametrize("case", sweep(NOT_FOLLOWED, "queries"))
 def test_layers_whose_calls_cannot_be_followed_have_a_diagonal(case):
     model, x, y = made(case, KroneckerFisher("empirical"))
     statistics = pass_statistics(model, (x, y), 4)
@@ -560,7 +560,7 @@ class _RotatedRule(Rule):
         return self._input(flow)[:, None], flow.gradient[:, None]
 
 
-@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("online", sweep([False, True], False))
 @pytest.mark.parametrize("what", ["gradients", "rows"])
 def test_a_rule_of_ones_own_that_is_wrong_is_refused(what, online, monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))

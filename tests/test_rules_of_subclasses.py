@@ -232,6 +232,7 @@ def test_what_changes_the_computation_is_differentiated(case):
     assert assert_diagonals(pass_statistics(model, data, 5), gradients) == len(gradients)
 
 
+@pytest.mark.long
 def test_only_layers_that_compute_as_their_type_have_factors(case):
     model, data, gradients = case
     fisher = KroneckerFisher("empirical", None)

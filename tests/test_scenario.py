@@ -159,7 +159,7 @@ def test_a_missing_dataset_is_said_in_seconds(tmp_path):
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"Unknown data set 'cifar100'.*Known here: digits"):
         datasets.load("cifar100", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"known: digits.*does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"Known here: digits.*does not exist"):
         datasets.load("cifar100", tmp_path / "nowhere")
     assert time.monotonic() - started < 5
 

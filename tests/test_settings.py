@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, mlp, state_of
+from cases import blobs, compiled, long, mlp, state_of
 from test_hardening import CONSTRUCTORS, PUBLIC
 
 import keras_dwd
@@ -57,12 +57,12 @@ def test_from_model_names_its_settings():
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ("strenght", r"Did you mean `strength`\?"),
+        ("strenght", r"Did you mean 'strength'\?"),
         ("lam", "The strength λ of the penalty is `strength`"),
         ("lambda_", "The strength λ of the penalty is `strength`"),
         ("ewc_lambda", "The strength λ of the penalty is `strength`"),
         ("importance", "The strength λ of the penalty is `strength`"),
-        ("taskgraph", r"Did you mean `task_graph`\?"),
+        ("taskgraph", r"Did you mean 'task_graph'\?"),
         ("decay", r"Pass `regularizer=DWDRegularizer\(decay=…\)`"),
         ("gamma", r"Pass `fisher=KroneckerFisher\(gamma=…\)`"),
         ("zzz", "Its settings are strength"),
@@ -81,7 +81,7 @@ def test_a_subclass_is_told_of_its_own_settings():
             self.temperature = temperature
 
     assert Mine.from_model(mlp(), temperature=2.0, strength=3).strength == 3
-    with pytest.raises(TypeError, match=r"Mine has no argument 'temprature'\. Did you mean `temp"):
+    with pytest.raises(TypeError, match=r"Mine has no argument 'temprature'\. Did you mean 'temp"):
         Mine.from_model(mlp(), temprature=2.0)
 
 
@@ -182,7 +182,7 @@ def test_decay_is_that_of_the_next_boundary():
     np.testing.assert_allclose(np.concatenate(total), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), KroneckerFisher()])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), long(KroneckerFisher())])
 def test_the_penalty_can_be_differentiated_in_a_loop_of_ones_own(fisher):
     model = compiled(strength=5.0, fisher=fisher, grouping=None)
     x, y = blobs()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, blocks_of, compiled, pass_statistics, state_of
+from cases import blobs, blocks_of, compiled, pass_statistics, state_of, sweep
 
 from keras_dwd import DWDOptimizer, KroneckerFisher
 from keras_dwd.layers import KWinners
@@ -59,7 +59,7 @@ def test_it_goes_without_xla():
     learner(False).compile("sgd", "mse", jit_compile=True)  # other models do, without a warning
 
 
-@pytest.mark.parametrize(("online", "rank"), [(True, 256), (False, 256), (False, 3)])
+@pytest.mark.parametrize(("rank", "online"), sweep([(256, True), (256, False), (3, False)], 3))
 def test_the_estimate_and_the_pull_are_the_same_with_less(online, rank):
     found = {}
     for sparsity in (False, True):
@@ -153,6 +153,7 @@ def test_the_trace_stays_when_it_widens():
     assert found == pytest.approx(sum(traces), rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_decoupled_step_leaves_the_others_alone():
     moved = {}
     for sparsity in (False, True):

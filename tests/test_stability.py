@@ -117,7 +117,7 @@ def learner():
     return Learner()
 
 
-CORE = ("Adam", "nesterov", "own_apply", "several")
+CORE = ("Adam", "nesterov", "several")
 
 
 @pytest.mark.parametrize("name", sweep(OPTIMIZERS, *CORE))

@@ -1,12 +1,13 @@
 """The strength λ may change at any time, and is then that of all tasks learned so far."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import blobs, compiled, load, mlp, saved, state_of
+from cases import blobs, compiled, load, long, mlp, saved, state_of
 
 from keras_dwd import DiagonalFisher, DWDOptimizer, DWDRegularizer, KroneckerFisher
 from keras_dwd.groupings import SingleGroup
@@ -103,7 +104,7 @@ def test_a_strength_is_that_of_all_tasks():
     "settings",
     [
         {"fisher": KroneckerFisher("empirical"), "grouping": "gmm"},
-        {"fisher": KroneckerFisher("empirical", correction=2), "grouping": None},
+        long({"fisher": KroneckerFisher("empirical", correction=2), "grouping": None}),
         {"fisher": DiagonalFisher(), "grouping": SingleGroup("budget")},
     ],
     ids=["kronecker", "low rank", "budget"],
@@ -288,7 +289,7 @@ def test_nothing_can_be_raised_that_was_not_estimated(tmp_path):
     model.strength = 3.0
 
 
-@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), KroneckerFisher()])
+@pytest.mark.parametrize("fisher", [DiagonalFisher("batch"), long(KroneckerFisher())])
 def test_a_strength_raised_within_the_first_task_is_in_force_from_there_on(fisher):
     model = compiled(strength=0.0, fisher=fisher, grouping=None)
     model.fit(X, Y, verbose=0)
@@ -320,3 +321,22 @@ def test_a_larger_model_holds_what_it_inherits_with_its_own_strength():
     other = linear(strength=8.0)
     other.inherit(model)
     assert float(other.penalty()) == pytest.approx(4 * float(model.penalty()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strength", "told"),
+    [(1e9, "so large that this `fit`"), (1e-6, "so small that it holds nothing"), (200.0, None)],
+)
+def test_a_strength_that_makes_no_sense_is_told(strength, told):
+    keras.utils.set_random_seed(0)
+    x, y = blobs(256)
+    adam = keras.optimizers.Adam(0.01)
+    model = compiled(optimizer=adam, fisher=DiagonalFisher("influence", None), strength=strength)
+    model.fit(x, y, epochs=8, verbose=0)
+    model.consolidate(x, y, verbose=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.fit(x, (y + 1) % 3, epochs=8, verbose=0)
+        model.fit(x, (y + 1) % 3, epochs=2, verbose=0)  # goes on with what it has learned
+    assert [told in str(each.message) for each in said] == [True] * (2 if told else 0)
+    assert all(each.filename == __file__ for each in said)

@@ -14,7 +14,7 @@ ROOT = Path(keras_dwd.__file__).parent
 
 # From the ground up. A folder stands for all its modules that are not named themselves.
 FLOORS = [
-    ["version", "backend_check", "variables", "checks", "keras_private"],
+    ["version", "backend_check", "variables", "checks", "words", "keras_private"],
     ["files", "communicator", "state", "learner"],
     ["precision"],
     ["curvature"],
@@ -25,9 +25,9 @@ FLOORS = [
     ["training.step"],
     ["growing", "consolidation"],
     ["distributed.fitting"],
-    ["hub_tasks", "saving", "wrapping", "export", "summary"],
+    ["hub_tasks", "saving", "wrapping", "export", "summary", "strength_check"],
     ["model"],
-    ["stripping", "callbacks", "settings", "experimental"],
+    ["stripping", "streams", "callbacks", "settings", "experimental"],
     ["evaluation"],
     ["plots"],
     ["page"],

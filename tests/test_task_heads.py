@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import blobs
+from cases import blobs, long
 from keras import layers
 
 from keras_dwd import DiagonalFisher, Distillation, DWDModel, KroneckerFisher
@@ -44,10 +44,10 @@ def test_outputs_are_those_of_each_examples_own_head():
 @pytest.mark.parametrize(
     ("strength", "accumulation", "fisher"),
     [
-        pytest.param(0.0, None, DiagonalFisher, marks=pytest.mark.long),
+        long(0.0, None, DiagonalFisher),
         (10.0, 3, DiagonalFisher),
         (10.0, None, KroneckerFisher),
-        pytest.param(0.0, 3, KroneckerFisher, marks=pytest.mark.long),
+        long(0.0, 3, KroneckerFisher),
     ],
 )
 def test_other_heads_are_neither_trained_nor_pulled(strength, accumulation, fisher):

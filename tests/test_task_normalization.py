@@ -144,7 +144,7 @@ def test_a_mask_of_keras_is_heeded_and_passed_on():
         layer(np.ones((2, 4, 3)), np.array([1, 1]), training=True, mask=np.ones((2, 4, 3)))
 
 
-@pytest.mark.parametrize("per_task_affine", [False, True])
+@pytest.mark.parametrize("per_task_affine", sweep([False, True], True))
 def test_training_a_task_leaves_what_others_have_exactly_as_it_is(per_task_affine):
     model = learner(strength=10.0, per_task_affine=per_task_affine, gamma_regularizer="l2")
     norm = model.get_layer("norm")
@@ -276,6 +276,7 @@ def test_it_is_compiled_by_xla():
         np.testing.assert_allclose(plain, compiled, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_files_and_export(tmp_path):
     model = learner(per_task_affine=True)
     for task in range(2):
@@ -401,7 +402,7 @@ def shaken(model):
     return model
 
 
-@pytest.mark.parametrize("per_task_affine", [False, True])
+@pytest.mark.parametrize("per_task_affine", sweep([False, True], True))
 @pytest.mark.parametrize("case", NETS)
 def test_a_converted_model_predicts_as_before_for_every_task(case, per_task_affine):
     model = shaken(NETS[case]())
@@ -428,7 +429,7 @@ def test_a_converted_model_predicts_as_before_for_every_task(case, per_task_affi
 @pytest.mark.long
 def test_a_converted_model_learns_task_after_task(tmp_path):
     model = DWDModel.from_model(
-        with_task_normalization(shaken(nested_classifier()), TASKS, True),
+        with_task_normalization(nested_classifier(), TASKS, True),
         fisher=DiagonalFisher("empirical"),
         grouping=None,
     )

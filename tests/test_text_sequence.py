@@ -57,6 +57,7 @@ def invoke(command, folder, *arguments):
     return CliRunner().invoke(app, [command, *options, *cache, *arguments])
 
 
+@pytest.mark.long
 def test_the_command_trains_on_text_and_resumes(small, folder, tmp_path):
     arguments = ["--methods", "ewc", "--checkpoint-dir", str(tmp_path / "checkpoints")]
     outs = [tmp_path / "a.json", tmp_path / "b.json"]
@@ -104,6 +105,7 @@ def test_bad_options_are_refused(folder, arguments, error):
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.long
 def test_validation_data_are_held_back_where_there_is_no_file(small, folder):
     made = Experiment("text:first,last", data_dir=folder, cache_dir=folder, validation=0.25)
     task = made.built.tasks[0]

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import DEFAULTS, blobs, compiled, mlp, moved, pass_statistics, state_of
+from cases import DEFAULTS, blobs, compiled, long, mlp, moved, pass_statistics, state_of, sweep
 from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
@@ -60,7 +60,9 @@ def test_many_draws_give_the_expected_fisher_information(case):
     np.testing.assert_allclose(found, expected, rtol=0.06)
 
 
-@pytest.mark.parametrize("case", ["softmax logits", "softmax probabilities"])
+@pytest.mark.parametrize(
+    "case", sweep(["softmax logits", "softmax probabilities"], "softmax logits")
+)
 @pytest.mark.parametrize("fisher", [DiagonalFisher("mc", None), KroneckerFisher("mc", None)])
 def test_the_sum_over_all_classes_is_the_expected_fisher_information(case, fisher, monkeypatch):
     """Each class in place of the drawn labels, weighted by its probability: Σ_k p_k g_k g_kᵀ."""
@@ -118,7 +120,7 @@ def same(one, other, message=""):
     [
         KroneckerFisher("influence", None),
         *(
-            pytest.param(fisher, marks=pytest.mark.long)
+            long(fisher)
             for fisher in (
                 *(DiagonalFisher(e, None) for e in ("batch", "empirical", "influence", "negated")),
                 *(kind("mc", None) for kind in (DiagonalFisher, KroneckerFisher)),

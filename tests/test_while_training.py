@@ -286,6 +286,7 @@ def test_evaluating_past_tasks_changes_no_training():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_training_stops_on_forgetting_and_restores_the_weights():
     keras.utils.set_random_seed(0)
     x, y = blobs()
@@ -336,6 +337,13 @@ def test_each_fit_is_a_task_with_consolidate_on_train_end():
     end = ConsolidateOnTrainEnd(*blobs(), batch_size=16)
     model.fit(*blobs(), verbose=0, callbacks=[end])
     assert end.found.examples == 64
+    x, y = blobs()
+    stop = StopOnForgetting({"old": (x, y)}, most=0.0)  # and restore the weights of the boundary
+    with pytest.warns(UserWarning, match="Nothing was consolidated"):
+        model.fit(x, (y + 1) % 3, epochs=99, verbose=0, callbacks=[stop, end])
+    assert stop.stopped_epoch is not None
+    assert end.found is None
+    assert model.tasks_learned == 3
 
 
 def test_what_the_pull_does_is_in_the_logs(tmp_path):

@@ -1,5 +1,6 @@
 """Estimates of the Fisher information, online in the training step or in one pass over data."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -32,7 +33,7 @@ from keras_dwd.curvature.examples import (
     part_of,
 )
 from keras_dwd.curvature.influence import LEAST_MARGIN, influence
-from keras_dwd.curvature.layer_recorder import LayerRecorder
+from keras_dwd.curvature.layer_recorder import Call, LayerRecorder
 from keras_dwd.curvature.likelihood import (
     by_logits,
     counted_positions,
@@ -333,7 +334,6 @@ class Fisher(FixedSettings):
         """
         x, y, sample_weight = batch
         count = count_of(batch)
-        examples = tf.cast(count, "float32")
         if self.estimator == "adam":
             raise ValueError(
                 "The estimator 'adam' is made by training alone, not in a pass: leave `x` out."
@@ -343,7 +343,6 @@ class Fisher(FixedSettings):
         processed = tf.cast(self.examples_seen.value, "int32")
         first = processed + communicator.rank * count
         self.examples_seen.assign(tf.cast((processed + communicator.size * count) % _TURN, "int64"))
-        weights = tf.fill((count,), 1 / examples)
         inner_weights: tuple[Any, ...] = ()
         if sample_weight is not None:
             weight_arrays = tf.nest.flatten(sample_weight)
@@ -366,73 +365,37 @@ class Fisher(FixedSettings):
         masks = masks_of(outputs)
         labels = self._labels(model, y, outputs, masks, first, *inner_weights)
         y = labels if y is None else y
-        counted = counted_positions(model, y, outputs, masks)
+        weights = tf.fill((count,), 1 / tf.cast(count, "float32"))
         if sample_weight is not None:
+            counted = counted_positions(model, y, outputs, masks)
             given = example_weights(model, sample_weight, counted, not inner_weights)
             weights *= 1.0 if given is None else given
         of_loss = (x, labels, loss_outputs, *inner_weights)
-        by_loss_outputs = loss_gradients(model, of_loss, masks, scale)
-        self._note_coupling(coupling(model, of_loss, by_loss_outputs, scale))
+        by_outputs = loss_gradients(model, of_loss, masks, scale)
+        self._note_coupling(coupling(model, of_loss, by_outputs, scale))
         if not before:
             once = tf.cond(processed == 0, lambda: mixing(model, x, outputs), lambda: tf.zeros(()))
             self._note_coupling(once)
-        margin, roots = tf.zeros(()), None
-        positions = positions_of(model, outputs, counted, *inner_weights)
-        if positions is not None:
-            roots = [tf.sqrt(count) for count in positions]
-            by_loss_outputs = [_times(r, g) for r, g in zip(roots, by_loss_outputs, strict=True)]
-        if self.estimator == "influence":
-            of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_loss_outputs)]
-            # Ignore examples without a loss, such as those that pad the batches of workers.
-            counted = counted_positions(model, y, outputs, masks, *inner_weights)
-            factors, margin = influence(
-                model, y, outputs, of_logits, counted, weights > 0, communicator, *inner_weights
-            )
-            more = [tf.sqrt(factor) for factor in factors]
-            by_loss_outputs = [_times(r, g) for r, g in zip(more, by_loss_outputs, strict=True)]
-            roots = more if roots is None else [r * m for r, m in zip(roots, more, strict=True)]
-        calls = {ruled: recorder.calls(ruled.recorded) for ruled in layers}
-        for ruled, layer_calls in calls.items():
-            taken = all(
-                call.plain if ruled.rule is GENERIC else ruled.rule.takes(call.arguments)
-                for call in layer_calls or ()
-            )
-            if not taken or (ruled.random and any(call.trains for call in layer_calls or ())):
-                calls[ruled] = None
-        known_calls = {id(c): c for layer_calls in calls.values() for c in layer_calls or ()}
-        targets = tf.nest.flatten(loss_outputs)
-        by_calls = tape.gradient(
-            [target for target in targets if has_gradient(target)],
-            [call.output for call in known_calls.values()],
-            output_gradients=[
-                g for g, t in zip(by_loss_outputs, targets, strict=True) if has_gradient(t)
-            ],
-            unconnected_gradients="zero",
+        margin, roots = self._roots(
+            model, y, outputs, by_outputs, masks, weights > 0, scale, communicator, *inner_weights
         )
-        flows_by_call = {
-            key: LayerIO(
-                tuple(_floats(i) for i in call.inputs),
-                tf.nest.map_structure(lambda g: _unscaled(g, scale), gradient),
-                first,
-                tf.nest.map_structure(_floats, call.initial_state),
-                call.mask,
-            )
-            for (key, call), gradient in zip(known_calls.items(), by_calls, strict=True)
-        }
+        if roots is not None:
+            by_outputs = [_times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
+        calls = {ruled: _taken_calls(ruled, recorder.calls(ruled.recorded)) for ruled in layers}
+        flows = _flows(tape, calls, tf.nest.flatten(loss_outputs), by_outputs, scale, first)
 
         statistics: Statistics = {}
         covered: set[str] = set()
         of_users: dict[RuledLayer, list[LayerIO]] = {}
-        for ruled, layer_calls in calls.items():
-            flows = [flows_by_call[id(call)] for call in layer_calls or ()]
-            if flows:
-                found = self.layer_statistics(ruled, flows, weights)
+        for ruled, of_layer in flows.items():
+            if of_layer:
+                found = self.layer_statistics(ruled, of_layer, weights)
                 statistics |= found
                 covered |= {name.partition("/")[2] for name in found}
                 covered |= set(ruled.matrix_paths if ruled.form else ())
                 if is_of_user(ruled.rule):
-                    of_users[ruled] = flows
-            elif layer_calls is not None:  # was not called: has no gradient and no statistics
+                    of_users[ruled] = of_layer
+            elif of_layer is not None:  # was not called: has no gradient and no statistics
                 covered |= set(ruled.paths.values())
         rest = {path: v for path, v in variables.items() if path not in covered}
         batch = (x, labels, *inner_weights)
@@ -443,6 +406,50 @@ class Fisher(FixedSettings):
         shapes = self._shapes(model, variables)
         known = {name: value for name, value in statistics.items() if name in shapes}
         return known | dict.fromkeys(self._margins(known), margin)
+
+    def _roots(
+        self,
+        model: Learner,
+        y: Any,
+        outputs: Any,
+        by_outputs: list[tf.Tensor],
+        masks: dict[int, tf.Tensor],
+        there: tf.Tensor,
+        scale: float,
+        communicator: Communicator,
+        *weights: Any,
+    ) -> tuple[tf.Tensor, list[tf.Tensor] | None]:
+        """What the estimate multiplies an example's gradients by; the mean squared margin.
+
+        Args:
+            model: A compiled model.
+            y: The labels.
+            outputs: The outputs of the model.
+            by_outputs: The gradients of each example's loss by the outputs of the loss, scaled.
+            masks: Keras masks of the outputs, by index in the flat list of outputs.
+            there: Whether an example has a weight, `(batch,)`. Those without are ignored, such as
+                those that pad the batches of workers.
+            scale: The factor in the gradients.
+            communicator: The workers whose batches form one global batch.
+            *weights: Sample weights of positions, if there are any.
+
+        Returns:
+            The margin, and by output the factors, `(batch,)`, or `None` for ones.
+        """
+        counted = counted_positions(model, y, outputs, masks)
+        positions = positions_of(model, outputs, counted, *weights)
+        roots = None if positions is None else [tf.sqrt(count) for count in positions]
+        if self.estimator != "influence":
+            return tf.zeros(()), roots
+        if roots is not None:
+            by_outputs = [_times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
+        of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)]
+        counted = counted_positions(model, y, outputs, masks, *weights)
+        factors, margin = influence(
+            model, y, outputs, of_logits, counted, there, communicator, *weights
+        )
+        more = [tf.sqrt(factor) for factor in factors]
+        return margin, more if roots is None else [r * m for r, m in zip(roots, more, strict=True)]
 
     def _labels(
         self,
@@ -711,6 +718,60 @@ def mean_gradient_statistics(
         f"fisher/{path}": count * tf.square(tf.cast(tf.convert_to_tensor(g), "float32"))
         for path, g in zip(paths, gradients, strict=True)
         if g is not None
+    }
+
+
+def _taken_calls(ruled: RuledLayer, calls: list[Call] | None) -> list[Call] | None:
+    """The recorded calls of a layer; `None` if its rule does not hold for all of them."""
+    of_layer = calls or []
+    if ruled.random and any(call.trains for call in of_layer):
+        return None
+    taken = all(
+        call.plain if ruled.rule is GENERIC else ruled.rule.takes(call.arguments)
+        for call in of_layer
+    )
+    return calls if taken else None
+
+
+def _flows(
+    tape: tf.GradientTape,
+    calls: Mapping[RuledLayer, list[Call] | None],
+    targets: list[tf.Tensor],
+    by_targets: list[tf.Tensor],
+    scale: float,
+    first: tf.Tensor,
+) -> dict[RuledLayer, list[LayerIO] | None]:
+    """Inputs and gradients of all calls of each layer, from one backward pass. Graph code.
+
+    Args:
+        tape: Has recorded the calls.
+        calls: The recorded calls of each layer; `None` for those to differentiate otherwise.
+        targets: The outputs that the loss is computed from.
+        by_targets: The gradient of each example's loss by them.
+        scale: The factor in these gradients.
+        first: The number of examples processed before.
+    """
+    known = {id(call): call for of_layer in calls.values() for call in of_layer or ()}
+    differentiable = [has_gradient(target) for target in targets]
+    gradients = tape.gradient(
+        list(itertools.compress(targets, differentiable)),
+        [call.output for call in known.values()],
+        output_gradients=list(itertools.compress(by_targets, differentiable)),
+        unconnected_gradients="zero",
+    )
+    flows = {
+        key: LayerIO(
+            tuple(_floats(i) for i in call.inputs),
+            tf.nest.map_structure(lambda g: _unscaled(g, scale), gradient),
+            first,
+            tf.nest.map_structure(_floats, call.initial_state),
+            call.mask,
+        )
+        for (key, call), gradient in zip(known.items(), gradients, strict=True)
+    }
+    return {
+        ruled: None if of_layer is None else [flows[id(call)] for call in of_layer]
+        for ruled, of_layer in calls.items()
     }
 
 

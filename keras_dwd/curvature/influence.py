@@ -26,6 +26,9 @@ LEAST_MARGIN = 0.1
 """Added to the mean squared margin: a typical value before training, which bounds the divisor."""
 # The squared margin where a loss compares no classes, about that of a trained classifier.
 _NO_CLASSES = 25.0
+# The least cosine between gradients and errors for a loss to be a distance. It is 1 for squared
+# errors and positive for all that grow with the error of each value.
+_LEAST_COSINE = 0.1
 _CROSS_ENTROPIES = ("sparse", "categorical", "binary")
 
 
@@ -108,20 +111,21 @@ def influence(
         g = tf.concat([flat(gradients[i]) for i in part], 1)
         counts = there & present([counted[i] for i in part], outputs)
         columns.append(tf.where(counts, tf.reduce_sum(g**2, 1), np.inf))
-        columns += [margins[part[0]], _along(model, y, outputs, gradients, part)]
+        columns += [margins[part[0]], *_along(model, y, outputs, gradients, part)]
     of_all = communicator.gather(tf.stack(columns, 1), "residuals")
     found = []
     for k, part in enumerate(parts):
-        squares, margin, along = (of_all[:, 3 * k + i] for i in range(3))
+        squares, margin, along, lengths = (of_all[:, 4 * k + i] for i in range(4))
         exist = squares < np.inf
         count = tf.reduce_sum(tf.cast(exist, "float32"))
         # Not by a slice, whose bounds XLA treats as constants: it would recompile each step.
         median = tf.gather(tf.sort(squares), tf.cast(count, "int32") // 2)
         share = tf.math.reciprocal_no_nan(squares + median)
         margin = tf.math.divide_no_nan(tf.reduce_sum(tf.where(exist, margin, 0.0)), count)
-        bend = _bend(model, part, share * tf.where(exist, squares, 0.0), share * along)
+        existing = tf.where(exist, squares, 0.0)
+        bend = _bend(model, part, *(share * column for column in (existing, along, lengths)))
         has_gradient = tf.reduce_any(exist & (squares > 0)) | (len(parts) == 1)
-        mine = tf.math.reciprocal_no_nan(columns[3 * k] + median)
+        mine = tf.math.reciprocal_no_nan(columns[4 * k] + median)
         found.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
     weight = tf.add_n([there for _, _, there in found])
     overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in found]), weight)
@@ -140,34 +144,41 @@ def _parts(model: Learner) -> list[list[int]]:
     return [*parts, others] if others and (has_own_loss(model) or not parts) else parts
 
 
-def _bend(model: Learner, part: list[int], squares: tf.Tensor, along: tf.Tensor) -> tf.Tensor:
+def _bend(
+    model: Learner, part: list[int], squares: tf.Tensor, along: tf.Tensor, lengths: tf.Tensor
+) -> tf.Tensor:
     """How strongly a loss bends, as ½ b e² does by b: g² relative to g e, with g = b e.
 
     That is 2 for the squared error of one value, at any size of the errors. Cross-entropies, whose
-    curvature vanishes as they are learned, count by their weight alone.
+    curvature vanishes as they are learned, count by their weight alone. So do losses that are no
+    distance to the labels: whose gradients do not point along the errors.
     """
     if all(known_loss(losses_of(model)[i]).kind in _CROSS_ENTROPIES for i in part):
         return tf.constant(loss_weights_of(model)[part[0]], "float32")
     total = tf.reduce_sum(along)
-    return tf.where(total > 0, tf.math.divide_no_nan(tf.reduce_sum(squares), total), 1.0)
+    is_distance = total > _LEAST_COSINE * tf.reduce_sum(lengths)
+    return tf.where(is_distance, tf.math.divide_no_nan(tf.reduce_sum(squares), total), 1.0)
 
 
 def _along(
     model: Learner, y: Any, outputs: Any, gradients: Sequence[tf.Tensor], part: list[int]
-) -> tf.Tensor:
-    """The product of the gradient with the error of each example, zero if there is no error.
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """For each example g e, the product of the gradient with the error, and at most |g| |e|.
 
-    There is one where the labels have the shape of the outputs.
+    Zero if there is no error: there is one where the labels have the shape of the outputs.
     """
     labels, targets = by_output(y, losses_of(model)), tf.nest.flatten(outputs)
-    total = tf.zeros((tf.shape(targets[0])[0],))
+    nothing = tf.zeros((tf.shape(targets[0])[0],))
+    product, lengths = nothing, nothing
     for index in part:
         label, output = labels[index], targets[index]
         if not (tf.is_tensor(label) and _sizes(label) == _sizes(output)):
-            return tf.zeros_like(total)
+            return nothing, nothing
         error = flat(tf.cast(output, "float32")) - flat(tf.cast(label, "float32"))
-        total += tf.reduce_sum(flat(gradients[index]) * error, 1)
-    return total
+        gradient = flat(gradients[index])
+        product += tf.reduce_sum(gradient * error, 1)
+        lengths += tf.norm(gradient, axis=1) * tf.norm(error, axis=1)
+    return product, lengths
 
 
 def _sizes(tensor: tf.Tensor) -> list[int | None]:

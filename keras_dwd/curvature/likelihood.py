@@ -54,6 +54,14 @@ def known_loss(loss: Any) -> KnownLoss:
     return _OTHER
 
 
+def name_with_logits(loss: Any) -> str | None:
+    """Of a loss of Keras that takes probabilities, the name of the class that can take logits."""
+    known = known_loss(loss)
+    if known.from_logits or known.kind == "squares":
+        return None
+    return _LOSSES[known.kind][0].__name__
+
+
 def computes_as(loss: keras.losses.Loss, parent: type[keras.losses.Loss]) -> bool:
     """Whether a loss runs the code of `parent`: a subclass with a `call` of its own does not."""
     names = ("call", "__call__")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from threadpoolctl import threadpool_limits
 
 # Rows that are zero are left out if at most this share of all rows is nonzero.
 FEW = 0.5
@@ -77,6 +78,8 @@ def product_of_active(left: tf.Tensor, right: tf.Tensor, probe: tf.Tensor | None
     return tf.cond(few, over_active_rows, lambda: product(left, right, probe))
 
 
+@functools.lru_cache(maxsize=64)
+@threadpool_limits.wrap(limits=1)
 def probe_of(size: int, columns: int) -> np.ndarray:
     """Orthonormal columns to multiply a large matrix by instead of forming it; always the same."""
     normal = np.random.default_rng(size).normal(size=(size, columns))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_dwd.evaluation import own_data
+from keras_dwd.words import nearest
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             `TFDS_DATA_DIR`, else to `~/tensorflow_datasets`.
 
     Raises:
-        FileNotFoundError: If `data_dir` does not exist.
+        FileNotFoundError: If `data_dir` does not exist, or no file or folder of that name.
         ValueError: If the data set is not in `data_dir`, or does not consist of images and labels.
     """
     if name == "digits":
@@ -52,6 +53,13 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
         return Dataset(name, *own_data.read(name))
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
     return _tfds(name, Path(folder).expanduser())
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    return (
+        f"Unknown data set {name!r}: it is neither prepared here nor a folder, an .npz or a .csv "
+        f"file.{nearest(name, known)} Known here: {', '.join(known)}."
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,8 +80,8 @@ def _digits() -> Dataset:
 def _tfds(name: str, folder: Path) -> Dataset:
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"The data set {name!r} is not known by itself (known: digits), and the data directory "
-            f"{str(folder)!r} does not exist. Set `--data-dir` or TFDS_DATA_DIR to a folder of "
+            f"{_unknown(name, ['digits'])} Others are prepared in a data directory, but "
+            f"{str(folder)!r} does not exist: set `--data-dir` or TFDS_DATA_DIR to a folder of "
             "prepared tensorflow-datasets data."
         )
     # Search the folder first: `tfds.load` tries for minutes to download what it does not find.
@@ -84,11 +92,11 @@ def _tfds(name: str, folder: Path) -> Dataset:
             key = str(file.parent.parent.relative_to(folder))
             versions.setdefault(key, []).append(file.parent)
     if name not in versions:
-        known = ", ".join(sorted({"digits", *versions}))
+        known = sorted({"digits", *versions})
         raise ValueError(
-            f"Unknown data set {name!r}: it is not prepared in {str(folder)!r}. Known here: "
-            f"{known}. To prepare one of the tfds catalogue: `tfds build NAME --data_dir=DIR` "
-            "(with the package importlib_resources)."
+            f"{_unknown(name, known)} Data directory: {str(folder)!r}. To prepare one "
+            "of the tfds catalogue: `tfds build NAME --data_dir=DIR` (with the package "
+            "importlib_resources)."
         )
     import tensorflow_datasets as tfds
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
+from keras_dwd.evaluation.known import after_model
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.metric import ACCURACY, Metrics, metric_settings, task_metrics
 from keras_dwd.evaluation.prepared import Prepared
@@ -23,13 +24,17 @@ from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_seq
 from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
 from keras_dwd.evaluation.text.sequence import TextSettings, text_sequence
 from keras_dwd.version import __version__
+from keras_dwd.words import counted, nearest
 
 Observer = Callable[[str, int, Scenario, int, int, Task], list[keras.callbacks.Callback]]
 """Called before each `fit` with the method, seed, scenario, epochs, task index and task; returns
 callbacks."""
 
 TEXT = "text"
-_OF_IMAGES = ("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics")
+_OF_IMAGES = (
+    *("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics"),
+    *("model", "consolidate_on"),
+)
 _OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir", "preset", "lora")
 
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
@@ -73,6 +78,10 @@ class Experiment:
         cache_dir: By default that of the user.
         preset: By default the small decoder.
         lora: By default all weights are trained.
+        model: A `.keras` file of a trained classifier, which is trained in place of a new network.
+            Its outputs are shared by all tasks: the setting is `domain`.
+        consolidate_on: The data that it was trained on, as NAME in `scenario`: the first task,
+            which is consolidated and not trained.
     """
 
     scenario: str = "permuted:digits"
@@ -100,14 +109,17 @@ class Experiment:
     cache_dir: Path | None = None
     preset: Path | None = None
     lora: int | None = None
+    model: Path | None = None
+    consolidate_on: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, name = self.scenario.partition(":")
         if kind not in (*KINDS, TEXT) or not name:
             known = ", ".join(f"{k}:NAME" for k in KINDS)
+            near = nearest(kind, (*KINDS, TEXT)) if name else ""
             raise ValueError(
-                f"Unknown scenario {self.scenario!r}. Known: {known}, with NAME digits, a tfds "
-                f"classification data set or the path of your own data, and {TEXT}:TASK,TASK…"
+                f"Unknown scenario {self.scenario!r}.{near} Known: {known}, with NAME digits, a "
+                f"tfds classification data set or the path of your own data, and {TEXT}:TASK,TASK…"
             )
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs}")
@@ -148,26 +160,48 @@ class Experiment:
         if self.images_per_class is not None:
             integer("images_per_class", self.images_per_class, 1)
         measured = task_metrics(self.metrics)
-        setting: Any = self.setting or ("task" if kind == "split" else "domain")
+        setting: Any = self.setting
+        if (self.model is None) != (self.consolidate_on is None):
+            raise ValueError(
+                "`--model` and `--consolidate-on` need each other: a trained model, and the data "
+                "that it knows."
+            )
+        if setting is None:
+            setting = "task" if kind == "split" and self.model is None else "domain"
+        if self.model is not None and setting != "domain":
+            raise ValueError(
+                "`--setting` must be domain with `--model`: its tasks share the outputs of the "
+                f"model. Received: {setting!r}"
+            )
         data = datasets.load(name, self.data_dir)
         if self.class_order_seed is None:
             self.class_order_seed = _CLASS_ORDER_SEEDS.get(name) if kind == "split" else 0
         seed = self.class_order_seed
         profile = profile_for(data.x_train.shape[1:], kind, self.profile)
         images = self.images_per_class or profile.images_per_class
+        used = "all training images" if images is None else counted(images, "training image")
         if kind == "split":
             built = split(data, self.tasks, setting, seed, images)
         else:
             built = permuted(data, self.tasks, setting, seed or 0, images)
+        details = _order(kind, seed)
+        if self.model is not None and self.consolidate_on is not None:
+            known = datasets.load(self.consolidate_on, self.data_dir)
+            built, profile, found = after_model(Path(self.model), known, built, profile)
+            details += f", {found}"
         if self.validation is not None:
             built = built.holdout(self.validation)
         return Prepared(
             built,
             replace(profile, images_per_class=images),
             measured,
-            {"class_order_seed": seed, "images_per_class": images},
-            f"{'all' if images is None else images} training images a class",
-            f"class order or permutation seed {seed}",
+            {
+                "class_order_seed": seed,
+                "images_per_class": images,
+                **({"model": str(self.model), "known": self.consolidate_on} if self.model else {}),
+            },
+            f"{used} a class",
+            details,
             f"{self.validation or 0:.0%} of the training data, held back",
         )
 
@@ -265,10 +299,10 @@ class Experiment:
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""
         protocol = self.protocol
-        title = f"{self.scenario}, {self.tasks} tasks, {self.setting}-incremental"
+        title = f"{self.scenario}, {counted(self.tasks, 'task')}, {self.setting}-incremental"
         text = (
             f"{protocol.network}, {protocol.recipe}, batch "
-            f"{protocol.batch_size}, {self.epochs} epochs a task, "
+            f"{protocol.batch_size}, {counted(self.epochs or 0, 'epoch')} a task, "
             f"{self.prepared.training_data}, Fisher "
             f"information from a pass over {FISHER_EXAMPLES} of a task, {self.prepared.details}, "
             + (f"seeds 0–{seeds - 1}, mean ± std; " if seeds > 1 else "seed 0; ")
@@ -293,6 +327,13 @@ class Experiment:
             "seeds": list(range(seeds)),
             **metric_settings(self.measured),
         }
+
+
+def _order(kind: str, seed: int | None) -> str:
+    """What a scenario of images makes of the seed of its tasks, in words."""
+    if kind == "permuted":
+        return f"permutations of seed {seed}"
+    return "classes in their own order" if seed is None else f"class order of seed {seed}"
 
 
 def summarize(runs: Sequence[SequenceResult]) -> dict[str, Any]:

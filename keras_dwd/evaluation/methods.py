@@ -33,6 +33,7 @@ from keras_dwd.groupings.strength import Importance
 from keras_dwd.model import DWDModel
 from keras_dwd.regularizer import DWDRegularizer
 from keras_dwd.settings import dwd, ewc, online_ewc
+from keras_dwd.words import nearest
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,9 @@ def method_named(name: str) -> Method:
     fixed = method is not None and method.settings in (_plain, _lwf)
     # Without a penalty only other variants than those of the penalty make a difference.
     if method is None or (fixed and (colon or {*variants} - {"task-norm", "keep-state"})):
-        raise ValueError(f"Unknown method {name!r}. Known: {', '.join(METHODS)}.")
+        raise ValueError(
+            f"Unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}."
+        )
     if colon and "estimator" not in inspect.signature(method.settings).parameters:
         raise ValueError(f"Unknown method {name!r}: {base!r} has no estimator to choose.")
     if colon:
@@ -294,7 +297,10 @@ def method_named(name: str) -> Method:
             method = replace(method, boundary_pass=False, decoupled=True)
     for variant in variants:
         if variant not in VARIANTS:
-            raise ValueError(f"Unknown variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+            raise ValueError(
+                f"Unknown variant {variant!r}.{nearest(variant, VARIANTS)} Known: "
+                f"{', '.join(VARIANTS)}."
+            )
         method = VARIANTS[variant](method)
     method.settings(1.0)  # raises `ValueError` for an unknown estimator
     return replace(method, name=name)

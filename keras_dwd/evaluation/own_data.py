@@ -1,15 +1,20 @@
 """Reads the user's own classification data: a folder of images, an `.npz` or a `.csv` file."""
 
 import csv
+import zipfile
+import zlib
 from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 # Images are made as large as the first one, but no larger than this.
 _LARGEST = 96
-# The share of the examples to test on, where the data has none, and the names of a label's column.
+# The share of the examples to test on, where the data has none; the endings of images that Keras
+# reads; the names of a label's column.
 _TEST = 0.2
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 _LABELS = ("label", "class", "target")
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
@@ -64,8 +69,14 @@ def read(name: str) -> Arrays:
 
 
 def _of_npz(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{str(path)!r} must be a file that `numpy.savez` has written, with arrays of numbers "
+            f"or text. It cannot be read as one: {error}"
+        ) from None
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         parts = [(arrays[f"x_{p}"], arrays[f"y_{p}"]) for p in ("train", "test")]
     elif {"x", "y"} <= arrays.keys():
@@ -112,6 +123,12 @@ def _of_folder(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     names = sorted(p.name for p in sides[0].iterdir() if p.is_dir())
     if len(names) < 2:
         raise ValueError(f"{str(path)!r} must have a folder of images for each class, two or more.")
+    for folder in (side / name for side in sides for name in names):
+        if not _images_in(folder):
+            raise ValueError(
+                f"{str(folder)!r} must hold images of its class, which end in "
+                f"{', '.join(_IMAGES)}. It has none."
+            )
     size: tuple[int, int] | None = None
     parts = []
     for side in sides:
@@ -119,7 +136,11 @@ def _of_folder(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         data = keras.utils.image_dataset_from_directory(
             side, image_size=size or _size_of(side, names), batch_size=None, **settings
         )
-        images, labels = zip(*data.as_numpy_iterator(), strict=True)
+        try:
+            images, labels = zip(*data.as_numpy_iterator(), strict=True)
+        except tf.errors.InvalidArgumentError as error:
+            _refuse_unreadable(side)
+            raise error
         x = np.rint(np.stack(images)).clip(0, 255).astype("uint8")
         size = (x.shape[1], x.shape[2])
         parts.append((x, np.array(names)[np.stack(labels)]))
@@ -128,16 +149,30 @@ def _of_folder(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _size_of(side: Path, names: list[str]) -> tuple[int, int]:
     """The height and width of the first image, limited."""
-    files = sorted(
-        f
-        for f in (side / names[0]).rglob("*")
-        if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".gif")
-    )
-    if not files:
-        raise ValueError(f"{str(side / names[0])!r} holds no image.")
-    height, width = np.asarray(keras.utils.load_img(files[0])).shape[:2]
+    height, width = _decoded(_images_in(side / names[0])[0]).shape[:2]
     factor = min(1.0, _LARGEST / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES)
+
+
+def _decoded(file: Path) -> tf.Tensor:
+    """An image, read as `keras.utils.image_dataset_from_directory` does."""
+    try:
+        return tf.io.decode_image(file.read_bytes(), 3, expand_animations=False)
+    except tf.errors.InvalidArgumentError:
+        raise ValueError(
+            f"{str(file)!r} must be an image, as its name says, or be removed. It cannot be read "
+            "as one."
+        ) from None
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raise `ValueError` about the first image in a folder that cannot be read."""
+    for file in _images_in(folder):
+        _decoded(file)
 
 
 def _divided(

@@ -11,6 +11,7 @@ from keras import ops
 from keras_dwd.checks import integer, number
 from keras_dwd.evaluation.scenario import Task
 from keras_dwd.variables import untracked
+from keras_dwd.words import counted
 
 # The default learning rate of each optimizer.
 _LEARNING_RATES = {"adam": 1e-3, "sgd": 0.05}
@@ -176,7 +177,7 @@ class Recipe:
             [
                 f"{'SGD' if self.optimizer == 'sgd' else 'Adam'} {self.learning_rate:g}{momentum} "
                 f"{'kept from task to task' if self.keep_state else 'reset for each task'}",
-                *([f"rising for {self.warmup:g} epochs"] if self.warmup else []),
+                *([f"rising for {counted(self.warmup, 'epoch')}"] if self.warmup else []),
                 *(["falling to 0 by a cosine"] if self.schedule == "cosine" else []),
                 *([f"weight decay {self.weight_decay:g}"] if self.weight_decay else []),
                 *(["random crops and flips"] if self.augment else []),

@@ -10,6 +10,7 @@ from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.methods import strength_of
 from keras_dwd.evaluation.metric import TaskMetric, recorded
 from keras_dwd.evaluation.plan import Plan
+from keras_dwd.words import counted, decimals, sized
 
 
 def columns(protocol: Mapping[str, Any]) -> dict[str, str]:
@@ -82,8 +83,7 @@ def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
     One seed has no deviation.
     """
     if key.startswith("steps"):
-        rate = metric["mean"]
-        return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # never 0 for a slow one
+        return f"{metric['mean']:.{decimals(metric['mean'])}f}"
     factor, mean, deviation = (100, ".1f", ".1f") if percent else (1, ".3g", ".2g")
     shown = f"{factor * metric['mean']:{mean}}"
     if len(metric["per_seed"]) == 1:
@@ -105,37 +105,28 @@ def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -
     parameters = experiment.protocol.build(experiment.built).count_params()
     known = ", ".join(f"{n} (λ = {s:g})" if s else n for n, s in strengths.items())
     made.caption = (
-        f"{parameters:,} parameters; {_count(len(strengths), 'method')}: {known}; "
-        f"{_count(seeds, 'seed')}, {_count(len(strengths) * seeds, 'run')} of {steps:,} steps"
+        f"{counted(parameters, 'parameter')}; {counted(len(strengths), 'method')}: {known}; "
+        f"{counted(seeds, 'seed')}, {counted(len(strengths) * seeds, 'run')} of "
+        f"{counted(steps, 'step')}"
     )
     return made
 
 
 def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
     """Table of a `Plan`: what each worker needs, one use per row."""
-    title = f"{made.parameters:,} parameters, {_count(made.workers, 'worker')}, {curvature}"
+    title = (
+        f"{counted(made.parameters, 'parameter')}, {counted(made.workers, 'worker')}, {curvature}"
+    )
     table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
     table.add_column("of each worker")
     table.add_column("", justify="right")
     for name, value in made.memory.items():
-        table.add_row(name, _bytes(value))
-    table.add_row("total memory", _bytes(made.total), style="bold")
-    table.add_row("sent at each step", _bytes(made.step_bytes))
-    table.add_row("sent at each Fisher update", _bytes(made.fisher_bytes))
-    table.add_row("sent at a boundary with a pass over data", _bytes(made.boundary_bytes))
+        table.add_row(name, sized(value))
+    table.add_row("total memory", sized(made.total), style="bold")
+    table.add_row("sent at each step", sized(made.step_bytes))
+    table.add_row("sent at each Fisher update", sized(made.fisher_bytes))
+    table.add_row("sent at a boundary with a pass over data", sized(made.boundary_bytes))
     if made.step_seconds is not None and made.boundary_seconds is not None:
         table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
         table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
     return table
-
-
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'' if number == 1 else 's'}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

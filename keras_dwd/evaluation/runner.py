@@ -1,6 +1,7 @@
 """Trains a model on a sequence of tasks and measures it on all of them after each."""
 
 import contextlib
+import functools
 import os
 import resource
 import shutil
@@ -39,7 +40,7 @@ from keras_dwd.evaluation.recipe import (
     cropped_and_flipped,
 )
 from keras_dwd.evaluation.scenario import Scenario, Task, are_classes
-from keras_dwd.evaluation.technique import TechniqueModel
+from keras_dwd.evaluation.technique import Technique, TechniqueModel
 from keras_dwd.files import FileError, checksum
 from keras_dwd.groupings.policy import GroupingPolicy
 from keras_dwd.layers.converting import with_task_normalization
@@ -185,11 +186,6 @@ def run_sequence(
     arrays = all(isinstance(task.train, (tuple, list)) for task in scenario.tasks)
     if checkpoint_dir and not arrays:
         raise ValueError("`checkpoint_dir` needs tasks of arrays: the order of others is lost.")
-    if method.task_norm and scenario.setting != "task":
-        raise ValueError(
-            f"{method.name!r} needs a scenario in the setting 'task', in which each example comes "
-            f"with its task id. Received: {scenario.setting!r}"
-        )
     _check_recipe(recipe, scenario, compile_settings or {})
     loss: keras.losses.Loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if "loss" not in (compile_settings or {}):
@@ -197,29 +193,12 @@ def run_sequence(
         if recipe.mixup:
             scenario = scenario.one_hot()
             loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    arguments = method.settings(strength)
-    if method.graph and strength > 0:
-        if not isinstance(scenario.tasks[0].train, (tuple, list)):
-            raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
-        folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
-        probe, *_ = _sample(scenario.tasks[0].train, _PROBES)
-        arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
-    network = build(scenario)
-    if method.task_norm:
-        network = with_task_normalization(network, len(scenario.tasks))
-    technique = method.technique and method.technique(strength)
+    model = _wrapped(build, scenario, method, strength, checkpoint_dir)
+    technique = model.technique if isinstance(model, TechniqueModel) else None
     if isinstance(technique, Replay):  # replayed examples are as long as they were given
         recipe = replace(recipe, bucket=None)
-    kind = TechniqueModel if technique else DWDModel
-    model = kind.from_model(network, **arguments)
-    model._wraps_trained = None  # what the network knows before is no task of the scenario
-    if isinstance(model, TechniqueModel):
-        model.technique = technique
     if technique and recipe.augment:
         technique.augment = cropped_and_flipped
-    if method.graph and strength > 0 and not checkpoint_dir:
-        # The temporary folder is removed when the model is.
-        weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
     rate = recipe.rate()
     optimizer = recipe.made_optimizer(rate)
@@ -235,17 +214,14 @@ def run_sequence(
     if technique and model.workers.several:
         raise ValueError(f"{method.name!r} works with one worker only.")
     model.optimizer.build(model.trainable_variables)
-    fresh = [np.asarray(v) for v in model.optimizer.variables]
     evaluate = Evaluator(measured, [task.test for task in scenario.tasks])
     count = len(scenario.tasks)
     after = np.full((len(measured), count, count), np.nan)
     before = evaluate(model)
     matrix, *others = (m.matrix(a, b) for m, a, b in zip(measured, after, before, strict=True))
     result = SequenceResult(matrix, 0, [], [], 0, model, {other.name: other for other in others})
-    policy = model.grouping if isinstance(model.grouping, GroupingPolicy) else None
-    if policy is not None:  # hold back validation data for its rewards
+    if isinstance(model.grouping, GroupingPolicy):  # hold back validation data for its rewards
         scenario = scenario.holdout(_HELD_BACK)
-        reward = Evaluator([TaskMetric(ACCURACY)], [task.test for task in scenario.tasks])
     asked = {
         "scenario": scenario.name,
         "tasks": [task.name for task in scenario.tasks],
@@ -261,6 +237,21 @@ def run_sequence(
     }
     checkpoints = Checkpoints(checkpoint_dir, asked) if checkpoint_dir else None
     progress = _Progress(result, checkpoints, epochs)
+    run = _Run(
+        model,
+        scenario,
+        method,
+        recipe,
+        rate,
+        technique,
+        epochs,
+        batch_size,
+        fisher_examples,
+        seed,
+        callbacks,
+        result,
+        progress,
+    )
     progress.restore()
     if model.task_graph is not None:
         model.task_graph.rewind(model.tasks_learned)
@@ -268,49 +259,8 @@ def run_sequence(
     for t, task in enumerate([scenario.joint()] if method.joint else scenario.tasks):
         if t < progress.task:
             continue
-        if not progress.epoch:
-            # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
-            if not recipe.keep_state:
-                for variable, value in zip(model.optimizer.variables, fresh, strict=True):
-                    variable.assign(value)
-            if technique:
-                technique.begin_task(model)
-        if technique:
-            technique.start(_drawn(seed, t))
-        if isinstance(rate, CosineOfTask):
-            size = model.workers.communicator.size
-            batches = _batches(task.train, batch_size, size)
-            rate.begin_task(epochs, batches, recipe.warmup)
-        progress.begin()
-        if progress.epoch < epochs:
-            several = model.workers.several
-            ordered = checkpoint_dir or several or recipe.changes_batches or recipe.bucket
-            order = _drawn(seed, t) if ordered else None
-            data, own = _fit_arguments(model, task.train, batch_size, order, recipe)
-            shown = callbacks(t, task) if callbacks else []
-            model.fit(
-                **data,
-                initial_epoch=progress.epoch,
-                epochs=epochs,
-                verbose=0,
-                callbacks=[*own, *shown, progress],
-            )
-            progress.trained()
-        progress.end()
-        steps = int(model.optimizer.iterations)
-        result.steps = steps if recipe.keep_state else result.steps + steps
-
-        started = time.perf_counter()
-        if policy is not None:
-            policy.reward(reward(model, t + 1)[0].tolist())
-        sample = _sample(task.train, fisher_examples)
-        if recipe.bucket is not None:
-            sample = tf.nest.map_structure(np.asarray, cut(sample, recipe.bucket))
-        if isinstance(model, TechniqueModel):
-            model.end_task(task.train, sample, np.random.default_rng([seed, t, 1]))
-        given = sample if method.boundary_pass else None
-        model.consolidate(given, batch_size=batch_size, verbose=0)
-        result.boundary_seconds.append(time.perf_counter() - started)
+        run.train(t, task)
+        run.consolidate(t, task)
         if method.joint:
             after[:] = evaluate(model)[:, None]
         else:
@@ -320,6 +270,123 @@ def run_sequence(
     result.peak_memory = memory.peak()
     result.consolidation = model.consolidation.as_dict()
     return result
+
+
+def _wrapped(
+    build: Callable[[Scenario], keras.Model],
+    scenario: Scenario,
+    method: Method,
+    strength: float,
+    checkpoint_dir: str | os.PathLike[str] | None,
+) -> DWDModel:
+    """A new network, as the `DWDModel` that a method trains, with its technique if it has one."""
+    if method.task_norm and scenario.setting != "task":
+        raise ValueError(
+            f"{method.name!r} needs a scenario in the setting 'task', in which each example comes "
+            f"with its task id. Received: {scenario.setting!r}"
+        )
+    arguments = method.settings(strength)
+    folder = None
+    if method.graph and strength > 0:
+        if not isinstance(scenario.tasks[0].train, (tuple, list)):
+            raise ValueError(f"{method.name!r} needs tasks of arrays, for a probe: not tf.data.")
+        folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix="task_graph_")) / "graph"
+        probe, *_ = _sample(scenario.tasks[0].train, _PROBES)
+        arguments["task_graph"] = TaskGraph(folder, probe, method.graph)
+    network = build(scenario)
+    if method.task_norm:
+        network = with_task_normalization(network, len(scenario.tasks))
+    technique = method.technique and method.technique(strength)
+    kind = TechniqueModel if technique else DWDModel
+    model = kind.from_model(network, **arguments)
+    model._wraps_trained = None  # what the network knows before is no task of the scenario
+    model._checks_strength = False  # extreme strengths are tried when it is tuned
+    if isinstance(model, TechniqueModel):
+        model.technique = technique
+    if folder is not None and not checkpoint_dir:
+        # The temporary folder is removed when the model is.
+        weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
+    return model
+
+
+class _Run:
+    """Training and boundaries of the tasks of one run; see `run_sequence` for the arguments."""
+
+    def __init__(
+        self,
+        model: DWDModel,
+        scenario: Scenario,
+        method: Method,
+        recipe: Recipe,
+        rate: Any,
+        technique: Technique | None,
+        epochs: int,
+        batch_size: int,
+        fisher_examples: int,
+        seed: int,
+        callbacks: Callable[[int, Task], list[keras.callbacks.Callback]] | None,
+        result: SequenceResult,
+        progress: "_Progress",
+    ):
+        self.model, self.method, self.recipe, self.rate = model, method, recipe, rate
+        self.technique, self.epochs, self.batch_size = technique, epochs, batch_size
+        self.fisher_examples, self.seed, self.callbacks = fisher_examples, seed, callbacks
+        self.result, self.progress = result, progress
+        self._new_state = [np.asarray(v) for v in model.optimizer.variables]
+        self._tests = [task.test for task in scenario.tasks]
+
+    @functools.cached_property
+    def _accuracies(self) -> Evaluator:
+        return Evaluator([TaskMetric(ACCURACY)], self._tests)
+
+    def train(self, t: int, task: Task) -> None:
+        """Train on a task, from the epoch on in which an interrupted run was."""
+        model, progress, recipe = self.model, self.progress, self.recipe
+        if not progress.epoch:
+            # Reset the optimizer's state; a new optimizer would make Keras retrace the step.
+            if not recipe.keep_state:
+                for variable, value in zip(model.optimizer.variables, self._new_state, strict=True):
+                    variable.assign(value)
+            if self.technique:
+                self.technique.begin_task(model)
+        if self.technique:
+            self.technique.start(_drawn(self.seed, t))
+        workers = model.workers
+        if isinstance(self.rate, CosineOfTask):
+            batches = _batches(task.train, self.batch_size, workers.communicator.size)
+            self.rate.begin_task(self.epochs, batches, recipe.warmup)
+        progress.begin()
+        if progress.epoch < self.epochs and not task.known:
+            changed = recipe.changes_batches or recipe.bucket
+            ordered = progress.checkpoints is not None or workers.several or changed
+            order = _drawn(self.seed, t) if ordered else None
+            data, own = _fit_arguments(model, task.train, self.batch_size, order, recipe)
+            shown = self.callbacks(t, task) if self.callbacks else []
+            model.fit(
+                **data,
+                initial_epoch=progress.epoch,
+                epochs=self.epochs,
+                verbose=0,
+                callbacks=[*own, *shown, progress],
+            )
+            progress.trained()
+        progress.end()
+        steps = int(model.optimizer.iterations)
+        self.result.steps = steps if recipe.keep_state else self.result.steps + steps
+
+    def consolidate(self, t: int, task: Task) -> None:
+        """The boundary after a task."""
+        model, started = self.model, time.perf_counter()
+        if isinstance(model.grouping, GroupingPolicy):
+            model.grouping.reward(self._accuracies(model, t + 1)[0].tolist())
+        sample = _sample(task.train, self.fisher_examples)
+        if self.recipe.bucket is not None:
+            sample = tf.nest.map_structure(np.asarray, cut(sample, self.recipe.bucket))
+        if isinstance(model, TechniqueModel):
+            model.end_task(task.train, sample, np.random.default_rng([self.seed, t, 1]))
+        given = sample if self.method.boundary_pass or task.known else None
+        model.consolidate(given, batch_size=self.batch_size, verbose=0)
+        self.result.boundary_seconds.append(time.perf_counter() - started)
 
 
 def _check_recipe(recipe: Recipe, scenario: Scenario, compile_settings: dict[str, Any]) -> None:

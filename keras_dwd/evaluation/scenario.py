@@ -24,6 +24,8 @@ class Task:
             `tf.data.Dataset` of these. `x` may be any structure of arrays, for instance
             `(images, task_ids)`, and so may `y` where a model has several outputs.
         test: Test data, in the same form.
+        known: Whether the model knows the task before, because it was trained on it elsewhere. It
+            is consolidated then, and not trained.
 
     Example:
 
@@ -35,6 +37,7 @@ class Task:
     name: str
     train: Any
     test: Any
+    known: bool = False
 
 
 @dataclass(frozen=True)

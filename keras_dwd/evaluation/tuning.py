@@ -145,7 +145,7 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     """
     saved = read_json(out)
     for key in ("protocol", "versions"):
-        if saved.get(key) != results[key]:
+        if _values(saved.get(key)) != _values(results[key]):
             raise FileError(
                 f"`out` {str(out)!r} holds results of other {key}: name another file, or remove it."
             )
@@ -169,6 +169,11 @@ def _earlier(out: Path, results: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     if seeds != results["tuning"]["seeds"]:
         return {name: row for name, row in rows.items() if name not in tuned}, {}
     return rows, tuned
+
+
+def _values(about: Any) -> Any:
+    """A protocol without the text, which only says in words what its values are."""
+    return {k: v for k, v in about.items() if k != "text"} if isinstance(about, dict) else about
 
 
 @dataclasses.dataclass(frozen=True)

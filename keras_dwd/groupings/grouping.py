@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import keras
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from threadpoolctl import threadpool_limits
 
 from keras_dwd.checks import FixedSettings
 from keras_dwd.files import FileError
@@ -321,9 +320,7 @@ class Partition(Grouping):
             for key, block in context.blocks.items()
         }
         described = {key: self.describe(key, part) for key, part in parameters.items()}
-        # The problems are small: more threads would be slower, and would not be reproducible.
-        with threadpool_limits(1):
-            groups = self.fit(context.gather(described))
+        groups = self.fit(context.gather(described))
         assigned = {
             key: _assigned(self.label(groups, key, part)) for key, part in parameters.items()
         }

@@ -142,6 +142,8 @@ class Kronecker(EarlierNames):
 
     def scale_variables(self, strengths: Mapping[str, float]) -> "Kronecker":
         """The block scaled by the strength of each variable, given by path."""
+        if len({strengths[path] for path in self.paths}) == 1:
+            return replace(self, a=self.a.times(strengths[self.paths[0]]))
         rows = np.full(self.form.rows, np.sqrt(strengths[self.paths[0]]))
         if len(self.paths) == 2:
             rows[-1] = np.sqrt(strengths[self.paths[1]])

@@ -1,6 +1,5 @@
 """Estimates the Fisher information of a task in one pass over its data at the boundary."""
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -8,25 +7,30 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature.examples import carried_states, count_of, kept, states_of
-from keras_dwd.curvature.fisher import Fisher, Statistics
-from keras_dwd.keras_private import loss_metric
+from keras_dwd.curvature.examples import carried_states, count_of, states_of
+from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.learner import Learner
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.data import batches, check_batch, check_task_ids, examples_in
-from keras_dwd.training.gradients import loss_scale
 from keras_dwd.variables import Arrays, Variables
+from keras_dwd.words import counted
+
+_ALONE = Communicator()
 
 
 class BoundaryPass:
-    """Computes mean statistics over data, with a graph that is reused from task to task.
+    """Computes mean statistics over data.
+
+    Args:
+        statistics: Computes those of a batch.
 
     Attributes:
         examples: The number of examples of the last pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: BatchStatistics) -> None:
+        self.statistics = statistics
         self.examples = 0
-        self._traced: tuple[Any, Callable[[Any], Statistics]] | None = None
 
     def __call__(
         self,
@@ -60,6 +64,7 @@ class BoundaryPass:
             chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
         noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
         before = [np.array(v) for v in noted]
+        alone = communicator if communicator.size == 1 else _ALONE  # each batch is one worker's
         bar = None
         if verbose == 1:
             bar = keras.utils.Progbar(examples_in(data), unit_name="example")
@@ -75,7 +80,7 @@ class BoundaryPass:
                         fisher.set_examples_seen(examples)
                         batch = (x, y, sample_weight)
                         try:
-                            estimate = self._traced_batch(model, fisher, variables)(batch)
+                            estimate = self.statistics(model, fisher, variables, batch, alone)
                         except Exception as error:
                             if fisher.takes_any_loss:
                                 error.add_note(fisher.without_examples(error))
@@ -93,7 +98,7 @@ class BoundaryPass:
             if bar is not None:
                 bar.update(examples, finalize=True)
             elif verbose:
-                print(f"Fisher information of {examples:,} examples")
+                print(f"Fisher information of {counted(examples, 'example')}")
         finally:  # also if the pass fails
             for variable, value in zip(noted, before, strict=True):
                 variable.assign(value)
@@ -104,33 +109,3 @@ class BoundaryPass:
             parts = [np.asarray(sums.get(n, np.zeros(shapes[n]))) for n in sorted(names)]
             sums = dict(zip(sorted(names), communicator.total(parts, "pass.sums"), strict=True))
         return {name: np.asarray(total, "float32") / examples for name, total in sums.items()}
-
-    def _traced_batch(
-        self, model: Learner, fisher: Fisher, variables: Variables
-    ) -> Callable[[Any], Statistics]:
-        # `compile` creates a new loss, for which the graph must be traced again.
-        key = (fisher, loss_metric(model), tuple(variables), len(model.metrics))
-        if self._traced is None or self._traced[0] != key:
-
-            @tf.function(reduce_retracing=True, autograph=False)  # as Keras does in `fit`
-            def traced(batch: Any) -> Statistics:
-                return batch_statistics(model, fisher, variables, batch, Communicator())
-
-            self._traced = (key, traced)
-        return self._traced[1]
-
-
-def batch_statistics(
-    model: Learner, fisher: Fisher, variables: Variables, batch: Any, communicator: Communicator
-) -> Statistics:
-    """The statistics of one batch, computed without changing the model's metrics; graph code.
-
-    Args:
-        model: A compiled model.
-        fisher: The estimate that computes the statistics.
-        variables: The variables to differentiate with respect to, by path.
-        batch: `(x, y, sample_weight)`.
-        communicator: The workers whose batches, all of the same size, form one global batch.
-    """
-    with kept([v for metric in model.metrics for v in metric.variables]):
-        return fisher.batch_statistics(model, variables, batch, loss_scale(model), communicator)

@@ -16,7 +16,7 @@ from keras_dwd.keras_private import loss_metric
 from keras_dwd.layers.task_heads import recorded_heads
 from keras_dwd.learner import Learner, added_loss, data_loss, has_own_loss, total_loss
 from keras_dwd.regularizer import DWDRegularizer
-from keras_dwd.training.boundary_pass import batch_statistics
+from keras_dwd.training.batch_statistics import BatchStatistics
 from keras_dwd.training.gradients import all_finite, data_gradients
 from keras_dwd.training.head_gate import HeadGate
 from keras_dwd.training.optimizer import proximal_updates, proximal_variables
@@ -72,6 +72,7 @@ class TrainingStep:
     Attributes:
         regularizer: The regularizer, whose pull is added.
         fisher: The online estimate to update; `None` if there is none.
+        statistics: Computes the statistics of a batch for `fisher`.
         pulled: The trainable variables with a strength above zero, by path.
         budget: The rule that adjusts λ_k, if there is one.
         head_gate: Leaves heads that are not in use unchanged.
@@ -82,6 +83,7 @@ class TrainingStep:
 
     regularizer: DWDRegularizer
     fisher: Fisher | None
+    statistics: BatchStatistics
     pulled: Variables
     budget: Budget | None
     head_gate: HeadGate
@@ -208,7 +210,7 @@ class TrainingStep:
             else:
                 communicator = self.workers.communicator
                 with kept(states_of(model)), kept(carried_states(model), before):
-                    local_statistics = batch_statistics(
+                    local_statistics = self.statistics(
                         model, fisher, self.pulled, batch, communicator
                     )
                 statistics = self.workers.reduced(local_statistics)
