@@ -53,6 +53,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/keras-dwd run --out benchmarks/results/run_default.json
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/text_cost.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/fisher_cost.py

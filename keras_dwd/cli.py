@@ -61,11 +61,11 @@ def run(
 ) -> None:
     """`keras-dwd run`."""
     console = Console(stderr=as_json)
-    experiment = Experiment(**_settings(context))
     names = _methods(methods)
     strengths = _strengths(strength, names)
     _check_out(out)
     _check_report(report)
+    experiment = Experiment(**_settings(context))  # which may take minutes: after the checks
     integer("--workers", workers, 1)
     if resume and checkpoint_dir is None:
         raise ValueError("`--resume` needs `--checkpoint-dir`: where to go on from.")

@@ -184,6 +184,17 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(help="Text: folder for the pretrained model, by default in ~/.cache."),
 ]
+Preset = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text: folder with a preset of a causal language model of KerasHub, which is trained "
+        "in place of the small model."
+    ),
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(help="Text: train only adapters of this rank, with --preset."),
+]
 Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")]
 Resumed = Annotated[
     Path | None,
@@ -254,6 +265,8 @@ def experiment(
     beams: Beams = None,
     run_code: RunCode = None,
     cache_dir: CacheDir = None,
+    preset: Preset = None,
+    lora: Lora = None,
     report: Report = None,
     dry_run: DryRun = False,
     as_json: Json = False,

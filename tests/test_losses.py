@@ -9,6 +9,7 @@ from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, DWDOptimizer, KroneckerFisher
 from keras_dwd.curvature.fisher import Fisher
+from keras_dwd.curvature.likelihood import counted_positions
 
 SPARSE = keras.losses.SparseCategoricalCrossentropy
 REDUCTIONS = [
@@ -329,6 +330,15 @@ def test_a_loss_with_a_call_of_its_own_is_another_loss():
     g = softmax(-(x @ kernel_of(model))) - np.eye(3)[y]
     expected = (np.einsum("bi,bo->bio", x, g) ** 2).mean(0)
     np.testing.assert_allclose(diagonal(model, (x, y)), expected, rtol=1e-4)
+
+
+def test_weights_of_positions_may_be_booleans():
+    """As the padding masks are that preprocessors of KerasHub give as weights."""
+    model = linear((4, 2), 3, SPARSE(from_logits=True))
+    weights = np.array([[True, True, False, False], [True, False, True, False]])
+    outputs = model(np.zeros((2, 4, 2), "float32"))
+    (counted,) = counted_positions(model, np.zeros((2, 4), "int32"), outputs, {}, weights)
+    np.testing.assert_array_equal(counted, weights.astype("float32"))
 
 
 @pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", "binary_crossentropy"])

@@ -14,7 +14,7 @@ from keras_dwd.cli import app
 from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation import Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
-from keras_dwd.evaluation.text import sequence
+from keras_dwd.evaluation.text import language, sequence
 from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
 from keras_dwd.evaluation.text.encoding import Encoding, sequence_loss
 from keras_dwd.evaluation.text.pretraining import Pretraining, cache_folder, gaps
@@ -32,7 +32,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 @pytest.fixture
 def small(monkeypatch):
     """A decoder that is made in seconds, for short texts."""
-    monkeypatch.setattr(sequence, "LENGTH", 32)
+    monkeypatch.setattr(language, "LENGTH", 32)
     monkeypatch.setattr(
         sequence, "Pretraining", lambda kind: Pretraining(kind, tokens=270, size=SIZE, window=24)
     )
@@ -90,6 +90,10 @@ def test_the_command_trains_on_text_and_resumes(small, folder, tmp_path):
         (["--tokenizer", "words"], "must be one of bpe, byte"),
         (["--beams", "0"], "`beams` must be an integer >= 1"),
         (["--profile", "full"], "`profile` must be cpu for text"),
+        (["--lora", "2"], "`lora` needs a `preset`"),
+        (["--preset", ".", "--lora", "0"], "`lora` must be an integer >= 1"),
+        (["--preset", ".", "--tokenizer", "byte"], "`tokenizer` is no setting of a `preset`"),
+        (["--preset", "gpt2_base_en"], "must be a folder with a preset"),
         (["--images-per-class", "3"], "`images_per_class` is no setting of 'text'"),
         (["--scenario", "split:digits", "--beams", "2"], "`beams` is no setting of 'split'"),
     ],

@@ -148,7 +148,7 @@ def counted_positions(
             kept = tf.cast(labels[index], "float32") != float(known.ignored)
             counted.append(tf.reshape(kept, shape))
         if each_weight[index] is not None:
-            positive = tf.convert_to_tensor(each_weight[index]) > 0
+            positive = tf.cast(each_weight[index], "float32") > 0
             counted.append(at_positions(positive, shape, output))
         together = tf.reduce_all(tf.stack(counted), 0) if counted else None
         found.append(None if together is None else tf.cast(together, "float32"))

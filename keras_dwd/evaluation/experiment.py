@@ -35,7 +35,7 @@ _OF_IMAGES = (
     *("class_order_seed", "images_per_class", "augment", "mixup", "setting", "metrics"),
     *("model", "consolidate_on"),
 )
-_OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir")
+_OF_TEXT = ("examples", "tokenizer", "beams", "run_code", "cache_dir", "preset", "lora")
 
 # The seed of the class order of CIFAR-100 in published results, introduced with iCaRL's code.
 _CLASS_ORDER_SEEDS = {"cifar100": 1993}
@@ -76,6 +76,8 @@ class Experiment:
         beams: By default 1.
         run_code: By default programs are not run.
         cache_dir: By default that of the user.
+        preset: By default the small decoder.
+        lora: By default all weights are trained.
         model: A `.keras` file of a trained classifier, which is trained in place of a new network.
             Its outputs are shared by all tasks: the setting is `domain`.
         consolidate_on: The data that it was trained on, as NAME in `scenario`: the first task,
@@ -105,6 +107,8 @@ class Experiment:
     beams: int | None = None
     run_code: bool | None = None
     cache_dir: Path | None = None
+    preset: Path | None = None
+    lora: int | None = None
     model: Path | None = None
     consolidate_on: str | None = None
 

@@ -381,7 +381,7 @@ class _Run:
             model.grouping.reward(self._accuracies(model, t + 1)[0].tolist())
         sample = _sample(task.train, self.fisher_examples)
         if self.recipe.bucket is not None:
-            sample = tuple(np.asarray(part) for part in cut(sample, self.recipe.bucket))
+            sample = tf.nest.map_structure(np.asarray, cut(sample, self.recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([self.seed, t, 1]))
         given = sample if self.method.boundary_pass or task.known else None

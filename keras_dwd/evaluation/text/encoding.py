@@ -1,13 +1,14 @@
 """Rows of text as arrays of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_dwd.evaluation.text.tasks import Row
-from keras_dwd.evaluation.text.tokenizer import END, PAD, SEPARATOR, Tokenizer
+from keras_dwd.evaluation.text.tokenizer import Tokenizer
 
 Arrays3 = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -18,8 +19,8 @@ class Encoding:
 
     Attributes:
         tokenizer: Makes tokens of text.
-        prompt: The largest number of tokens of a prompt, with the separator at its end. Of a longer
-            one the beginning and the end are kept, twice as much of the beginning.
+        prompt: The largest number of tokens of a prompt, with those before and after it. Of a
+            longer one the beginning and the end are kept, twice as much of the beginning.
         target: The largest number of tokens of a target, with the token at its end. What is beyond
             is cut off.
     """
@@ -45,11 +46,17 @@ class Encoding:
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The tokens of each row's prompt, with the separator at its end."""
-        encoded = self.tokenizer.encode([row.prompt for row in rows])
-        return [[*self._shortened(tokens), SEPARATOR] for tokens in encoded]
+        made = self.tokenizer
+        encoded = made.encode([row.prompt for row in rows])
+        return [[*made.start, *self._shortened(tokens), *made.separator] for tokens in encoded]
+
+    @property
+    def _room(self) -> int:
+        """The largest number of tokens of a prompt alone."""
+        return self.prompt - len(self.tokenizer.start) - len(self.tokenizer.separator)
 
     def _shortened(self, tokens: list[int]) -> list[int]:
-        room = self.prompt - 1
+        room = self._room
         if len(tokens) <= room:
             return tokens
         end = room // 3
@@ -62,11 +69,11 @@ class Encoding:
             Three arrays `(rows, length)`, padded at the end.
         """
         shape = (len(rows), self.length)
-        inputs = np.full(shape, PAD, "int32")
+        inputs = np.full(shape, self.tokenizer.pad, "int32")
         following, weights = inputs.copy(), np.zeros(shape, "float32")
         targets = self.tokenizer.encode([row.target for row in rows])
         for i, (prompt, target) in enumerate(zip(self.prompts(rows), targets, strict=True)):
-            tokens = [*prompt, *target[: self.target - 1], END]
+            tokens = [*prompt, *target[: self.target - 1], self.tokenizer.end]
             inputs[i, : len(tokens) - 1] = tokens[:-1]
             following[i, : len(tokens) - 1] = tokens[1:]
             weights[i, len(prompt) - 1 : len(tokens) - 1] = 1.0
@@ -77,10 +84,23 @@ class Encoding:
         prompts = self.tokenizer.encode([row.prompt for row in rows])
         targets = self.tokenizer.encode([row.target for row in rows])
         longer = [
-            len(p) > self.prompt - 1 or len(t) > self.target - 1
+            len(p) > self._room or len(t) > self.target - 1
             for p, t in zip(prompts, targets, strict=True)
         ]
         return float(np.mean(longer))
+
+
+def masked(examples: Arrays3) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Examples with inputs for a model of KerasHub, which needs to know what is padding."""
+    inputs, following, weights = examples
+    last = [np.flatnonzero(row)[-1] for row in weights]
+    mask = np.arange(inputs.shape[1]) <= np.array(last)[:, None]
+    return {"token_ids": inputs, "padding_mask": mask.astype("int32")}, following, weights
+
+
+def tokens_of(inputs: Any) -> np.ndarray:
+    """The tokens in the inputs of a model."""
+    return np.asarray(inputs["token_ids"] if isinstance(inputs, Mapping) else inputs)
 
 
 def sequence_loss() -> keras.losses.Loss:

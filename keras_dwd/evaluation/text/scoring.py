@@ -9,12 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_dwd.distributed.data import cut
-from keras_dwd.evaluation.text.encoding import Encoding
-from keras_dwd.evaluation.text.generation import Generator
+from keras_dwd.evaluation.text.encoding import Encoding, tokens_of
 from keras_dwd.evaluation.text.metrics import METRICS
 from keras_dwd.evaluation.text.programs import passed
 from keras_dwd.evaluation.text.tasks import Row, TextTask
-from keras_dwd.evaluation.text.tokenizer import SEPARATOR
 
 Write = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
 """Continues prompts, given as tokens, by a number of tokens at most."""
@@ -29,16 +27,14 @@ class Scorer:
     Args:
         tasks: The tasks, whose rows know all references and tests, each with what made its data.
         names: Names of `METRICS`, and `passed`; `token_accuracy` and `loss` are always measured.
-        writer: Makes what continues prompts with a model; by default a `Generator`.
-        beams: See `Generator`.
+        writer: Makes what continues prompts with a model.
     """
 
     def __init__(
         self,
         tasks: Iterable[tuple[TextTask, Encoding]],
         names: Sequence[str],
-        beams: int = 1,
-        writer: Callable[[keras.Model], Write] | None = None,
+        writer: Callable[[keras.Model], Write],
     ):
         self.names = tuple(names)
         self._rows: dict[bytes, tuple[Row, Encoding]] = {}
@@ -47,7 +43,7 @@ class Scorer:
             inputs, _, weights = encoding.examples(rows)
             for row, tokens, where in zip(rows, inputs, weights, strict=True):
                 self._rows[_key(tokens, where)] = row, encoding
-        self._writer = writer or (lambda model: Generator(model, beams))
+        self._writer = writer
         self._made: tuple[Any, Any, Any] = (lambda: None, None, None)
 
     def __call__(self, model: keras.Model, data: Any) -> dict[str, float]:
@@ -55,11 +51,11 @@ class Scorer:
 
         Args:
             model: A model of the data's tokens.
-            data: Some of the tasks' examples, as `Encoding.examples` makes them.
+            data: Some of the tasks' examples, as `Encoding.examples` or `masked` makes them.
         """
         of, write, likelihood = self._made
         if of() is not model:
-            write, likelihood = self._writer(model), _likelihood(model)
+            write, likelihood = self._writer(model), _likelihood(model, data)
             self._made = weakref.ref(model), write, likelihood
         rows, texts = self.written(write, data)
         references = [row.references for row in rows]
@@ -71,9 +67,10 @@ class Scorer:
 
     def written(self, write: Write, data: Any) -> tuple[list[Row], list[str]]:
         """The rows of the data, and what is written for each."""
-        inputs, _, weights = map(np.asarray, data)
+        inputs, weights = tokens_of(data[0]), np.asarray(data[2])
         known = [self._rows[_key(x, w)] for x, w in zip(inputs, weights, strict=True)]
-        prompts = [x[: int(np.argmax(x == SEPARATOR)) + 1].tolist() for x in inputs]
+        counts = np.argmax(weights > 0, 1) + 1
+        prompts = [x[:count].tolist() for x, count in zip(inputs, counts, strict=True)]
         encoding = known[0][1]
         texts = encoding.tokenizer.decode(write(prompts, encoding.target))
         return [row for row, _ in known], texts
@@ -84,18 +81,21 @@ def _key(tokens: np.ndarray, weights: np.ndarray) -> bytes:
     return bytes(tokens[: int(np.flatnonzero(weights)[-1]) + 1].astype("int32").tobytes())
 
 
-def _likelihood(model: keras.Model) -> Callable[[Any], dict[str, float]]:
-    """A function that gives `token_accuracy` and `loss`, means over all tokens of the targets."""
+def _likelihood(model: keras.Model, like: Any) -> Callable[[Any], dict[str, float]]:
+    """A function that gives `token_accuracy` and `loss`, means over all tokens of the targets.
+
+    Args:
+        model: The model.
+        like: Examples of the same structure as those that the function gets.
+    """
 
     @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, None), "int32"),
-            tf.TensorSpec((None, None), "int32"),
-            tf.TensorSpec((None, None), "float32"),
-        ],
+        input_signature=tf.nest.map_structure(
+            lambda a: tf.TensorSpec((None, None), np.asarray(a).dtype), tuple(like)
+        ),
         autograph=False,
     )
-    def sums(inputs: tf.Tensor, following: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    def sums(inputs: Any, following: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         inputs, following, weights = cut((inputs, following, weights), 16)
         logits = tf.cast(of()(inputs, training=False), "float32")
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(following, logits)
@@ -108,8 +108,9 @@ def _likelihood(model: keras.Model) -> Callable[[Any], dict[str, float]]:
 
     def measured(data: Any) -> dict[str, float]:
         total = np.zeros(3)
-        for start in range(0, len(data[0]), _BATCH):
-            total += sums(*(np.asarray(a)[start : start + _BATCH] for a in data)).numpy()
+        for start in range(0, len(data[2]), _BATCH):
+            rows = slice(start, start + _BATCH)
+            total += sums(*tf.nest.map_structure(lambda a: np.asarray(a)[rows], data)).numpy()  # noqa: B023
         return {
             "token_accuracy": float(total[0] / total[2]),
             "loss": float(total[1] / total[2]),

@@ -1,27 +1,21 @@
 """Sequences of text tasks, with the model, the training protocol and the metrics for them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import keras
 import numpy as np
 
 from keras_dwd.checks import integer
 from keras_dwd.evaluation.metric import TaskMetric
 from keras_dwd.evaluation.prepared import Prepared
-from keras_dwd.evaluation.profiles import Profile
-from keras_dwd.evaluation.recipe import Recipe
 from keras_dwd.evaluation.scenario import Scenario, Task
-from keras_dwd.evaluation.text.decoder import DecoderSize, decoder
-from keras_dwd.evaluation.text.encoding import Encoding, sequence_loss
+from keras_dwd.evaluation.text.encoding import Encoding
+from keras_dwd.evaluation.text.language import Language, of_preset, small_decoder
 from keras_dwd.evaluation.text.metrics import METRICS
 from keras_dwd.evaluation.text.pretraining import Pretraining
 from keras_dwd.evaluation.text.scoring import PASSED, Scorer
 from keras_dwd.evaluation.text.tasks import TextTask, load, names_in
-
-LENGTH = 176
-"""Tokens of a prompt and a target together."""
 
 _TESTS = 200
 
@@ -31,7 +25,7 @@ class TextSettings:
     """What sequences of text tasks can be given.
 
     Attributes:
-        tokenizer: See `Pretraining`.
+        tokenizer: That of the small decoder, see `Pretraining`; by default `"bpe"`.
         beams: See `Generator`.
         run_code: Whether to run programs that the model writes with the tests of their task, see
             `passed`.
@@ -39,18 +33,31 @@ class TextSettings:
             left to pretrain on.
         tests: The largest number of rows of a task to measure on.
         cache_dir: See `Pretraining`.
+        preset: Folder of a causal language model of KerasHub, in place of the small decoder.
+        lora: The rank of its adapters, which are then trained alone.
     """
 
-    tokenizer: str = "bpe"
+    tokenizer: str | None = None
     beams: int = 1
     run_code: bool = False
     examples: int = 4000
     tests: int = _TESTS
     cache_dir: Path | None = None
+    preset: Path | None = None
+    lora: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("beams", "examples", "tests"):
             integer(name, getattr(self, name), 1)
+        if self.lora is not None:
+            integer("lora", self.lora, 1)
+            if self.preset is None:
+                raise ValueError(f"`lora` needs a `preset`. Received: {self.lora}")
+        if self.preset is not None and self.tokenizer is not None:
+            raise ValueError(
+                "`tokenizer` is no setting of a `preset`, which has one. Received: "
+                f"{self.tokenizer!r}"
+            )
 
 
 def text_sequence(
@@ -61,10 +68,10 @@ def text_sequence(
     pretraining: Pretraining | None = None,
     say: Callable[[str], None] = print,
 ) -> Prepared:
-    """Read tasks, and pretrain the small decoder if that has not been done yet.
+    """Read tasks, and prepare the model that learns them.
 
-    It is pretrained on the training rows that the tasks leave over, prompts and targets apart, and
-    on those of the other tasks in `data_dir`.
+    The small decoder is pretrained, if that has not been done yet, on the training rows that the
+    tasks leave over, prompts and targets apart, and on those of the other tasks in `data_dir`.
 
     Args:
         names: The tasks separated by commas, see `load`.
@@ -72,11 +79,12 @@ def text_sequence(
         settings: By default those of `TextSettings`.
         validation: The share of the training rows to measure on, for a task without a file of
             validation data. If it is not `None`, all tasks are measured on validation data.
-        pretraining: By default that of `Pretraining` with the tokenizer of `settings`.
+        pretraining: Of the small decoder; by default that of `Pretraining` with the tokenizer of
+            `settings`.
         say: Called with a message when pretraining begins.
 
     Raises:
-        FileNotFoundError: If there is no such task.
+        FileNotFoundError: If there is no such task or preset.
         ValueError: If a task is named twice, or a setting is wrong.
     """
     settings = settings or TextSettings()
@@ -88,34 +96,38 @@ def text_sequence(
     if len({task.name for task in read}) < len(read):
         raise ValueError(f"`scenario` must not name a task twice. Received: {names!r}")
     tasks, texts = _with_leftovers(read, folder, settings)
-    pretraining = pretraining or Pretraining(settings.tokenizer)
-    tokenizer, weights = pretraining(texts, settings.cache_dir, say)
-    encodings = [Encoding.fitted(tokenizer, task.train, LENGTH) for task in tasks]
-    characters = sum(map(len, pretraining.used(texts)))
+    if settings.preset is not None:
+        language = of_preset(settings.preset.expanduser(), settings.lora, settings.beams)
+    else:
+        pretraining = pretraining or Pretraining(settings.tokenizer or "bpe")
+        language = small_decoder(pretraining, texts, settings.beams, settings.cache_dir, say)
+    tokenizer, length = language.tokenizer, language.length
+    encodings = [Encoding.fitted(tokenizer, task.train, length) for task in tasks]
     measured = tuple(dict.fromkeys(n for t in tasks for n in t.metrics if n in METRICS))
     if settings.run_code:
         measured += (PASSED,)
-    scorer = Scorer(zip(tasks, encodings, strict=True), ("rouge_l", *measured), settings.beams)
+    pairs = list(zip(tasks, encodings, strict=True))
+    scorer = Scorer(pairs, ("rouge_l", *measured), language.writer)
     scenario = Scenario.from_tasks(
-        [_arrays(task, e, validation) for task, e in zip(tasks, encodings, strict=True)],
+        [_arrays(task, encoding, language, validation) for task, encoding in pairs],
         f"text:{names}",
         outputs=tokenizer.size,
     )
     return Prepared(
         scenario,
-        _profile(tokenizer.size, pretraining.size, weights),
+        language.profile,
         _metrics(scorer, measured),
         {
             "training_rows": [len(task.train) for task in tasks],
             "measured_rows": [len(task.test[1]) for task in scenario.tasks],
-            "cut_rows": [round(e.cut(t.train), 3) for t, e in zip(tasks, encodings, strict=True)],
+            "cut_rows": [round(e.cut(t.train), 3) for t, e in pairs],
             "tokens": tokenizer.size,
-            "length": LENGTH,
+            "length": length,
             "beams": settings.beams,
-            "pretraining": asdict(pretraining) | {"characters": characters},
+            **language.about,
         },
         f"{' and '.join(str(len(task.train)) for task in tasks)} training rows",
-        f"pretrained on {characters:,} other characters",
+        language.details,
         "validation data",
     )
 
@@ -136,7 +148,9 @@ def _with_leftovers(
     return [kept[task.name] for task in read], list(dict.fromkeys(texts))
 
 
-def _arrays(task: TextTask, encoding: Encoding, validation: float | None) -> Task:
+def _arrays(
+    task: TextTask, encoding: Encoding, language: Language, validation: float | None
+) -> Task:
     """The task as arrays, to be measured on its test data or on validation data."""
     train, test = task.train, task.test
     if validation is not None and task.validation:
@@ -146,28 +160,8 @@ def _arrays(task: TextTask, encoding: Encoding, validation: float | None) -> Tas
         count = max(1, round(validation * len(train)))
         test = tuple(train[i] for i in order[:count])[: len(task.test)]
         train = tuple(train[i] for i in order[count:])
-    return Task(task.name, encoding.examples(train), encoding.examples(test))
-
-
-def _profile(tokens: int, size: DecoderSize, weights: Sequence[np.ndarray]) -> Profile:
-    def build(scenario: Scenario) -> keras.Model:
-        model = decoder(tokens, size)
-        model.set_weights(weights)
-        return model
-
-    return Profile(
-        f"decoder of {size.blocks} blocks, {size.width} wide, {tokens} tokens, pretrained",
-        build,
-        epochs=3,
-        batch_size=16,
-        recipe=Recipe(learning_rate=1e-3, bucket=16),
-        compile_settings={
-            "loss": sequence_loss,
-            "metrics": lambda: [],
-            "weighted_metrics": lambda: [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-            "steps_per_execution": lambda: 16,
-        },
-    )
+    made = [language.inputs(encoding.examples(rows)) for rows in (train, test)]
+    return Task(task.name, *made)
 
 
 def _metrics(scorer: Scorer, names: Sequence[str]) -> tuple[TaskMetric, ...]:

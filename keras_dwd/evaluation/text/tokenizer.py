@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, or byte pair encoding (BPE) learned from text."""
+"""Tokenizers: bytes, byte pair encoding (BPE) learned from text, or that of a preset."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,19 @@ _SPECIAL = 3
 
 
 class Tokenizer(Protocol):
-    """What turns text into tokens, integers from 3 to `size − 1`, and back."""
+    """What turns text into tokens and back.
+
+    Attributes:
+        pad: A token for padding.
+        start: Tokens before a prompt.
+        separator: Tokens between a prompt and what is written.
+        end: The token after what is written.
+    """
+
+    pad: int
+    start: tuple[int, ...]
+    separator: tuple[int, ...]
+    end: int
 
     @property
     def size(self) -> int:
@@ -25,7 +37,16 @@ class Tokenizer(Protocol):
         """The text of each list of tokens; those that are no text are left out."""
 
 
-class ByteTokenizer:
+class _Own:
+    """Tokens from 3 on are text."""
+
+    pad = PAD
+    start: tuple[int, ...] = ()
+    separator: tuple[int, ...] = (SEPARATOR,)
+    end = END
+
+
+class ByteTokenizer(_Own):
     """Each byte of UTF-8 is a token."""
 
     size = 256 + _SPECIAL
@@ -42,7 +63,7 @@ class ByteTokenizer:
         ]
 
 
-class BPETokenizer:
+class BPETokenizer(_Own):
     """Byte pair encoding, by the library `tokenizers`. Every text has an encoding.
 
     Args:
