@@ -3,8 +3,8 @@
 The compared models are in one process and are timed in turn over many short rounds, so that a
 machine whose speed drifts does not distort the result. They are built several times, as the speed
 of the same model differs by some percent from build to build. Reported is the median over builds of
-the median over rounds of the ratio within a round. The steps of task 2 and task 20 are those of one
-model, traced after 1 and after 19 tasks.
+the median over rounds of the ratio within a round. The steps of task 2 and task 20 are those of two
+models, which have learned 1 and 19 tasks.
 
 Usage: python benchmarks/step_cost.py [--rounds N] [--builds N] [--networks NAME ...]
     [--data-dir DIR] [--out FILE]
@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
+from keras_dwd import DiagonalFisher, Distillation, DWDModel, KroneckerFisher
 from keras_dwd.evaluation.experiment import Experiment, versions
 from keras_dwd.evaluation.profiles import conv_net, resnet18_like
 from keras_dwd.files import write_json
@@ -56,11 +56,17 @@ PROTOCOL = (
     f"train_step in a tf.function, batch {BATCH}, Adam, Split-CIFAR-100 of 20 tasks, importance "
     "from 128 images of each (the ResNet's weights moved at random in place of training), "
     "DWDModel with pull and online Fisher (diagonal: each fifth step, "
-    "Kronecker: each 20th) against strength=0, and the step of one such model as traced in task 2 "
-    "against that traced in task 20, in turn in one process, median over builds of the "
+    "Kronecker: each 20th) against strength=0, the same with distillation against without, and a "
+    "model in task 20 against one in task 2, in turn in one process, median over builds of the "
     "models (and their range) of the median ratio over rounds; state in bytes per parameter in "
     "task 2 and in task 20"
 )
+# Numerator and denominator of each ratio.
+RATIOS = {
+    "dwd_to_finetune": ("task 2", "finetune"),
+    "distillation_to_dwd": ("distillation", "task 2"),
+    "task_20_to_task_2": ("task 20", "task 2"),
+}
 FISHERS = {
     "diagonal": DiagonalFisher(),
     "Kronecker": KroneckerFisher(),
@@ -99,15 +105,17 @@ class Trainer:
                     variable.assign_add(1e-3 * keras.random.normal(variable.shape))
             self.model.consolidate(batches(task, BATCH, 4))
 
+    def state_bytes(self):
+        """The size of the consolidation state."""
+        return sum(a.nbytes for a in self.model._consolidation.state(self.model).values())
+
     def timer(self):
-        """A function that times the step as it is now, even if more tasks are learned later."""
+        """A function that times the step."""
         # As in `fit`, XLA compiles the step if there is a GPU.
         step = tf.function(self.model.train_step, jit_compile=self.model.jit_compile)
         (data,) = batches(self.tasks[self.model.tasks_learned], BATCH, 1)
-        regularizer = self.model.regularizer
-        slots = [*regularizer.precisions.values(), *regularizer.anchors.values()]
 
-        def seconds(steps, slots=slots):  # keeps the current slots alive
+        def seconds(steps):
             started = time.perf_counter()
             for _ in range(steps):
                 loss = step(data)["loss"]
@@ -145,21 +153,26 @@ def measured(build, scenario, fisher, learning, steps, rounds, builds):
     for _ in range(builds):
         # Without grouping, which is done at the boundary and does not affect the step.
         settings = {"fisher": fisher, "grouping": None}
-        finetune = Trainer(build, scenario, strength=0.0)
-        dwd = Trainer(build, scenario, **settings)
-        dwd.learn_tasks(1, learning)
-        size = dwd.model.count_params()
-        state[0] = sum(a.nbytes for a in dwd.model._consolidation.state(dwd.model).values())
-        timers = [finetune.timer(), dwd.timer()]
-        dwd.learn_tasks(19, learning)
-        state[1] = sum(a.nbytes for a in dwd.model._consolidation.state(dwd.model).values())
-        times.append(timed([*timers, dwd.timer()], steps, rounds))
+        trainers = {
+            "finetune": Trainer(build, scenario, strength=0.0),
+            "task 2": Trainer(build, scenario, **settings),
+            "distillation": Trainer(build, scenario, distillation=Distillation(), **settings),
+            "task 20": Trainer(build, scenario, **settings),
+        }
+        for name, tasks in (("task 2", 1), ("distillation", 1), ("task 20", 19)):
+            trainers[name].learn_tasks(tasks, learning)
+        size = trainers["task 2"].model.count_params()
+        state = [trainers[name].state_bytes() for name in ("task 2", "task 20")]
+        found = timed([trainer.timer() for trainer in trainers.values()], steps, rounds)
+        times.append(dict(zip(trainers, found.T, strict=True)))
         keras.utils.clear_session()
     return {
         "parameters": size,
         "state_bytes_per_parameter": [nbytes / size for nbytes in state],
-        "dwd_to_finetune": ratio([(t[:, 1], t[:, 0]) for t in times]),
-        "task_20_to_task_2": ratio([(t[:, 2], t[:, 1]) for t in times]),
+        **{
+            name: ratio([(build_times[above], build_times[below]) for build_times in times])
+            for name, (above, below) in RATIOS.items()
+        },
         "rounds": rounds,
         "builds": builds,
         "steps_per_round": steps,
@@ -191,7 +204,7 @@ def main():
             label = f"{name}, {kind}"
             row = measured(build, scenario, fisher, LEARNING[name], steps, rounds, builds)
             content["networks"][label] = row
-            for key in ("dwd_to_finetune", "task_20_to_task_2"):
+            for key in RATIOS:
                 low, high = row[key]["range"]
                 print(f"{label}: {key} {row[key]['ratio']:.3f} ({low:.3f}–{high:.3f})", flush=True)
             write_json(options.out, content)

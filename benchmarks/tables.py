@@ -178,14 +178,18 @@ def of_all_scenarios():
 
 
 def cost_table(results):
-    ratios = {"dwd_to_finetune": "DWD / fine-tuning", "task_20_to_task_2": "task 20 / task 2"}
+    ratios = {
+        "dwd_to_finetune": "DWD / fine-tuning",
+        "distillation_to_dwd": "with / without distillation",
+        "task_20_to_task_2": "task 20 / task 2",
+    }
     lines = [["network", "parameters", *ratios.values(), "bytes of state a parameter"]]
     for name, network in results["networks"].items():
         lines.append(
             [
                 name,
                 f"{network['parameters']:,}",
-                *(_range(network[key]) for key in ratios),
+                *(_range(network[key]) if key in network else "" for key in ratios),
                 "{:.1f}, in task 20 {:.1f}".format(*network["state_bytes_per_parameter"]),
             ]
         )
