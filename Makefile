@@ -1,4 +1,4 @@
-# `make run` sets up .venv and runs the main job; `make test` also builds Horovod and runs everything.
+# `make run` sets up .venv and runs the main job; `make test` also builds Horovod and runs all tests but the long ones.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

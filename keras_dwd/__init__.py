@@ -74,21 +74,23 @@ _MOVED = {
     "KWinners": "layers",
     "TaskHeads": "layers",
 }
+# Modules that are imported when they are first used.
+_LATER = ("evaluation", "plots")
 # Old names of classes, and their new names.
 _RENAMED = {"Flow": "LayerIO"}
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "callbacks", "evaluation", "experimental", "groupings", "layers"])
+    return sorted([*__all__, *_LATER, "callbacks", "experimental", "groupings", "layers"])
 
 
 def __getattr__(name: str) -> Any:
-    """Import `keras_dwd.evaluation` on first use, and resolve deprecated names with a warning."""
-    if name == "evaluation":
-        return importlib.import_module("keras_dwd.evaluation")
+    """Import what takes long on first use, and resolve deprecated names with a warning."""
+    if name in _LATER:
+        return importlib.import_module(f"keras_dwd.{name}")
     if name in _MOVED:
-        new, found = f"keras_dwd.{_MOVED[name]}.{name}", f"keras_dwd.{_MOVED[name]}"
-        value = getattr(importlib.import_module(found), name)
+        module = f"keras_dwd.{_MOVED[name]}"
+        new, value = f"{module}.{name}", getattr(importlib.import_module(module), name)
     elif name in _RENAMED:
         new, value = f"keras_dwd.{_RENAMED[name]}", globals()[_RENAMED[name]]
     else:

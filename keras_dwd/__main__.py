@@ -1,5 +1,5 @@
 """`python -m keras_dwd` is `keras-dwd`, with the start-up messages of TensorFlow."""
 
-from keras_dwd.cli import main
+from keras_dwd_command.app import main
 
 main()

@@ -40,8 +40,6 @@ from keras_dwd.evaluation.stored import factor_of, results_of
 from keras_dwd.files import write_json
 from keras_dwd.words import counted
 from keras_dwd_command import without_noise
-from keras_dwd_command.app import app as app
-from keras_dwd_command.app import main as main
 
 
 def run(

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.keras_private import weighted_metrics
+from keras_dwd.keras_private import evaluates_within_fit, weighted_metrics
 
 # An attribute that Keras neither tracks nor visits when it saves a model: its name begins with two
 # underscores.
@@ -88,7 +88,7 @@ class HubTask(keras.Model):
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`evaluate` on what the preprocessor takes."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # which `fit` has prepared
+        if not evaluates_within_fit(kwargs):  # whose data are prepared
             x, y, kwargs["sample_weight"] = self._prepared(x, y, kwargs.get("sample_weight"))
         return super().evaluate(x, y, *args, **kwargs)
 

@@ -386,7 +386,8 @@ class DWDModel(CloneAware):
             steps: The number of batches to take from a dataset or generator; all by default, for
                 which it must end.
             verbose: Whether to show a progress bar while the data is passed over: 0 for none, 1 for
-                a bar, 2 for one line, `"auto"` for 1.
+                a bar, 2 for one line, `"auto"` for 1, or for 0 where Keras' interactive logging
+                is off.
             data: An earlier name of `x`.
 
         Returns:

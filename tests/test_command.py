@@ -14,7 +14,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from keras_dwd import __version__
-from keras_dwd.cli import app
 from keras_dwd.evaluation import datasets
 from keras_dwd.evaluation.comparison import compared, differing
 from keras_dwd.evaluation.experiment import Experiment
@@ -27,6 +26,7 @@ from keras_dwd.evaluation.report import cell
 from keras_dwd.evaluation.runner import SequenceResult
 from keras_dwd.words import counted
 from keras_dwd_command import options
+from keras_dwd_command.app import app
 
 COMMANDS = get_command(app).commands
 

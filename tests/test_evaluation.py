@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from keras_dwd import DiagonalFisher, DWDOptimizer
-from keras_dwd.cli import app
 from keras_dwd.evaluation import METHODS, AccuracyMatrix, Method, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.methods import method_named, strength_of
 from keras_dwd.files import write_json
 from keras_dwd.layers import TaskHeads, TaskNormalization
+from keras_dwd_command.app import app
 
 
 @settings(max_examples=50, deadline=None)

@@ -10,7 +10,6 @@ from cases import blobs, mlp
 from typer.testing import CliRunner
 
 from keras_dwd import DiagonalFisher
-from keras_dwd.cli import app
 from keras_dwd.evaluation import (
     AccuracyMatrix,
     Method,
@@ -21,6 +20,7 @@ from keras_dwd.evaluation import (
 )
 from keras_dwd.evaluation.metric import Evaluator, recorded, task_metrics
 from keras_dwd.evaluation.report import columns
+from keras_dwd_command.app import app
 
 
 def cheap(strength):

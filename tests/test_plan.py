@@ -9,10 +9,10 @@ import pytest
 from test_distributed import run_workers
 from typer.testing import CliRunner
 
-from keras_dwd import cli
 from keras_dwd.curvature.diagonal import DiagonalFisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.evaluation import plan
+from keras_dwd_command.app import app
 
 
 def dense(width, layers):
@@ -66,12 +66,12 @@ def test_transformers_of_any_size(parameters):
 
 def test_the_command_line_prints_a_plan():
     given = ["plan", "--params", "1.75e11", "--workers", "1024", "--link", "2.5e10"]
-    result = CliRunner().invoke(cli.app, [*given, "--json"])
+    result = CliRunner().invoke(app, [*given, "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["workers"] == 1024
     assert found["total"] == sum(found["memory"].values())
-    result = CliRunner().invoke(cli.app, ["plan", "--model", "resnet18_like", "--link", "1e9"])
+    result = CliRunner().invoke(app, ["plan", "--model", "resnet18_like", "--link", "1e9"])
     assert "11,220,132 parameters" in result.stdout
 
 
@@ -85,7 +85,7 @@ def test_the_command_line_prints_a_plan():
     ],
 )
 def test_plans_of_nothing_are_refused(given, said):
-    result = CliRunner().invoke(cli.app, given)
+    result = CliRunner().invoke(app, given)
     assert isinstance(result.exception, ValueError)
     assert said in str(result.exception)
 

@@ -12,13 +12,14 @@ from scipy.stats import beta, kstest
 from typer.testing import CliRunner
 
 from keras_dwd import DiagonalFisher
-from keras_dwd.cli import _again, app
+from keras_dwd.cli import _again
 from keras_dwd.evaluation import Method, Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
 from keras_dwd.evaluation.methods import method_named
 from keras_dwd.evaluation.profiles import profile_for
 from keras_dwd.evaluation.recipe import CosineOfTask, cropped_and_flipped, mixed
 from keras_dwd.files import read_arrays
+from keras_dwd_command.app import app
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 CHEAP = Method(

@@ -10,7 +10,6 @@ import tensorflow as tf
 from cases import saved
 from typer.testing import CliRunner
 
-from keras_dwd.cli import app
 from keras_dwd.distributed.data import TrainingArrays
 from keras_dwd.evaluation import Recipe, Scenario, run_sequence
 from keras_dwd.evaluation.experiment import Experiment
@@ -21,6 +20,7 @@ from keras_dwd.evaluation.text.pretraining import Pretraining, cache_folder, gap
 from keras_dwd.evaluation.text.scoring import Scorer
 from keras_dwd.evaluation.text.tasks import Row, TextTask
 from keras_dwd.evaluation.text.tokenizer import END, SEPARATOR, ByteTokenizer
+from keras_dwd_command.app import app
 
 for needed in ("tokenizers", "rouge_score", "sacrebleu"):
     pytest.importorskip(needed)

@@ -8,11 +8,11 @@ from scipy.stats import t as student
 from threadpoolctl import threadpool_info
 from typer.testing import CliRunner
 
-from keras_dwd.cli import app
 from keras_dwd.evaluation import AccuracyMatrix, ablation, tuning
 from keras_dwd.evaluation.methods import METHODS, VARIANTS, method_named
 from keras_dwd.evaluation.runner import SequenceResult
 from keras_dwd.evaluation.tuning import UNTOUCHED, grid_around, tune
+from keras_dwd_command.app import app
 
 SETTINGS = {"scenario": "split:digits", "tasks": 2, "epochs": 1}
 
