@@ -73,6 +73,8 @@ CONSTRUCTORS = {
     "SingleGroup": {},
     "SpectralGrouping": {},
     "TaskHeads": {"tasks": 2, "units": 3},
+    "ConsolidateEvery": {"steps": 100},
+    "ConsolidateOnDrift": {},
     "TaskMetric": {"name": "loss"},
     "TaskNormalization": {"tasks": 2},
 }
