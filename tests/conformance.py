@@ -64,7 +64,8 @@ class Habit:
         policy: Dtype policy under which the model is built.
         prepare: Done to the model before it is compiled.
         consolidate: How the task is ended.
-        tolerance: Of the comparison with plain Keras.
+        tolerance: Relative, of the comparison with plain Keras; by default logs and weights must be
+            the same to the last bit.
     """
 
     build: Callable[[], keras.Model] = network
@@ -73,7 +74,7 @@ class Habit:
     policy: str = "float32"
     prepare: Callable[[Any], Any] = lambda model: None
     consolidate: Callable[[Any], Any] = lambda model: model.consolidate()
-    tolerance: float = 1e-5
+    tolerance: float = 0.0
 
 
 def compiled(habit: Habit, wrap: Callable[[keras.Model], Any]) -> Any:
@@ -99,11 +100,18 @@ def check_fresh(habit: Habit) -> tuple[Any, dict[str, Any]]:
     logs = habit.train(model)
     assert logs.keys() == expected.keys(), (logs.keys(), expected.keys())
     for name, values in expected.items():
-        np.testing.assert_allclose(logs[name], values, rtol=1e-3, atol=1e-5, err_msg=name)
+        assert_close(logs[name], values, habit.tolerance)
     for a, b in zip(plain.get_weights(), model.get_weights(), strict=True):
-        if np.issubdtype(a.dtype, np.floating):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=habit.tolerance)
+        assert_close(b, a, habit.tolerance)
     return model, expected
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    """Fail if an array is not what plain Keras has."""
+    if tolerance:
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+    else:
+        np.testing.assert_array_equal(found, expected)
 
 
 def check_after(habit: Habit, model: Any, expected: dict[str, Any]) -> None:
@@ -391,12 +399,13 @@ HABITS: dict[str, Habit] = {
         train=lambda m: fit(m, sample_weight=np.linspace(0, 2, 48)),
     ),
     "`validation_split`": Habit(train=lambda m: fit(m, validation_split=0.25)),
-    "`mixed_float16`": Habit(policy="mixed_float16", tolerance=1e-2),
-    "`mixed_bfloat16`": Habit(policy="mixed_bfloat16", tolerance=1e-2),
+    "`mixed_float16`": Habit(policy="mixed_float16"),
+    "`mixed_bfloat16`": Habit(policy="mixed_bfloat16"),
     "gradient accumulation": Habit(
         compile=lambda: {"optimizer": keras.optimizers.Adam(gradient_accumulation_steps=2)}
     ),
     "`steps_per_execution`": Habit(compile=lambda: {"steps_per_execution": 3}),
+    # XLA may compute the sums of another graph in another order.
     "`jit_compile`": Habit(compile=lambda: {"jit_compile": True}, tolerance=1e-3),
     "`run_eagerly`": Habit(compile=lambda: {"run_eagerly": True}),
     "dict inputs and outputs, `loss_weights`": Habit(
@@ -517,7 +526,8 @@ def main() -> int:
             "",
             f"Made by `python tests/conformance.py` with Keras {keras.__version__} and TensorFlow "
             f"{tf.__version__}, with the default settings of `DWDModel`. Fresh: it trains as the "
-            "plain Keras model does, with the same logs and weights. After a boundary: it goes "
+            "plain Keras model does, with the same logs and weights to the last bit (under XLA to "
+            "0.1 %). After a boundary: it goes "
             "on with a second task, with the same logs, finite numbers and a penalty.",
             "",
             "| habit | fresh | after a boundary |",
