@@ -157,7 +157,8 @@ class Consolidation:
         return {path for path, v in by_path(model).items() if self.regularizer.holds(path, v)}
 
     def build(self, model: Learner) -> None:
-        """Create the slots that the training step updates, and drop those no longer needed."""
+        """Create what the training step needs when it is traced anew, and drop what it does not."""
+        self._statistics.forget()
         if self.distillation is not None:
             self.distillation.build(model, self._whole_anchors())
         held = self._held_paths(model)

@@ -1,4 +1,4 @@
-"""One graph of the statistics of a batch, for all training steps and passes."""
+"""One graph of the statistics of a batch, for the training step and the pass."""
 
 import keras
 import numpy as np
@@ -25,14 +25,33 @@ def traces(monkeypatch):
     return found
 
 
-def test_tasks_and_batches_of_all_sizes_share_one_trace(traces):
+def test_steps_passes_and_batches_of_all_sizes_share_the_trace_of_a_step(traces):
     model = compiled(**ONLINE)
     for task in range(3):
         model.fit(*blobs(50, seed=task), verbose=0)
         model.consolidate(*blobs(50 + task, seed=task), batch_size=16)
-    assert len(traces) == 1
+        assert len(traces) == (1 if task == 0 else 2)  # the step is traced again after a boundary
     model.train_on_batch(*blobs(8))
-    assert len(traces) == 1
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_assigned_to_a_layer_counts_where_the_step_sees_it(force):
+    x, y = blobs()
+    model = compiled(**ONLINE)
+    model.fit(x, y, verbose=0)
+    if not force:
+        model.consolidate(x, y)  # after which the step is traced again
+    model.get_layer("hidden").activation = keras.activations.relu
+    if force:
+        model.make_train_function(force=True)
+    model.fit(x, -y % 3, verbose=0)
+    other = compiled(mlp(), **ONLINE)
+    other.get_layer("hidden").activation = keras.activations.relu
+    other.set_weights(model.get_weights())
+    found, expected = (pass_statistics(m, (x, y), 32) for m in (model, other))
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-7)
 
 
 def test_a_new_loss_is_traced_anew(traces):

@@ -1,4 +1,4 @@
-"""The Fisher statistics of a batch, by one graph for all training steps and boundary passes."""
+"""The Fisher statistics of a batch, by one graph for training steps and the boundary pass."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +32,19 @@ class _Graph:
 
 
 class BatchStatistics:
-    """Computes the statistics of batches with a graph that is reused from task to task.
+    """Computes the statistics of batches with one graph.
 
-    Tracing it takes longer than tracing the rest of a training step. The training step, which is
-    traced again after a boundary, calls the graph that there is, and so does the pass at a boundary
-    with all its batches, the smaller last one included.
+    Tracing it takes longer than tracing the rest of a training step. The training step calls it,
+    and so does the pass at a boundary with all its batches, the smaller last one included. It lasts
+    as long as the traced training step, which does not see what is assigned to layers either.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[bool, _Graph] = {}
+
+    def forget(self) -> None:
+        """Trace anew at the next call."""
+        self._graphs.clear()
 
     def __call__(
         self,
@@ -66,7 +70,7 @@ class BatchStatistics:
                     model, variables, batch, loss_scale(model), communicator
                 )
 
-        if model.run_eagerly:
+        if model.run_eagerly or tf.config.functions_run_eagerly():
             return compute(batch)
         # `compile` creates a new loss, for which the graph must be traced again.
         objects = [fisher, loss_metric(model), communicator, *variables.values(), *model.metrics]
