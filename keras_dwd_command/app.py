@@ -39,7 +39,13 @@ def _commands(
 
 
 def _do(name: str, given: dict[str, Any]) -> None:
-    """Call the function of that name in `keras_dwd.cli`, which takes seconds to import."""
+    """Call the function of that name in `keras_dwd.cli`, which takes seconds to import.
+
+    Args:
+        name: The subcommand.
+        given: Its arguments, those of `options_of` in `_`.
+    """
+    shared = given.pop("_", {})
     if "keras_dwd.cli" not in sys.modules:
         with without_noise():
             import tensorflow as tf
@@ -49,7 +55,7 @@ def _do(name: str, given: dict[str, Any]) -> None:
                 importlib.import_module("keras_dwd.cli")
             except ModuleNotFoundError as error:
                 needs_experiments(error)
-    getattr(sys.modules["keras_dwd.cli"], name)(**given)
+    getattr(sys.modules["keras_dwd.cli"], name)(**given, **shared)
 
 
 @app.command(epilog="Example: keras-dwd run --scenario split:digits --methods finetune,ewc,dwd")
@@ -81,7 +87,7 @@ def run(
 
     Ctrl-C ends the run; what was finished is written to `--out`.
     """
-    _do("run", {"context": context, **context.params})
+    _do("run", locals())
 
 
 @app.command(
@@ -94,7 +100,7 @@ def tune(context: typer.Context, methods: o.Methods = METHODS, **_: Any) -> None
     Each method that has a λ is tuned with the same number of values around its default, the same
     seeds and the same epochs.
     """
-    _do("tune", {"context": context, **context.params})
+    _do("tune", locals())
 
 
 @app.command(epilog="Example: keras-dwd ablate --scenario split:digits --parts groups --out a.json")
@@ -115,7 +121,7 @@ def ablate(
     λ is the default. For EWC, and where a change affects the scale of the Fisher information, it is
     tuned as by `tune`.
     """
-    _do("ablate", {"context": context, **context.params})
+    _do("ablate", locals())
 
 
 @app.command(epilog="Example: keras-dwd plan --params 1.75e11 --workers 1024")

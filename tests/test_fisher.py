@@ -480,6 +480,7 @@ def test_masked_time_steps_do_not_count():
     assert_fisher_is(model, (x, y), loop(model, loss_of, len(x)))
 
 
+@pytest.mark.filterwarnings("ignore:The output .* has no activation")  # the outputs are given
 def test_margins_are_distances_of_logits():
     logits = np.array([[1.0, 4.0, -2.0], [0.5, 0.25, 0.0]], "float32")
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -165,7 +165,9 @@ def test_the_fisher_information_of_heads_is_that_of_a_float64_loop(fisher):
 def test_the_default_strength_is_lower_with_heads_and_distillation():
     def strength(layer, **settings):
         inputs, task = keras.Input((6,)), keras.Input((), dtype="int32")
-        outputs = layer(inputs, task) if isinstance(layer, TaskHeads) else layer(inputs)
+        if not isinstance(layer, TaskHeads):
+            return DWDModel(inputs, layer(inputs), **settings).strength
+        outputs = layer(inputs, task)
         return DWDModel([inputs, task], outputs, **settings).strength
 
     heads, shared = TaskHeads(2, 2), layers.Dense(2)
