@@ -134,7 +134,7 @@ class Consolidation:
         self.assignments: Arrays = {}
         self.weights_digest = b""
         self.last_boundary = LastBoundary()
-        # Counts changes of what a training step is made of, see `check_traced`.
+        # Incremented whenever a traced training step becomes outdated, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
         self._statistics = BatchStatistics()
         self._pass = BoundaryPass(self._statistics)
@@ -160,10 +160,10 @@ class Consolidation:
         """Create the slots that the training step updates, and drop those no longer needed."""
         if self.distillation is not None:
             self.distillation.build(model, self._whole_anchors())
-        held = self._held_paths(model)
-        if self._built_for is not None and held != self._built_for:
+        paths = self._held_paths(model)
+        if self._built_for is not None and paths != self._built_for:
             self._version.assign_add(1)
-        self._built_for = held
+        self._built_for = paths
         pulled = self.pulled_variables(model)
         if self.fisher.online and pulled:
             self.fisher.forget_all_but(self.fisher.shapes(model, by_path(model)))
@@ -172,9 +172,9 @@ class Consolidation:
         self.head_gate.build(trainable_by_path(model))
 
     def check_traced(self) -> None:
-        """Fail where a `tf.function` goes on with a step of before the last boundary. Graph code.
+        """Fail if a `tf.function` still runs a step traced before the last boundary. Graph code.
 
-        `fit` traces its own function again; one of the user's would leave the pull out.
+        `fit` traces its own function again; a `tf.function` of the user would omit the penalty.
         """
         if tf.inside_function():
             with tf.init_scope():
@@ -273,7 +273,7 @@ class Consolidation:
         self.tasks_learned += 1
         self.groups, self.assignments = result.groups, result.assignments
         self.weights_digest = digest
-        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned)
+        self.regularizer.record_left_out(trainable_by_path(model), self.tasks_learned)
         try:
             self.update_task_graph(model)
         finally:
@@ -290,7 +290,7 @@ class Consolidation:
         return self.tasks_learned > 0 and digest == self.weights_digest
 
     def _layout(self) -> Any:
-        """What the traced training step is made of: if it changes, it must be traced again."""
+        """What tracing builds into the training step: if it changes, the step is traced again."""
         distillation = None if self.distillation is None else self.distillation.layout()
         return self.regularizer.layout(), distillation
 
@@ -453,7 +453,7 @@ class Consolidation:
         self.tasks_learned = int(scalars["tasks_learned"])
         self.last_boundary = LastBoundary()
         self.weights_digest = scalars["weights_digest"].tobytes()
-        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
+        self.regularizer.record_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
         self._retrace(model)
 
     def _prepare_own(

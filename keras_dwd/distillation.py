@@ -33,7 +33,7 @@ PREFIX = "distillation."
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutputs:
     """What the teacher makes of a batch.
 
     Attributes:
@@ -103,7 +103,7 @@ class Distillation(FixedSettings):
         self.temperature = number("temperature", temperature, 0)
         if not self.temperature:
             raise ValueError(f"`temperature` must be a number > 0. Received: {temperature!r}")
-        self.boundaries = 0  # those that this has seen: after the first there is a teacher
+        self.boundaries = 0  # task boundaries so far; from the first on there is a teacher
         # The teacher's variables that do not have the value of an anchor, by path.
         self.teacher: Variables = {}
         # Which heads have learned a task, by the path of the kernel of the `TaskHeads`.
@@ -190,7 +190,7 @@ class Distillation(FixedSettings):
 
     # In a training step.
 
-    def teach(self, model: Learner, x: Any, anchors: Variables) -> Taught | None:
+    def teach(self, model: Learner, x: Any, anchors: Variables) -> TeacherOutputs | None:
         """What the teacher makes of a batch, `None` before the first boundary. Graph code.
 
         Args:
@@ -217,12 +217,12 @@ class Distillation(FixedSettings):
             path: (value(layer.kernel), value(layer.bias))
             for path, layer in _heads_by_path(model).items()
         }
-        return Taught(tf.nest.flatten(outputs), calls, heads)
+        return TeacherOutputs(tf.nest.flatten(outputs), calls, heads)
 
     def loss(
         self,
         model: Learner,
-        taught: Taught,
+        taught: TeacherOutputs,
         y: Any,
         y_pred: Any,
         sample_weight: Any,
@@ -279,15 +279,15 @@ class Distillation(FixedSettings):
         of_each = divergence.values(of_teacher, of_student, every, axis=-1)
         return tf.reduce_sum(tf.where(self.old_heads[path].value, of_each, 0.0), 1)
 
-    def note(
+    def record_labels(
         self, model: Learner, y: Any, y_pred: Any, sample_weight: Any, calls: Sequence[HeadsCall]
     ) -> None:
-        """Note which classes the labels of a batch have. Graph code.
+        """Record which classes the labels of a batch have. Graph code.
 
         The arguments are those of `loss`.
         """
         outputs, labels = tf.nest.flatten(y_pred), by_output(y, losses_of(model))
-        heads = _by_output(calls, outputs)  # the head gate notes which of these are in use
+        heads = _by_output(calls, outputs)  # the head gate records which of these are in use
         counted = counted_positions(model, y, y_pred, masks_of(y_pred), sample_weight)
         for index, divergence in self._divergences(model).items():
             if index not in heads:

@@ -167,7 +167,7 @@ def _as_lists(x: Any) -> Any:
     return x.tolist() if strings else x
 
 
-# The subclasses for task models, by the class that they are of.
+# Each model class with its subclass for KerasHub task models.
 _KINDS: dict[type, type[keras.Model]] = {}
 
 
@@ -175,9 +175,9 @@ def for_hub_tasks(kind: type[keras.Model]) -> type[keras.Model]:
     """A subclass of `DWDModel`, or of a subclass of it, for task models of KerasHub."""
     if issubclass(kind, HubTask) or kind in _KINDS:
         return _KINDS.get(kind, kind)
-    made = type(kind.__name__, (HubTask, kind), {"__module__": kind.__module__})
+    subclass = type(kind.__name__, (HubTask, kind), {"__module__": kind.__module__})
     name = f"{kind.__name__}OfHubTask"
-    _KINDS[kind] = keras.saving.register_keras_serializable("keras_dwd", name)(made)
+    _KINDS[kind] = keras.saving.register_keras_serializable("keras_dwd", name)(subclass)
     return _KINDS[kind]
 
 

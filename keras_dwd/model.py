@@ -51,8 +51,8 @@ from keras_dwd.saving import (
 from keras_dwd.strength_check import warn_of_strength
 from keras_dwd.summary import ConsolidationSummary, summary_of
 from keras_dwd.task_graph.graph import TaskGraph
+from keras_dwd.training.consolidate_data import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
-from keras_dwd.training.given import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
 from keras_dwd.words import nearest

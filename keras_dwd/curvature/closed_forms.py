@@ -306,7 +306,7 @@ def _scale_and_shift_gradients(
 
 
 def _uses_its_bias(layer: keras.Layer) -> bool:
-    """Whether `use_bias` has its value from before the layer was built."""
+    """Whether the layer adds the bias that it has: not if `use_bias` was set to False since."""
     return layer.use_bias or getattr(layer, "bias", None) is None
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_dwd.curvature.likelihood import classes_last, computes_as, known_loss, log_of
 from keras_dwd.keras_private import set_mask
 
-# Losses of Keras whose labels are what the model is to give: the output of a teacher is a label.
+# Keras losses whose labels look like outputs, so the teacher's output can serve as label.
 _OF_VALUES = {
     keras.losses.MeanSquaredError: keras.losses.mean_squared_error,
     keras.losses.MeanAbsoluteError: keras.losses.mean_absolute_error,

@@ -18,7 +18,8 @@ from keras_dwd.learner import Learner, data_loss
 # The loss gradients of the examples alone may differ from those in the batch by this share of their
 # squares: rounding stays far below, losses that compare examples are far above.
 TOLERANCE = 0.02
-# Outputs that differ by this share of their squares, in a batch and alone, do so not by rounding.
+# An output may differ by this share of its squares between an example alone and in its batch, from
+# rounding. If it differs by more, the examples of the batch influence each other.
 _MIXED = 1e-3
 # Below this mean square of their gradients the examples are learned, up to rounding.
 _LEAST_SQUARE = 1e-9
@@ -27,19 +28,19 @@ _LEAST_SQUARE = 1e-9
 # Structures, in which Keras allows `None` at any place.
 
 
-def leaves(structure: Any) -> list[Any]:
+def arrays_in(structure: Any) -> list[Any]:
     """The arrays or tensors in a structure, without `None`."""
     return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
 
 
-def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
-    """A structure with `function` applied to all its leaves but `None`."""
+def map_arrays(function: Callable[[Any], Any], structure: Any) -> Any:
+    """A structure with `function` applied to all its arrays or tensors; `None` stays."""
     return tf.nest.map_structure(lambda a: None if a is None else function(a), structure)
 
 
 def count_of(batch: Any) -> tf.Tensor:
     """The number of examples of a batch, an int32 scalar. Graph code."""
-    first = leaves(batch)[0]
+    first = arrays_in(batch)[0]
     ragged = isinstance(first, tf.RaggedTensor)
     return tf.cast(first.nrows() if ragged else tf.shape(first)[0], "int32")
 
@@ -56,7 +57,7 @@ def part_of(batch: Any, first: Any, count: int) -> Any:
         sliced.set_shape((count, *leaf.shape[1:]))
         return sliced
 
-    return map_leaves(part, batch)
+    return map_arrays(part, batch)
 
 
 def one_each(sample_weight: Any) -> bool:
@@ -90,7 +91,7 @@ def carried_states(model: Learner) -> list[keras.Variable]:
 
 
 @contextmanager
-def kept(
+def restored_after(
     variables: Sequence[keras.Variable], within: Sequence[tf.Tensor] | None = None
 ) -> Iterator[None]:
     """Context manager that gives variables their current values again at its end. Graph code.
@@ -131,7 +132,7 @@ def loss_gradients(
         The gradients as a flat list, each in the shape of its output.
     """
     given = tf.nest.flatten((batch, masks))
-    present = leaves(given)
+    present = arrays_in(given)
 
     def gradients_of(example: list[Any]) -> list[tf.Tensor]:
         following = iter(example)

@@ -19,18 +19,18 @@ from keras_dwd.curvature import (  # noqa: F401  (to register the rules)
 )
 from keras_dwd.curvature.examples import (
     TOLERANCE,
+    arrays_in,
     carried_states,
     carries_state,
     count_of,
     coupling,
     has_gradient,
-    kept,
-    leaves,
     loss_gradients,
     masks_of,
     mixing,
     one_each,
     part_of,
+    restored_after,
 )
 from keras_dwd.curvature.influence import LEAST_MARGIN, influence
 from keras_dwd.curvature.layer_recorder import Call, LayerRecorder
@@ -372,10 +372,10 @@ class Fisher(FixedSettings):
             weights *= 1.0 if given is None else given
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_outputs = loss_gradients(model, of_loss, masks, scale)
-        self._note_coupling(coupling(model, of_loss, by_outputs, scale))
+        self._record_coupling(coupling(model, of_loss, by_outputs, scale))
         if not before:
             once = tf.cond(processed == 0, lambda: mixing(model, x, outputs), lambda: tf.zeros(()))
-            self._note_coupling(once)
+            self._record_coupling(once)
         margin, roots = self._roots(
             model, y, outputs, by_outputs, masks, weights > 0, scale, communicator, *inner_weights
         )
@@ -419,7 +419,7 @@ class Fisher(FixedSettings):
         communicator: Communicator,
         *weights: Any,
     ) -> tuple[tf.Tensor, list[tf.Tensor] | None]:
-        """What the estimate multiplies an example's gradients by; the mean squared margin.
+        """The mean squared margin, and by output the factor for the gradient of each example.
 
         Args:
             model: A compiled model.
@@ -563,7 +563,7 @@ class Fisher(FixedSettings):
 
         def squares(weight: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor]:
             x, y, *inner_weights = part_of(batch, index, 1)
-            with tf.GradientTape() as tape, kept(states, before):
+            with tf.GradientTape() as tape, restored_after(states, before):
                 outputs = self._loss_outputs(
                     model, model(batch[0] if together else x, training=False)
                 )
@@ -628,7 +628,7 @@ class Fisher(FixedSettings):
             )
 
     def _cause_of_zero(self, model: Learner) -> str:
-        if not leaves(model.loss) and not has_own_loss(model):
+        if not arrays_in(model.loss) and not has_own_loss(model):
             return (
                 "the model has no loss in `compile`, and losses that layers add with `add_loss` "
                 "are not part of it. Pass a loss to `compile`, or define `compute_loss` in a "
@@ -673,7 +673,7 @@ class Fisher(FixedSettings):
         self.failure = ""
         self.coupling.assign(0.0)
 
-    def _note_coupling(self, share: tf.Tensor) -> None:
+    def _record_coupling(self, share: tf.Tensor) -> None:
         self.coupling.assign(tf.maximum(self.coupling.value, share))
 
     @property

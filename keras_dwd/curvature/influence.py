@@ -89,7 +89,7 @@ def influence(
     """What the estimator `influence` multiplies squared gradients by, and divides blocks by.
 
     An example counts less the larger its gradient by the outputs is, so that all count about the
-    same. Each loss counts by how it bends, relative to the squared margin of its output. Graph
+    same. Each loss counts by its curvature, relative to the squared margin of its output. Graph
     code.
 
     Args:
@@ -147,7 +147,7 @@ def _parts(model: Learner) -> list[list[int]]:
 def _bend(
     model: Learner, part: list[int], squares: tf.Tensor, along: tf.Tensor, lengths: tf.Tensor
 ) -> tf.Tensor:
-    """How strongly a loss bends, as ½ b e² does by b: g² relative to g e, with g = b e.
+    """The curvature b of the loss in the error e, estimated as g² / (g·e): exact for ½ b e².
 
     That is 2 for the squared error of one value, at any size of the errors. Cross-entropies, whose
     curvature vanishes as they are learned, count by their weight alone. So do losses that are no
@@ -163,7 +163,7 @@ def _bend(
 def _along(
     model: Learner, y: Any, outputs: Any, gradients: Sequence[tf.Tensor], part: list[int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """For each example g e, the product of the gradient with the error, and at most |g| |e|.
+    """Per example: the inner product of gradient and error, and its upper bound |g| |e|.
 
     Zero if there is no error: there is one where the labels have the shape of the outputs.
     """

@@ -74,8 +74,8 @@ class LayerRecorder:
     ):
         self._layers = list({id(layer): layer for layer in layers}.values())
         self._cut = cut
-        self._found: dict[int, dict[str, Any]] = {}  # attributes by layer
-        self._found_cells: dict[int, dict[str, Any]] = {}  # those of its cell, by recurrent layer
+        self._attributes_before: dict[int, dict[str, Any]] = {}  # by id of the layer
+        self._cell_attributes_before: dict[int, dict[str, Any]] = {}  # of its cell
         self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
         self._activated = {id(layer) for layer in activated}
         self._methods = dict(methods or {})
@@ -87,9 +87,9 @@ class LayerRecorder:
     def __enter__(self) -> "LayerRecorder":
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for layer in self._layers:
-            self._found[id(layer)] = dict(layer.__dict__)
+            self._attributes_before[id(layer)] = dict(layer.__dict__)
             if isinstance(layer, keras.layers.RNN):
-                self._found_cells[id(layer)] = dict(layer.cell.__dict__)
+                self._cell_attributes_before[id(layer)] = dict(layer.cell.__dict__)
             layer.__dict__["call"] = self._recording(layer, layer.call)
             if "use_cudnn" in layer.__dict__:  # else `Bidirectional` computes both layers itself
                 layer.__dict__["use_cudnn"] = False
@@ -98,7 +98,7 @@ class LayerRecorder:
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.__dict__.pop("call", None)
-            before = self._found[id(layer)]
+            before = self._attributes_before[id(layer)]
             for name in {"call", "use_cudnn"} & before.keys():  # `call` was replaced already
                 layer.__dict__[name] = before[name]
 
@@ -193,9 +193,9 @@ class LayerRecorder:
         """
         if in_stateless_scope():
             return True
-        known = [(layer.__dict__, self._found[id(layer)])]
-        if id(layer) in self._found_cells:
-            known.append((layer.cell.__dict__, self._found_cells[id(layer)]))
+        known = [(layer.__dict__, self._attributes_before[id(layer)])]
+        if id(layer) in self._cell_attributes_before:
+            known.append((layer.cell.__dict__, self._cell_attributes_before[id(layer)]))
         return any(
             value is not found.get(name) and any(map(_is_value, (value, found.get(name))))
             for now, found in known

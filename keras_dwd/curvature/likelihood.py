@@ -254,7 +254,7 @@ def sample_labels(
     drawn = [
         tf.zeros(tf.shape(output)[:1])
         if loss is None
-        else _drawn(loss, labels, output, tf.stack([first, place]), where)
+        else _sample_output_labels(loss, labels, output, tf.stack([first, place]), where)
         for place, (loss, labels, output, where) in enumerate(
             zip(losses, given, flat, positions, strict=True)
         )
@@ -262,7 +262,7 @@ def sample_labels(
     return tf.nest.pack_sequence_as(outputs, drawn) if tf.nest.is_nested(outputs) else drawn[0]
 
 
-def _drawn(
+def _sample_output_labels(
     loss: Any, y: Any, output: tf.Tensor, seed: tf.Tensor, counted: tf.Tensor | None
 ) -> tf.Tensor:
     """Labels of one output, see `sample_labels`."""

@@ -88,7 +88,7 @@ class Tracking(Technique):
 
     Attributes:
         names: Names of these arrays.
-        kept: Of each name one for each trainable variable, in their order: layers may have other
+        slots: Of each name one for each trainable variable, in their order: layers may have other
             names when a run is resumed.
     """
 
@@ -96,25 +96,25 @@ class Tracking(Technique):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[str, list[keras.Variable]] = {}
+        self.slots: dict[str, list[keras.Variable]] = {}
 
     def begin_task(self, model: DWDModel) -> None:
-        if not self.kept:
+        if not self.slots:
             shapes = [v.shape for v in model.trainable_variables]
-            self.kept = {n: [untracked(np.zeros(s), n) for s in shapes] for n in self.names}
+            self.slots = {n: [untracked(np.zeros(s), n) for s in shapes] for n in self.names}
 
     def begin(self, name: str, values: Sequence[Any] | None = None) -> None:
         """Set the arrays of a name to `values`, to zeros by default."""
-        for i, variable in enumerate(self.kept[name]):
+        for i, variable in enumerate(self.slots[name]):
             variable.assign(np.zeros(variable.shape) if values is None else values[i])
 
     def of(self, path: str, model: Learner) -> list[keras.Variable]:
         """The arrays of a trainable variable, in the order of `names`."""
         at = list(trainable_by_path(model)).index(path)
-        return [self.kept[name][at] for name in self.names]
+        return [self.slots[name][at] for name in self.names]
 
     def state(self) -> Arrays:
-        return {f"{n}/{i}": np.array(v) for n, vs in self.kept.items() for i, v in enumerate(vs)}
+        return {f"{n}/{i}": np.array(v) for n, vs in self.slots.items() for i, v in enumerate(vs)}
 
     def prepare_state(self, state: Arrays) -> Commit:
         numbers = range(len(state) // len(self.names))
@@ -123,7 +123,7 @@ class Tracking(Technique):
 
         def commit() -> None:
             if state:
-                self.kept = {
+                self.slots = {
                     n: [untracked(state[f"{n}/{i}"], n) for i in numbers] for n in self.names
                 }
 

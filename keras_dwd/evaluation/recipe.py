@@ -135,7 +135,7 @@ class Recipe:
         assert self.learning_rate is not None
         return CosineOfTask(self.learning_rate) if self.schedule == "cosine" else self.learning_rate
 
-    def made_optimizer(self, rate: "float | CosineOfTask") -> keras.optimizers.Optimizer:
+    def build_optimizer(self, rate: "float | CosineOfTask") -> keras.optimizers.Optimizer:
         """A new optimizer with this learning rate, see `rate`."""
         if self.momentum is None:
             return keras.optimizers.Adam(rate, weight_decay=self.weight_decay or None)

@@ -201,7 +201,7 @@ def run_sequence(
         technique.augment = cropped_and_flipped
 
     rate = recipe.rate()
-    optimizer = recipe.made_optimizer(rate)
+    optimizer = recipe.build_optimizer(rate)
     settings = {
         "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
         "loss": loss,

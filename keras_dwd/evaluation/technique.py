@@ -142,7 +142,7 @@ class GivenImportance(DiagonalFisher):
 
     def __init__(self) -> None:
         super().__init__("empirical", gamma=None)
-        self.given: Arrays = {}
+        self.importance_by_path: Arrays = {}
 
     def give(self, importance: Sequence[np.ndarray], model: Learner) -> None:
         """Set the importance for the next boundary, one array for each trainable variable.
@@ -157,29 +157,31 @@ class GivenImportance(DiagonalFisher):
                 "`importance` must give an array for each of `model.trainable_variables`, in its "
                 f"shape. Received arrays of shape {shapes}."
             )
-        given = dict(zip(variables, map(np.asarray, importance), strict=True))
-        for path, values in given.items():
+        importance_by_path = dict(zip(variables, map(np.asarray, importance), strict=True))
+        for path, values in importance_by_path.items():
             if not np.all(values >= 0):
                 raise ValueError(
                     f"`importance` must be at least 0. Received for {path!r}: {values.min()}"
                 )
-        self.given = given
+        self.importance_by_path = importance_by_path
 
     def estimate(
         self, optimizer: Any = None, variables: Any = None, summed: bool = False
     ) -> Arrays:
         """The importance given, by `fisher/PATH`."""
-        if not self.given:
+        if not self.importance_by_path:
             raise ValueError("No importance was given: the technique must define `importance`.")
-        wanted = self.given if variables is None else variables
+        wanted = self.importance_by_path if variables is None else variables
         return {
-            f"fisher/{p}": np.asarray(self.given[p], "float32") for p in wanted if p in self.given
+            f"fisher/{p}": np.asarray(self.importance_by_path[p], "float32")
+            for p in wanted
+            if p in self.importance_by_path
         }
 
     def reset(self) -> None:
-        """Forget what was given, at the start of a new task."""
+        """Forget the importance, at the start of a new task."""
         super().reset()
-        self.given = {}
+        self.importance_by_path = {}
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments: none."""

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.curvature.examples import leaves, map_leaves, part_of
+from keras_dwd.curvature.examples import arrays_in, map_arrays, part_of
 from keras_dwd.curvature.likelihood import (
     check_likelihoods,
     losses_of,
@@ -58,7 +58,7 @@ def build_state(model: Learner, given: Mapping[str, Any]) -> None:
     batch: Any = (x, given.get("y"), given.get("sample_weight"))
     if isinstance(x, tf.data.Dataset):
         batch = x.element_spec
-    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in leaves(batch[:1])):
+    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in arrays_in(batch[:1])):
         return
     try:
         build_before_tracing(model, tf.nest.map_structure(_with_any_batch_size, batch))
@@ -199,14 +199,14 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
         data = map(data.__getitem__, range(data.num_batches))
     for batch in data:
         parts = keras.utils.unpack_x_y_sample_weight(batch)
-        lengths = {_length(a) for a in leaves(parts)}
+        lengths = {_length(a) for a in arrays_in(parts)}
         if len(lengths) != 1:
             raise ValueError(
                 f"`x` and `y` must hold as many examples as each other. Received {sorted(lengths)}."
             )
         for start in range(0, lengths.pop(), batch_size):
             piece = partial(_piece, start=start, stop=start + batch_size)
-            x, y, sample_weight = map_leaves(piece, parts)
+            x, y, sample_weight = map_arrays(piece, parts)
             yield x, y, sample_weight
 
 
@@ -214,7 +214,7 @@ def examples_in(data: Any) -> int | None:
     """The number of examples in arrays, as `batches` takes them; `None` for other data."""
     if not (isinstance(data, (tuple, dict)) or hasattr(data, "shape")):
         return None
-    found = list(leaves(keras.utils.unpack_x_y_sample_weight(data)))
+    found = list(arrays_in(keras.utils.unpack_x_y_sample_weight(data)))
     return _length(found[0]) if found else None
 
 
@@ -252,7 +252,7 @@ def _arrays(data: Any) -> list[np.ndarray]:
     if data is None or isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         return []
     arrays = []
-    for leaf in leaves(data):
+    for leaf in arrays_in(data):
         if isinstance(leaf, tf.RaggedTensor):
             leaf = leaf.flat_values
         elif isinstance(leaf, tf.SparseTensor):
