@@ -319,8 +319,8 @@ class Consolidation:
                 )
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
             summed = self.fisher.estimator == "adam" and sums_examples(model)
-            found = optimizer.find(model.optimizer)
-            statistics = self.fisher.estimate(found, local_variables, summed)
+            dwd_optimizer = optimizer.find(model.optimizer)
+            statistics = self.fisher.estimate(dwd_optimizer, local_variables, summed)
         else:
             statistics = self.pass_statistics(model, data, batch_size, verbose)
         blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]

@@ -126,22 +126,22 @@ class Distillation(FixedSettings):
 
     def _divergences(self, model: Learner) -> dict[int, Divergence]:
         """The divergence of each output with a loss, by the index of the output."""
-        found: dict[int, Divergence] = {}
+        divergences: dict[int, Divergence] = {}
         for index, (name, loss) in enumerate(
             zip(output_names(model), losses_of(model), strict=True)
         ):
             if loss is None:
                 continue
             try:
-                found[index] = Divergence(loss, self.temperature)
+                divergences[index] = Divergence(loss, self.temperature)
             except ValueError as error:
                 raise ValueError(f"`distillation`: the output {name!r} {error}") from None
-        if not found:
+        if not divergences:
             raise ValueError(
                 "`distillation` needs a `loss` in `compile`, which tells how outputs are compared. "
                 f"Received: {model.loss!r}"
             )
-        return found
+        return divergences
 
     def is_built(self, model: Learner) -> bool:
         """Whether there is a flag for each class, since the last change of losses."""
@@ -239,7 +239,7 @@ class Distillation(FixedSettings):
             calls: The calls of `TaskHeads` that have led to `y_pred`.
         """
         outputs, losses = tf.nest.flatten(y_pred), losses_of(model)
-        labels, sample_weights = (by_output(given, losses) for given in (y, sample_weight))
+        labels, sample_weights = (by_output(structure, losses) for structure in (y, sample_weight))
         factors = loss_weights_of(model)
         heads, of_teacher = _by_output(calls, outputs), _by_output(taught.calls, taught.outputs)
         paths = {id(layer): path for path, layer in _heads_by_path(model).items()}
@@ -451,10 +451,10 @@ def grown_flags(
     for index, name in enumerate(output_names(previous)):
         flags = state.get(f"{PREFIX}old.{index}")
         of_layer = [path for path in by_path(previous) if path.startswith(f"{name}/")]
-        kept = [names[path] for path in of_layer if path in names]
-        if flags is None or (of_layer and not kept):  # the layer was dropped
+        new_paths = [names[path] for path in of_layer if path in names]
+        if flags is None or (of_layer and not new_paths):  # the layer was dropped
             continue
-        name = kept[0].partition("/")[0] if kept else name
+        name = new_paths[0].partition("/")[0] if new_paths else name
         other = after.index(name) if name in after else index
         key = f"{PREFIX}old.{other}"
         if other >= len(after) or key in grown:
@@ -482,20 +482,20 @@ def _heads_by_path(model: Learner) -> dict[str, TaskHeads]:
 
 def _by_output(calls: Sequence[HeadsCall], outputs: Sequence[tf.Tensor]) -> dict[int, HeadsCall]:
     """The call of a `TaskHeads` that has made an output, by the index of the output."""
-    found = {
+    call_of_output = {
         index: call
         for index, output in enumerate(outputs)
         for call in calls
         if call.outputs is output
     }
     for call in calls:
-        if not any(call is used for used in found.values()):
+        if not any(call is used for used in call_of_output.values()):
             raise ValueError(
                 "With `distillation`, `TaskHeads` must be the last layer, as no output of the "
                 f"model shows its other heads. Layers follow {call.layer.name!r}: give it their "
                 "activation as `activation`, and their dtype as `dtype`."
             )
-    return found
+    return call_of_output
 
 
 def _alike(stored: keras.Variable | None, variable: keras.Variable) -> bool:

@@ -72,16 +72,16 @@ class HubTask(keras.Model):
             own[name] = getattr(task, name)
         own["weighted_metrics"] = weighted_metrics(task)
         named = dict(zip(("optimizer", "loss"), args, strict=False))
-        given = {n: v for n, v in (kwargs | named).items() if n != "sampler"}
-        super().compile(**given | own)
+        arguments = {n: v for n, v in (kwargs | named).items() if n != "sampler"}
+        super().compile(**arguments | own)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`fit` on what the preprocessor takes."""
         x, y, kwargs["sample_weight"] = self._prepared(x, y, kwargs.get("sample_weight"))
         validation = kwargs.get("validation_data")
         if validation is not None:
-            given = validation if isinstance(validation, (tuple, list)) else (validation,)
-            prepared = self._prepared(*given)
+            parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+            prepared = self._prepared(*parts)
             whole = isinstance(prepared[0], tf.data.Dataset)
             kwargs["validation_data"] = prepared[0] if whole else prepared
         return super().fit(x, y, *args, **kwargs)

@@ -131,12 +131,12 @@ def loss_gradients(
     Returns:
         The gradients as a flat list, each in the shape of its output.
     """
-    given = tf.nest.flatten((batch, masks))
-    present = arrays_in(given)
+    flattened = tf.nest.flatten((batch, masks))
+    present = arrays_in(flattened)
 
     def gradients_of(example: list[Any]) -> list[tf.Tensor]:
         following = iter(example)
-        flat = [None if leaf is None else next(following) for leaf in given]
+        flat = [None if leaf is None else next(following) for leaf in flattened]
         alone, masked = tf.nest.pack_sequence_as((batch, masks), flat)
         return [g[0] for g in _output_gradients(model, alone, masked, scale)]
 
@@ -225,12 +225,12 @@ def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
     except Exception:  # such as a model with a fixed batch size
         return tf.zeros(())
     count = count_of(x)
-    found = [tf.zeros((), "bool")]
+    mixed = [tf.zeros((), "bool")]
     for output, single, same in zip(tf.nest.flatten(outputs), alone, again, strict=True):
         if not (isinstance(output, tf.Tensor) and output.dtype.is_floating):
             continue
         shapes = tf.shape(output)[1:], tf.shape(single)[1:]
-        found.append(tf.reduce_any((shapes[0] == count) & (shapes[1] == 1) & (count > 1)))
+        mixed.append(tf.reduce_any((shapes[0] == count) & (shapes[1] == 1) & (count > 1)))
         # Other axes may differ, such as one that is padded to the longest sequence of a batch.
         sizes = tf.concat([[1], tf.minimum(*shapes)], 0)
         in_batch, single, same = (
@@ -241,8 +241,8 @@ def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
         difference = _square(in_batch - single)
         random = _square(single - same) > 1e-3 * difference
         comparable = tf.reduce_all(shapes[0] == shapes[1]) & ~random
-        found.append(comparable & (difference > _MIXED * _square(single + in_batch)))
-    return tf.cast(tf.reduce_any(tf.stack(found)), "float32")
+        mixed.append(comparable & (difference > _MIXED * _square(single + in_batch)))
+    return tf.cast(tf.reduce_any(tf.stack(mixed)), "float32")
 
 
 def _square(tensor: tf.Tensor) -> tf.Tensor:

@@ -368,8 +368,8 @@ class Fisher(FixedSettings):
         weights = tf.fill((count,), 1 / tf.cast(count, "float32"))
         if sample_weight is not None:
             counted = counted_positions(model, y, outputs, masks)
-            given = example_weights(model, sample_weight, counted, not inner_weights)
-            weights *= 1.0 if given is None else given
+            factors = example_weights(model, sample_weight, counted, not inner_weights)
+            weights *= 1.0 if factors is None else factors
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_outputs = loss_gradients(model, of_loss, masks, scale)
         self._record_coupling(coupling(model, of_loss, by_outputs, scale))
@@ -389,9 +389,9 @@ class Fisher(FixedSettings):
         of_users: dict[RuledLayer, list[LayerIO]] = {}
         for ruled, of_layer in flows.items():
             if of_layer:
-                found = self.layer_statistics(ruled, of_layer, weights)
-                statistics |= found
-                covered |= {name.partition("/")[2] for name in found}
+                layer_statistics = self.layer_statistics(ruled, of_layer, weights)
+                statistics |= layer_statistics
+                covered |= {name.partition("/")[2] for name in layer_statistics}
                 covered |= set(ruled.matrix_paths if ruled.form else ())
                 if is_of_user(ruled.rule):
                     of_users[ruled] = of_layer
@@ -507,8 +507,8 @@ class Fisher(FixedSettings):
             ones = tf.ones((count_of(batch),))
             squares = self._one_by_one(model, named, batch, ones, scale, [], roots)
             true = {name.partition("/")[2]: value for name, value in squares.items()}
-            found = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
-            return tf.reduce_max(tf.stack(found))
+            deviations = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
+            return tf.reduce_max(tf.stack(deviations))
 
         share = tf.cond(due, largest, lambda: tf.zeros(()))
         self.contradiction.assign(tf.maximum(self.contradiction.value, share))
@@ -795,8 +795,12 @@ def _rescaled(outputs: Any, factors: list[tf.Tensor]) -> Any:
         set_mask(rescaled, mask_of(output))
         return rescaled
 
-    found = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
-    return tf.nest.pack_sequence_as(outputs, found) if tf.nest.is_nested(outputs) else found[0]
+    rescaled_outputs = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
+    return (
+        tf.nest.pack_sequence_as(outputs, rescaled_outputs)
+        if tf.nest.is_nested(outputs)
+        else rescaled_outputs[0]
+    )
 
 
 def _floats(x: Any) -> Any:

@@ -49,7 +49,7 @@ def squared_margins(
     """
     targets, losses = tf.nest.flatten(outputs), losses_of(model)
     all_of_each = [None] * len(targets)
-    found = []
+    margins = []
     for loss, output, where, weight in zip(
         losses, targets, counted or all_of_each, by_output(weights, losses), strict=True
     ):
@@ -72,8 +72,8 @@ def squared_margins(
         where *= tf.cast(tf.math.is_finite(flat(squares)), where.dtype)
         squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
         total = tf.reduce_sum(flat(squares) * where, 1)
-        found.append(tf.math.divide_no_nan(total, tf.reduce_sum(where, 1)))
-    return found
+        margins.append(tf.math.divide_no_nan(total, tf.reduce_sum(where, 1)))
+    return margins
 
 
 def influence(
@@ -113,7 +113,7 @@ def influence(
         columns.append(tf.where(counts, tf.reduce_sum(g**2, 1), np.inf))
         columns += [margins[part[0]], *_along(model, y, outputs, gradients, part)]
     of_all = communicator.gather(tf.stack(columns, 1), "residuals")
-    found = []
+    by_part = []
     for k, part in enumerate(parts):
         squares, margin, along, lengths = (of_all[:, 4 * k + i] for i in range(4))
         exist = squares < np.inf
@@ -126,11 +126,11 @@ def influence(
         bend = _bend(model, part, *(share * column for column in (existing, along, lengths)))
         has_gradient = tf.reduce_any(exist & (squares > 0)) | (len(parts) == 1)
         mine = tf.math.reciprocal_no_nan(columns[4 * k] + median)
-        found.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
-    weight = tf.add_n([there for _, _, there in found])
-    overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in found]), weight)
+        by_part.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
+    weight = tf.add_n([there for _, _, there in by_part])
+    overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in by_part]), weight)
     factors = [tf.zeros_like(there, "float32")] * len(gradients)
-    for part, (factor, margin, _) in zip(parts, found, strict=True):
+    for part, (factor, margin, _) in zip(parts, by_part, strict=True):
         for index in part:
             factors[index] = factor * ((overall + LEAST_MARGIN) / (margin + LEAST_MARGIN))
     return factors, overall

@@ -156,7 +156,7 @@ class LayerRecorder:
 
     @contextmanager
     def _recording_within(
-        self, layer: keras.Layer, inputs: tuple[Any, ...], found: list[tf.Tensor]
+        self, layer: keras.Layer, inputs: tuple[Any, ...], recordings: list[tf.Tensor]
     ) -> Iterator[None]:
         """Record what goes into the activation of a layer, or comes out of its method."""
         attributes = vars(layer)  # `setattr` would track an activation that is a layer again
@@ -172,7 +172,7 @@ class LayerRecorder:
             if threading.get_ident() != self._thread:
                 return function(*args, **kwargs)
             z = _repeated(function(*args, **kwargs), inputs[0]) if method else args[0]
-            found.append(z)
+            recordings.append(z)
             z = tf.stop_gradient(z) if self._cut else z
             return z if method else function(z)
 
@@ -197,8 +197,8 @@ class LayerRecorder:
         if id(layer) in self._cell_attributes_before:
             known.append((layer.cell.__dict__, self._cell_attributes_before[id(layer)]))
         return any(
-            value is not found.get(name) and any(map(_is_value, (value, found.get(name))))
-            for now, found in known
+            value is not before.get(name) and any(map(_is_value, (value, before.get(name))))
+            for now, before in known
             for name, value in now.items()
         )
 
@@ -215,13 +215,13 @@ def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
 
 def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
     """The arguments after the first that differ from their defaults, see `Call`."""
-    given = {}
+    non_default = {}
     for name, value in list(bound.arguments.items())[1:]:
         default = bound.signature.parameters[name].default
         same = value is default or (type(value) is type(default) and value == default)
         if not (same or name == "training" or name.endswith("mask")):
-            given[name] = value
-    return given
+            non_default[name] = value
+    return non_default
 
 
 def _repeated(tensor: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:

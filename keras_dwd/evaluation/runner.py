@@ -100,10 +100,10 @@ class SequenceResult:
         What is computed from a further metric has its name in it: `loss_forgetting`.
         """
         training, boundaries = sum(self.train_seconds), sum(self.boundary_seconds)
-        found = self.matrix.metrics()
+        results = self.matrix.metrics()
         for matrix in self.others.values():
-            found |= matrix.metrics(first=False)
-        return found | {
+            results |= matrix.metrics(first=False)
+        return results | {
             "steps_per_second": self.steps / training,
             "steps_per_second_with_boundaries": self.steps / (training + boundaries),
             "seconds": training + boundaries,
@@ -384,8 +384,8 @@ class _Run:
             sample = tf.nest.map_structure(np.asarray, cut(sample, self.recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([self.seed, t, 1]))
-        given = sample if self.method.boundary_pass or task.known else None
-        model.consolidate(given, batch_size=self.batch_size, verbose=0)
+        pass_data = sample if self.method.boundary_pass or task.known else None
+        model.consolidate(pass_data, batch_size=self.batch_size, verbose=0)
         self.result.boundary_seconds.append(time.perf_counter() - started)
 
 

@@ -256,14 +256,14 @@ class _Step(TrainingStep):
     def _differentiate(
         self, model: Learner, x: Any, y: Any, sample_weight: Any
     ) -> tuple[Any, tf.Tensor, Gradients]:
-        y_pred, loss, found = super()._differentiate(model, x, y, sample_weight)
-        if found.scale is not None:
+        y_pred, loss, gradients = super()._differentiate(model, x, y, sample_weight)
+        if gradients.scale is not None:
             raise ValueError(
                 f"{self.technique.name!r} does not work with a scaled loss, as of mixed_float16."
             )
-        changed = self.technique.gradients(model, (x, y, sample_weight), _named(found))
-        found.total = [changed.get(path) for path in found.variables]
-        return y_pred, loss, found
+        changed = self.technique.gradients(model, (x, y, sample_weight), _named(gradients))
+        gradients.total = [changed.get(path) for path in gradients.variables]
+        return y_pred, loss, gradients
 
     def _update_weights(self, model: Learner, gradients: Gradients) -> None:
         if type(self.technique).moved is Technique.moved:

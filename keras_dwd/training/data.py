@@ -28,23 +28,23 @@ from keras_dwd.learner import Learner
 from keras_dwd.variables import Variables
 
 
-def check_fit(model: Learner, given: Mapping[str, Any]) -> None:
+def check_fit(model: Learner, arguments: Mapping[str, Any]) -> None:
     """Raise `ValueError` if the data in the arguments of `fit` is invalid.
 
     Args:
         model: A compiled model.
-        given: The arguments of `fit` by name.
+        arguments: The arguments of `fit` by name.
     """
-    validation = given.get("validation_data")
+    validation = arguments.get("validation_data")
     validation = validation if isinstance(validation, (tuple, list)) else (validation,)
-    training = (given.get("x"), given.get("y"), given.get("sample_weight"))
+    training = (arguments.get("x"), arguments.get("y"), arguments.get("sample_weight"))
     for prefix, data in (("", training), ("validation_data: ", validation)):
         for name, part in zip(("x", "y", "sample_weight"), data, strict=False):
             check_finite(f"{prefix}{name}", part)
         check_labels(model, data[1] if len(data) > 1 else None)
 
 
-def build_state(model: Learner, given: Mapping[str, Any]) -> None:
+def build_state(model: Learner, arguments: Mapping[str, Any]) -> None:
     """Create the variables of metrics and optimizer before the training step is traced.
 
     A step that creates variables would be traced twice. Does nothing for data whose batch shapes
@@ -52,10 +52,10 @@ def build_state(model: Learner, given: Mapping[str, Any]) -> None:
 
     Args:
         model: A compiled model.
-        given: The arguments of `fit` by name.
+        arguments: The arguments of `fit` by name.
     """
-    x = given.get("x")
-    batch: Any = (x, given.get("y"), given.get("sample_weight"))
+    x = arguments.get("x")
+    batch: Any = (x, arguments.get("y"), arguments.get("sample_weight"))
     if isinstance(x, tf.data.Dataset):
         batch = x.element_spec
     elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in arrays_in(batch[:1])):
@@ -214,8 +214,8 @@ def examples_in(data: Any) -> int | None:
     """The number of examples in arrays, as `batches` takes them; `None` for other data."""
     if not (isinstance(data, (tuple, dict)) or hasattr(data, "shape")):
         return None
-    found = list(arrays_in(keras.utils.unpack_x_y_sample_weight(data)))
-    return _length(found[0]) if found else None
+    arrays = list(arrays_in(keras.utils.unpack_x_y_sample_weight(data)))
+    return _length(arrays[0]) if arrays else None
 
 
 def _length(array: Any) -> int:

@@ -129,12 +129,12 @@ class TrainingStep:
         with tf.GradientTape(persistent=True) as tape:  # of the layers' own regularizers
             added = added_loss(model, one) if self.head_gate.in_use else None
         nothing = [None] * len(gradients)
-        found = Gradients(
+        collected = Gradients(
             variables, list(gradients), nothing, added, None if scale is one else scale, tape
         )
-        self._average(model, found, tf.zeros(()))
-        active = self.head_gate.mark_active(variables, found.of_data())
-        self._update_weights(model, found)
+        self._average(model, collected, tf.zeros(()))
+        active = self.head_gate.mark_active(variables, collected.of_data())
+        self._update_weights(model, collected)
         self.head_gate.restore_inactive(active)
 
     def _differentiate(
