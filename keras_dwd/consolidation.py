@@ -65,7 +65,7 @@ _BYTES = {"weights_digest", "groups"}
 
 
 class LastBoundary(NamedTuple):
-    """What was noted at the last boundary, for reports; it is not saved.
+    """What was recorded at the last boundary, for reports; it is not saved.
 
     Attributes:
         examples: The number of examples of the pass over the task's data; `None` without a pass.
@@ -101,7 +101,7 @@ class Consolidation:
         assignments: The group of each parameter at the last boundary, by block.
         weights_digest: A digest of the weights at the last boundary. Until they change, there is
             nothing to consolidate.
-        last_boundary: What was noted at the last boundary.
+        last_boundary: What was recorded at the last boundary.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class Consolidation:
             if variables:
                 blocks = self.fisher.blocks(model, variables, statistics)
                 result = self._grouped(model, blocks)
-            noted = histograms(blocks, result.assignments)
+            parameter_histograms = histograms(blocks, result.assignments)
             adjusted: dict[str, int] = {}
             if self.grouping is not None and self.grouping.budget is not None:
                 adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
@@ -278,7 +278,8 @@ class Consolidation:
             self.update_task_graph(model)
         finally:
             examples = None if data is None or not variables else self._pass.examples
-            self.last_boundary = LastBoundary(examples, time.perf_counter() - started, noted)
+            seconds = time.perf_counter() - started
+            self.last_boundary = LastBoundary(examples, seconds, parameter_histograms)
             if self._layout() != layout:
                 self._retrace(model)
 
@@ -377,7 +378,7 @@ class Consolidation:
 
     @property
     def has_learned(self) -> bool:
-        """Whether there is anything to save: a task learned or what training notes of one."""
+        """Whether there is anything to save: a task learned, or records of one in training."""
         distils = self.distillation is not None and self.distillation.has_state
         estimated = self.fisher.slots or float(self.fisher.weight)
         return bool(self.tasks_learned or estimated or distils)

@@ -253,8 +253,8 @@ class Fisher(FixedSettings):
 
     def reset(self) -> None:
         """Reset the online estimate at the start of a new task."""
-        noted = [self.weight, self.examples_seen, self.coupling, self.contradiction]
-        for variable in [*noted, *self.slots.values()]:
+        scalars = [self.weight, self.examples_seen, self.coupling, self.contradiction]
+        for variable in [*scalars, *self.slots.values()]:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def set_examples_seen(self, examples: int) -> None:
@@ -795,12 +795,8 @@ def _rescaled(outputs: Any, factors: list[tf.Tensor]) -> Any:
         set_mask(rescaled, mask_of(output))
         return rescaled
 
-    rescaled_outputs = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
-    return (
-        tf.nest.pack_sequence_as(outputs, rescaled_outputs)
-        if tf.nest.is_nested(outputs)
-        else rescaled_outputs[0]
-    )
+    flat = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
+    return tf.nest.pack_sequence_as(outputs, flat) if tf.nest.is_nested(outputs) else flat[0]
 
 
 def _floats(x: Any) -> Any:

@@ -305,11 +305,11 @@ class Replay(Technique):
             example = (x, y) if weight is None else (x, y, weight)
             if weight is not None and not self.weighted:
                 raise ValueError(f"{self.name!r} does not work with sample weights.")
-            self.memory.add([*tf.nest.flatten(example), *self.noted(model, x)], rng)
+            self.memory.add([*tf.nest.flatten(example), *self.extras(model, x)], rng)
         if empty and model.train_function is not None:  # steps draw from the memory from now on
             model.make_train_function(force=True)
 
-    def noted(self, model: DWDModel, x: Any) -> list[Any]:
+    def extras(self, model: DWDModel, x: Any) -> list[Any]:
         """What to keep with examples besides inputs and labels."""
         return []
 
@@ -325,7 +325,7 @@ class Replay(Technique):
             draw: Number of the draw, if there are several in a step.
 
         Returns:
-            Inputs, labels, and what was noted with them.
+            Inputs, labels, and what `extras` has added to them.
         """
         pattern = tuple(data[:2])
         seed = self.seed(model, draw)
@@ -393,7 +393,7 @@ class DarkExperienceReplay(Replay):
         super().__init__(size)
         self.alpha, self.beta = number("alpha", alpha, 0), number("beta", beta, 0)
 
-    def noted(self, model: DWDModel, x: Any) -> list[Any]:
+    def extras(self, model: DWDModel, x: Any) -> list[Any]:
         return tf.nest.flatten(model(x, training=False))
 
     def gradients(self, model: Learner, data: Any, gradients: Named) -> Named:
@@ -402,11 +402,11 @@ class DarkExperienceReplay(Replay):
         count = count_of(data[0])
         variables = trainable_by_path(model)
         with tf.GradientTape() as tape:
-            x, _, noted = self.replayed(model, data, count)
+            x, _, old_outputs = self.replayed(model, data, count)
             outputs = tf.nest.flatten(model(x, training=True))
             distances = [
                 tf.reduce_sum(tf.cast(z - f, "float32") ** 2) / tf.cast(count, "float32")
-                for z, f in zip(noted, outputs, strict=True)
+                for z, f in zip(old_outputs, outputs, strict=True)
             ]
             x, y, _ = self.replayed(model, data, count, draw=1)
             again = data_loss(model, x, y, model(x, training=True))

@@ -227,7 +227,7 @@ class TechniqueModel(DWDModel):
         return _Step(**parts, technique=self.technique)
 
     def end_task(self, data: Any, sample: Any, rng: np.random.Generator) -> None:
-        """Let the technique note a task that was learned, before it is consolidated."""
+        """Let the technique record a task that was learned, before it is consolidated."""
         assert self.technique is not None
         importance = self.technique.importance(self, sample)
         if importance is not None:
