@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# Parts of the names of metrics of which less is better, or more.
+# Parts of metric names: the lower the better (`_FALL`), the higher the better (`_RISE`).
 _FALL = (
     *("loss", "error", "perplexity", "entropy", "divergence", "hinge", "poisson", "false"),
     *("mae", "mse", "mape", "msle", "kld", "logcosh", "log_cosh"),

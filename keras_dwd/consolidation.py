@@ -389,7 +389,7 @@ class Consolidation:
         if not (self.has_learned or unsaved):
             return {}
         grouping = {} if self.grouping is None else self.grouping.state()
-        # Of a sharded state the teacher is whole on each worker.
+        # Each worker has the whole teacher, even of a sharded state: one of them saves it.
         distils = self.distillation is not None and (self.workers.leads or not self.workers.sharded)
         return {
             **(self.distillation.state() if self.distillation and distils else {}),

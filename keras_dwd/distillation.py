@@ -174,7 +174,7 @@ class Distillation(FixedSettings):
             if path not in self.old_heads:
                 self.old_heads[path] = untracked(np.zeros(heads.tasks), "old_heads", "bool")
         if self.boundaries:
-            # Variables that came later, as those of LoRA, or have changed, as quantized ones.
+            # Variables added since, such as those of LoRA, or replaced, such as quantized ones.
             for path, variable in weights_by_path(model).items():
                 if not _alike(self.teacher.get(path, anchors.get(path)), variable):
                     self._copy(path, variable)
@@ -342,7 +342,7 @@ class Distillation(FixedSettings):
         return commit
 
     def layout(self) -> Any:
-        """What the traced training step is made of: if it changes, it must be traced again."""
+        """What tracing builds into the training step: if it changes, the step is traced again."""
         slots = {path: (tuple(v.shape), v.dtype) for path, v in self.teacher.items()}
         return self.boundaries > 0, slots
 

@@ -14,7 +14,7 @@ from keras_dwd.training.optimizer import form_of_pull
 from keras_dwd.variables import Variables, by_path, trainable_by_path
 from keras_dwd.words import counted, sized
 
-# The share of the precision of which `ConsolidationSummary.directions` tells in how many it is.
+# `ConsolidationSummary.directions` is the number of directions with this share of the precision.
 _MOST = 0.9
 
 
@@ -205,8 +205,8 @@ def _importances(
         path = block.paths[0]
         folded = regularizer.folded.get(path, 0.0)
         factor = regularizer.strength_of(variables[path]) / folded if folded else 0.0
-        level = regularizer.budget_strengths.of(key)
-        factor *= 1.0 if level is None else float(level)
+        budget_strength = regularizer.budget_strengths.of(key)
+        factor *= 1.0 if budget_strength is None else float(budget_strength)
         arrays.append(factor * np.asarray(block.importances()))
         sums[_layer(path)] = sums.get(_layer(path), 0.0) + float(arrays[-1].sum(dtype="float64"))
     return sums, arrays

@@ -248,7 +248,7 @@ def squared_lookups(ids: tf.Tensor, g: tf.Tensor, weights: tf.Tensor, vocabulary
 
 def summed_lookups(ids: tf.Tensor, g: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The ids of each example in order, and the sum of the gradients where each begins, else 0."""
-    # In the order of the ids, the occurrences in an example are neighbours.
+    # Sorted by id, all occurrences of an id in an example are next to each other.
     order = tf.argsort(ids, axis=1)
     ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
     differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")

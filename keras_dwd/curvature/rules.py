@@ -306,7 +306,7 @@ def register_rule(
     return register
 
 
-# What a subclass may define, or an instance replace, without computing anything else.
+# What a subclass or an instance may override without changing what the layer computes.
 _HARMLESS = {
     *("__init__", "build", "quantize", "get_config", "from_config", "get_build_config"),
     *("build_from_config", "save_own_variables", "load_own_variables", "count_params"),

@@ -350,7 +350,7 @@ class _Run:
             if self.technique:
                 self.technique.begin_task(model)
         if self.technique:
-            self.technique.start(_drawn(self.seed, t))
+            self.technique.start(_seed_of_task(self.seed, t))
         workers = model.workers
         if isinstance(self.rate, CosineOfTask):
             batches = _batches(task.train, self.batch_size, workers.communicator.size)
@@ -359,7 +359,7 @@ class _Run:
         if progress.epoch < self.epochs and not task.known:
             changed = recipe.changes_batches or recipe.bucket
             ordered = progress.checkpoints is not None or workers.several or changed
-            order = _drawn(self.seed, t) if ordered else None
+            order = _seed_of_task(self.seed, t) if ordered else None
             data, own = _fit_arguments(model, task.train, self.batch_size, order, recipe)
             shown = self.callbacks(t, task) if self.callbacks else []
             model.fit(
@@ -437,7 +437,7 @@ def _check_classes(scenario: Scenario) -> None:
             )
 
 
-def _drawn(seed: int, task: int) -> int:
+def _seed_of_task(seed: int, task: int) -> int:
     """A seed that depends on those of the run and on the task."""
     return int(np.random.default_rng([seed, task]).integers(2**31 - 1))
 

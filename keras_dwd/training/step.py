@@ -143,7 +143,7 @@ class TrainingStep:
         """The outputs, loss and gradients, exactly as Keras computes them, plus distillation."""
         variables = trainable_by_path(model)
         distillation, targets = self.distillation, []
-        # First, as running the model forgets the losses that its layers added before.
+        # First, because running the model clears the losses that its layers have added.
         taught = distillation and distillation.teach(model, x, self.anchors)
         with tf.GradientTape(persistent=True) as tape:
             with recorded_heads() as calls:
