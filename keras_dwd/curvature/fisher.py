@@ -414,7 +414,7 @@ class Fisher(FixedSettings):
         outputs: Any,
         by_outputs: list[tf.Tensor],
         masks: dict[int, tf.Tensor],
-        there: tf.Tensor,
+        has_weight: tf.Tensor,
         scale: float,
         communicator: Communicator,
         *weights: Any,
@@ -427,8 +427,8 @@ class Fisher(FixedSettings):
             outputs: The outputs of the model.
             by_outputs: The gradients of each example's loss by the outputs of the loss, scaled.
             masks: Keras masks of the outputs, by index in the flat list of outputs.
-            there: Whether an example has a weight, `(batch,)`. Those without are ignored, such as
-                those that pad the batches of workers.
+            has_weight: Whether an example has a weight, `(batch,)`. Those without are ignored, such
+                as those that pad the batches of workers.
             scale: The factor in the gradients.
             communicator: The workers whose batches form one global batch.
             *weights: Sample weights of positions, if there are any.
@@ -446,7 +446,7 @@ class Fisher(FixedSettings):
         of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)]
         counted = counted_positions(model, y, outputs, masks, *weights)
         factors, margin = influence(
-            model, y, outputs, of_logits, counted, there, communicator, *weights
+            model, y, outputs, of_logits, counted, has_weight, communicator, *weights
         )
         more = [tf.sqrt(factor) for factor in factors]
         return margin, more if roots is None else [r * m for r, m in zip(roots, more, strict=True)]

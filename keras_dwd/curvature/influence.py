@@ -82,7 +82,7 @@ def influence(
     outputs: Any,
     gradients: Sequence[tf.Tensor],
     counted: Counted,
-    there: tf.Tensor,
+    has_weight: tf.Tensor,
     communicator: Communicator,
     weights: Any = None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -98,7 +98,7 @@ def influence(
         outputs: The outputs of the model.
         gradients: The gradient of each example's loss by the logits of each output.
         counted: See `counted_positions`.
-        there: Whether an example has a weight, `(batch,)`.
+        has_weight: Whether an example has a weight, `(batch,)`.
         communicator: The workers whose batches form one.
         weights: Sample weights of positions, if there are any.
 
@@ -109,7 +109,7 @@ def influence(
     columns = []
     for part in parts:
         g = tf.concat([flat(gradients[i]) for i in part], 1)
-        counts = there & present([counted[i] for i in part], outputs)
+        counts = has_weight & present([counted[i] for i in part], outputs)
         columns.append(tf.where(counts, tf.reduce_sum(g**2, 1), np.inf))
         columns += [margins[part[0]], *_along(model, y, outputs, gradients, part)]
     of_all = communicator.gather(tf.stack(columns, 1), "residuals")
@@ -127,9 +127,11 @@ def influence(
         has_gradient = tf.reduce_any(exist & (squares > 0)) | (len(parts) == 1)
         mine = tf.math.reciprocal_no_nan(columns[4 * k] + median)
         by_part.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
-    weight = tf.add_n([there for _, _, there in by_part])
-    overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in by_part]), weight)
-    factors = [tf.zeros_like(there, "float32")] * len(gradients)
+    weight = tf.add_n([counted_in for _, _, counted_in in by_part])
+    overall = tf.math.divide_no_nan(
+        tf.add_n([m * counted_in for _, m, counted_in in by_part]), weight
+    )
+    factors = [tf.zeros_like(has_weight, "float32")] * len(gradients)
     for part, (factor, margin, _) in zip(parts, by_part, strict=True):
         for index in part:
             factors[index] = factor * ((overall + LEAST_MARGIN) / (margin + LEAST_MARGIN))

@@ -171,10 +171,10 @@ class GivenImportance(DiagonalFisher):
         """The importance given, by `fisher/PATH`."""
         if not self.importance_by_path:
             raise ValueError("No importance was given: the technique must define `importance`.")
-        wanted = self.importance_by_path if variables is None else variables
+        paths = self.importance_by_path if variables is None else variables
         return {
             f"fisher/{p}": np.asarray(self.importance_by_path[p], "float32")
-            for p in wanted
+            for p in paths
             if p in self.importance_by_path
         }
 

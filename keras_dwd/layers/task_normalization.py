@@ -170,15 +170,15 @@ class TaskNormalization(keras.layers.BatchNormalization):
     def _update(self, x: Any, task: Any, mask: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
         """Update the moving statistics; returns those of the batch, of absent tasks the moving."""
         count, of_batch = self._moments(x, task, mask)
-        there = count > 0
+        occurs = count > 0
         for moving, old, new in zip(
             (self.moving_mean, self.moving_variance), (mean, variance), of_batch, strict=True
         ):
             moved = old * self.momentum + new * (1.0 - self.momentum)
-            moving.assign(ops.where(there, moved, ops.cast(moving, x.dtype)))
+            moving.assign(ops.where(occurs, moved, ops.cast(moving, x.dtype)))
         now = ops.max(self.updated) + 1
-        self.updated.assign(ops.where(ops.any(there, axis=-1), now, self.updated))
-        return ops.where(there, of_batch[0], mean), ops.where(there, of_batch[1], variance)
+        self.updated.assign(ops.where(ops.any(occurs, axis=-1), now, self.updated))
+        return ops.where(occurs, of_batch[0], mean), ops.where(occurs, of_batch[1], variance)
 
     def _moments(self, x: Any, task: Any, mask: Any) -> tuple[Any, tuple[Any, Any]]:
         """How many values of each task count, and their mean and variance, by channel."""

@@ -88,7 +88,7 @@ class TaskGraph(FixedSettings):
         self._digests: list[str] = []  # digest of the model's weights after each task
         if (self.folder / _INDEX).exists():
             self._weights, self._digests = self._read_index()
-        self._there = list(self._digests)  # the digests in the folder, as last read or written
+        self._digests_in_folder = list(self._digests)  # as last read or written
         if probe is not None:
             self._keep_probe(probe)
         elif self.fixed_weights is None and not (self.folder / _PROBE).exists():
@@ -123,7 +123,7 @@ class TaskGraph(FixedSettings):
             learned: Number of tasks the model has learned.
             digest: Digest of its weights after the last of these tasks.
         """
-        if (self.folder / _INDEX).exists() and self._read_index()[1] != self._there:
+        if (self.folder / _INDEX).exists() and self._read_index()[1] != self._digests_in_folder:
             raise ValueError(
                 f"`folder` {str(self.folder)!r} holds other tasks than when this graph was made: "
                 "another model has gone on in it. Each needs a folder of its own."
@@ -176,7 +176,7 @@ class TaskGraph(FixedSettings):
         index = {"version": 1, "weights": weights, "digests": digests}
         write_json(self.folder / _INDEX, index)
         self._weights, self._digests = weights, digests
-        self._there = list(digests)
+        self._digests_in_folder = list(digests)
 
     def weights_to(self, model: Learner) -> np.ndarray:
         """Edge weights w_ij between each earlier task and the current model, `(tasks,)`."""
