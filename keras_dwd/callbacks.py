@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# Parts of the names of metrics of which less is better, or more.
+# Parts of metric names: the lower the better (`_FALL`), the higher the better (`_RISE`).
 _FALL = (
     *("loss", "error", "perplexity", "entropy", "divergence", "hinge", "poisson", "false"),
     *("mae", "mse", "mape", "msle", "kld", "logcosh", "log_cosh"),
@@ -140,12 +140,12 @@ class EvaluatePastTasks(keras.callbacks.Callback):
         by_task = {name: self._results(data) for name, data in self.tasks.items()}
         results = {
             f"{name}_{metric}": value
-            for name, found in by_task.items()
-            for metric, value in found.items()
+            for name, scores in by_task.items()
+            for metric, value in scores.items()
         }
-        metrics = dict.fromkeys(metric for found in by_task.values() for metric in found)
+        metrics = dict.fromkeys(metric for scores in by_task.values() for metric in scores)
         means = {
-            f"past_{metric}": float(np.mean([found[metric] for found in by_task.values()]))
+            f"past_{metric}": float(np.mean([scores[metric] for scores in by_task.values()]))
             for metric in metrics
         }
         return results | means

@@ -29,25 +29,25 @@ def _settings(kind: type) -> set[str]:
     return {n for init in constructors for n in inspect.signature(init).parameters} - {"self"}
 
 
-def number(name: str, given: Any, low: float, high: float = np.inf, closed: bool = True) -> float:
-    """Return `given` as a float; raise `ValueError` unless it is a finite number in [low, high].
+def number(name: str, value: Any, low: float, high: float = np.inf, closed: bool = True) -> float:
+    """Return `value` as a float; raise `ValueError` unless it is a finite number in [low, high].
 
     Args:
         name: Name of the argument, for the message.
-        given: Value of the argument.
+        value: Value of the argument.
         low: Smallest value allowed.
         high: Largest value allowed.
         closed: Whether `high` itself is allowed.
     """
-    valid = isinstance(given, (int, float, np.number)) and not isinstance(given, bool)
-    if not (valid and np.isfinite(given) and low <= given <= high and (closed or given != high)):
+    valid = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (valid and np.isfinite(value) and low <= value <= high and (closed or value != high)):
         end = "]" if closed and np.isfinite(high) else ")"
-        raise ValueError(f"`{name}` must be a number in [{low}, {high}{end}. Received: {given!r}")
-    return float(given)
+        raise ValueError(f"`{name}` must be a number in [{low}, {high}{end}. Received: {value!r}")
+    return float(value)
 
 
-def integer(name: str, given: Any, low: int) -> int:
-    """Return `given` as an `int`; raise `ValueError` unless it is an integer >= low."""
-    if not isinstance(given, (int, np.integer)) or isinstance(given, bool) or given < low:
-        raise ValueError(f"`{name}` must be an integer >= {low}. Received: {given!r}")
-    return int(given)
+def integer(name: str, value: Any, low: int) -> int:
+    """Return `value` as an `int`; raise `ValueError` unless it is an integer >= low."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
+        raise ValueError(f"`{name}` must be an integer >= {low}. Received: {value!r}")
+    return int(value)

@@ -127,17 +127,17 @@ def _tell_how_to_go_on(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def tune(context: typer.Context, methods: str, **given: Any) -> None:
+def tune(context: typer.Context, methods: str, **options: Any) -> None:
     """`keras-dwd tune`."""
-    _tuned(_settings(context), _methods(methods), **given)
+    _tuned(_settings(context), _methods(methods), **options)
 
 
-def ablate(context: typer.Context, parts: str, **given: Any) -> None:
+def ablate(context: typer.Context, parts: str, **options: Any) -> None:
     """`keras-dwd ablate`."""
     words = [word.strip() for word in parts.split(",") if word.strip()]
     chosen = ablation.parts(words)
     names = ["finetune", ablation.BASELINE, *chosen.values(), "joint"]
-    _tuned(_settings(context), names, **given)
+    _tuned(_settings(context), names, **options)
 
 
 def plan(
@@ -190,12 +190,12 @@ def report(results: list[Path], out: Path) -> None:
 def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
     """`keras-dwd compare`."""
     one, other = (results_of(path) for path in (a, b))
-    found = compared(one, other, metric)
+    comparisons = compared(one, other, metric)
     if as_json:
-        print(json.dumps([asdict(each) for each in found], indent=1))
+        print(json.dumps([asdict(each) for each in comparisons], indent=1))
         return
     console = Console()
-    console.print(comparison_table(found, factor_of(one, found[0].metric)))
+    console.print(comparison_table(comparisons, factor_of(one, comparisons[0].metric)))
     for name, path in (("a", a), ("b", b)):
         console.print(f"{name}: {path}", style="dim", highlight=False, markup=False)
     for name, values in differing(one, other).items():
@@ -206,11 +206,11 @@ def compare(a: Path, b: Path, metric: str | None, as_json: bool) -> None:
 
 def info(as_json: bool) -> None:
     """`keras-dwd info`."""
-    found = environment()
+    entries = environment()
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(entries, indent=1))
         return
-    for name, value in found.items():
+    for name, value in entries.items():
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
         print(f"{name:18} {shown}")
 
@@ -232,8 +232,8 @@ def _again(context: typer.Context, **changed: Any) -> list[str]:
 def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of a command that are arguments of `Experiment`."""
     names = {field.name for field in fields(Experiment)}
-    found = {name: value for name, value in context.params.items() if name in names}
-    return found | {"metrics": tuple(_names(found["metrics"]))}
+    settings = {name: value for name, value in context.params.items() if name in names}
+    return settings | {"metrics": tuple(_names(settings["metrics"]))}
 
 
 def _tuned(
@@ -281,10 +281,10 @@ def _names(methods: str) -> list[str]:
     return [name.strip() for name in methods.split(",") if name.strip()]
 
 
-def _methods(given: str) -> list[str]:
-    names = _names(given)
+def _methods(methods: str) -> list[str]:
+    names = _names(methods)
     if not names:
-        raise ValueError(f"`--methods` must name at least one. Received: {given!r}")
+        raise ValueError(f"`--methods` must name at least one. Received: {methods!r}")
     return names
 
 

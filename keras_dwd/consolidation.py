@@ -65,7 +65,7 @@ _BYTES = {"weights_digest", "groups"}
 
 
 class LastBoundary(NamedTuple):
-    """What was noted at the last boundary, for reports; it is not saved.
+    """What was recorded at the last boundary, for reports; it is not saved.
 
     Attributes:
         examples: The number of examples of the pass over the task's data; `None` without a pass.
@@ -101,7 +101,7 @@ class Consolidation:
         assignments: The group of each parameter at the last boundary, by block.
         weights_digest: A digest of the weights at the last boundary. Until they change, there is
             nothing to consolidate.
-        last_boundary: What was noted at the last boundary.
+        last_boundary: What was recorded at the last boundary.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Consolidation:
         self.assignments: Arrays = {}
         self.weights_digest = b""
         self.last_boundary = LastBoundary()
-        # Counts changes of what a training step is made of, see `check_traced`.
+        # Incremented whenever a traced training step becomes outdated, see `check_traced`.
         self._version = untracked(np.zeros(()), "version", "int64")
         self._statistics = BatchStatistics()
         self._pass = BoundaryPass(self._statistics)
@@ -161,10 +161,10 @@ class Consolidation:
         self._statistics.forget()
         if self.distillation is not None:
             self.distillation.build(model, self._whole_anchors())
-        held = self._held_paths(model)
-        if self._built_for is not None and held != self._built_for:
+        paths = self._held_paths(model)
+        if self._built_for is not None and paths != self._built_for:
             self._version.assign_add(1)
-        self._built_for = held
+        self._built_for = paths
         pulled = self.pulled_variables(model)
         if self.fisher.online and pulled:
             self.fisher.forget_all_but(self.fisher.shapes(model, by_path(model)))
@@ -173,9 +173,9 @@ class Consolidation:
         self.head_gate.build(trainable_by_path(model))
 
     def check_traced(self) -> None:
-        """Fail where a `tf.function` goes on with a step of before the last boundary. Graph code.
+        """Fail if a `tf.function` still runs a step traced before the last boundary. Graph code.
 
-        `fit` traces its own function again; one of the user's would leave the pull out.
+        `fit` traces its own function again; a `tf.function` of the user would omit the penalty.
         """
         if tf.inside_function():
             with tf.init_scope():
@@ -247,7 +247,7 @@ class Consolidation:
             if variables:
                 blocks = self.fisher.blocks(model, variables, statistics)
                 result = self._grouped(model, blocks)
-            noted = histograms(blocks, result.assignments)
+            parameter_histograms = histograms(blocks, result.assignments)
             adjusted: dict[str, int] = {}
             if self.grouping is not None and self.grouping.budget is not None:
                 adjusted = {key: g["group"] for g in result.groups for key in g["layers"]}
@@ -274,12 +274,13 @@ class Consolidation:
         self.tasks_learned += 1
         self.groups, self.assignments = result.groups, result.assignments
         self.weights_digest = digest
-        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned)
+        self.regularizer.record_left_out(trainable_by_path(model), self.tasks_learned)
         try:
             self.update_task_graph(model)
         finally:
             examples = None if data is None or not variables else self._pass.examples
-            self.last_boundary = LastBoundary(examples, time.perf_counter() - started, noted)
+            seconds = time.perf_counter() - started
+            self.last_boundary = LastBoundary(examples, seconds, parameter_histograms)
             if self._layout() != layout:
                 self._retrace(model)
 
@@ -291,7 +292,7 @@ class Consolidation:
         return self.tasks_learned > 0 and digest == self.weights_digest
 
     def _layout(self) -> Any:
-        """What the traced training step is made of: if it changes, it must be traced again."""
+        """What tracing builds into the training step: if it changes, the step is traced again."""
         distillation = None if self.distillation is None else self.distillation.layout()
         return self.regularizer.layout(), distillation
 
@@ -320,8 +321,8 @@ class Consolidation:
                 )
             local_variables = {path: v for path, v in variables.items() if self.workers.keeps(path)}
             summed = self.fisher.estimator == "adam" and sums_examples(model)
-            found = optimizer.find(model.optimizer)
-            statistics = self.fisher.estimate(found, local_variables, summed)
+            dwd_optimizer = optimizer.find(model.optimizer)
+            statistics = self.fisher.estimate(dwd_optimizer, local_variables, summed)
         else:
             statistics = self.pass_statistics(model, data, batch_size, verbose)
         blocks = [a for name, a in statistics.items() if not name.startswith("margin/")]
@@ -378,7 +379,7 @@ class Consolidation:
 
     @property
     def has_learned(self) -> bool:
-        """Whether there is anything to save: a task learned or what training notes of one."""
+        """Whether there is anything to save: a task learned, or records of one in training."""
         distils = self.distillation is not None and self.distillation.has_state
         estimated = self.fisher.slots or float(self.fisher.weight)
         return bool(self.tasks_learned or estimated or distils)
@@ -389,7 +390,7 @@ class Consolidation:
         if not (self.has_learned or unsaved):
             return {}
         grouping = {} if self.grouping is None else self.grouping.state()
-        # Of a sharded state the teacher is whole on each worker.
+        # Each worker has the whole teacher, even of a sharded state: one of them saves it.
         distils = self.distillation is not None and (self.workers.leads or not self.workers.sharded)
         return {
             **(self.distillation.state() if self.distillation and distils else {}),
@@ -454,7 +455,7 @@ class Consolidation:
         self.tasks_learned = int(scalars["tasks_learned"])
         self.last_boundary = LastBoundary()
         self.weights_digest = scalars["weights_digest"].tobytes()
-        self.regularizer.note_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
+        self.regularizer.record_left_out(trainable_by_path(model), self.tasks_learned, loaded=True)
         self._retrace(model)
 
     def _prepare_own(

@@ -33,7 +33,7 @@ PREFIX = "distillation."
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutputs:
     """What the teacher makes of a batch.
 
     Attributes:
@@ -103,7 +103,7 @@ class Distillation(FixedSettings):
         self.temperature = number("temperature", temperature, 0)
         if not self.temperature:
             raise ValueError(f"`temperature` must be a number > 0. Received: {temperature!r}")
-        self.boundaries = 0  # those that this has seen: after the first there is a teacher
+        self.boundaries = 0  # task boundaries so far; from the first on there is a teacher
         # The teacher's variables that do not have the value of an anchor, by path.
         self.teacher: Variables = {}
         # Which heads have learned a task, by the path of the kernel of the `TaskHeads`.
@@ -126,22 +126,22 @@ class Distillation(FixedSettings):
 
     def _divergences(self, model: Learner) -> dict[int, Divergence]:
         """The divergence of each output with a loss, by the index of the output."""
-        found: dict[int, Divergence] = {}
+        divergences: dict[int, Divergence] = {}
         for index, (name, loss) in enumerate(
             zip(output_names(model), losses_of(model), strict=True)
         ):
             if loss is None:
                 continue
             try:
-                found[index] = Divergence(loss, self.temperature)
+                divergences[index] = Divergence(loss, self.temperature)
             except ValueError as error:
                 raise ValueError(f"`distillation`: the output {name!r} {error}") from None
-        if not found:
+        if not divergences:
             raise ValueError(
                 "`distillation` needs a `loss` in `compile`, which tells how outputs are compared. "
                 f"Received: {model.loss!r}"
             )
-        return found
+        return divergences
 
     def is_built(self, model: Learner) -> bool:
         """Whether there is a flag for each class, since the last change of losses."""
@@ -174,7 +174,7 @@ class Distillation(FixedSettings):
             if path not in self.old_heads:
                 self.old_heads[path] = untracked(np.zeros(heads.tasks), "old_heads", "bool")
         if self.boundaries:
-            # Variables that came later, as those of LoRA, or have changed, as quantized ones.
+            # Variables added since, such as those of LoRA, or replaced, such as quantized ones.
             for path, variable in weights_by_path(model).items():
                 if not _alike(self.teacher.get(path, anchors.get(path)), variable):
                     self._copy(path, variable)
@@ -190,7 +190,7 @@ class Distillation(FixedSettings):
 
     # In a training step.
 
-    def teach(self, model: Learner, x: Any, anchors: Variables) -> Taught | None:
+    def teach(self, model: Learner, x: Any, anchors: Variables) -> TeacherOutputs | None:
         """What the teacher makes of a batch, `None` before the first boundary. Graph code.
 
         Args:
@@ -217,12 +217,12 @@ class Distillation(FixedSettings):
             path: (value(layer.kernel), value(layer.bias))
             for path, layer in _heads_by_path(model).items()
         }
-        return Taught(tf.nest.flatten(outputs), calls, heads)
+        return TeacherOutputs(tf.nest.flatten(outputs), calls, heads)
 
     def loss(
         self,
         model: Learner,
-        taught: Taught,
+        taught: TeacherOutputs,
         y: Any,
         y_pred: Any,
         sample_weight: Any,
@@ -239,7 +239,7 @@ class Distillation(FixedSettings):
             calls: The calls of `TaskHeads` that have led to `y_pred`.
         """
         outputs, losses = tf.nest.flatten(y_pred), losses_of(model)
-        labels, sample_weights = (by_output(given, losses) for given in (y, sample_weight))
+        labels, sample_weights = (by_output(structure, losses) for structure in (y, sample_weight))
         factors = loss_weights_of(model)
         heads, of_teacher = _by_output(calls, outputs), _by_output(taught.calls, taught.outputs)
         paths = {id(layer): path for path, layer in _heads_by_path(model).items()}
@@ -279,15 +279,15 @@ class Distillation(FixedSettings):
         of_each = divergence.values(of_teacher, of_student, every, axis=-1)
         return tf.reduce_sum(tf.where(self.old_heads[path].value, of_each, 0.0), 1)
 
-    def note(
+    def record_labels(
         self, model: Learner, y: Any, y_pred: Any, sample_weight: Any, calls: Sequence[HeadsCall]
     ) -> None:
-        """Note which classes the labels of a batch have. Graph code.
+        """Record which classes the labels of a batch have. Graph code.
 
         The arguments are those of `loss`.
         """
         outputs, labels = tf.nest.flatten(y_pred), by_output(y, losses_of(model))
-        heads = _by_output(calls, outputs)  # the head gate notes which of these are in use
+        heads = _by_output(calls, outputs)  # the head gate records which of these are in use
         counted = counted_positions(model, y, y_pred, masks_of(y_pred), sample_weight)
         for index, divergence in self._divergences(model).items():
             if index not in heads:
@@ -342,7 +342,7 @@ class Distillation(FixedSettings):
         return commit
 
     def layout(self) -> Any:
-        """What the traced training step is made of: if it changes, it must be traced again."""
+        """What tracing builds into the training step: if it changes, the step is traced again."""
         slots = {path: (tuple(v.shape), v.dtype) for path, v in self.teacher.items()}
         return self.boundaries > 0, slots
 
@@ -451,10 +451,10 @@ def grown_flags(
     for index, name in enumerate(output_names(previous)):
         flags = state.get(f"{PREFIX}old.{index}")
         of_layer = [path for path in by_path(previous) if path.startswith(f"{name}/")]
-        kept = [names[path] for path in of_layer if path in names]
-        if flags is None or (of_layer and not kept):  # the layer was dropped
+        new_paths = [names[path] for path in of_layer if path in names]
+        if flags is None or (of_layer and not new_paths):  # the layer was dropped
             continue
-        name = kept[0].partition("/")[0] if kept else name
+        name = new_paths[0].partition("/")[0] if new_paths else name
         other = after.index(name) if name in after else index
         key = f"{PREFIX}old.{other}"
         if other >= len(after) or key in grown:
@@ -482,20 +482,20 @@ def _heads_by_path(model: Learner) -> dict[str, TaskHeads]:
 
 def _by_output(calls: Sequence[HeadsCall], outputs: Sequence[tf.Tensor]) -> dict[int, HeadsCall]:
     """The call of a `TaskHeads` that has made an output, by the index of the output."""
-    found = {
+    call_of_output = {
         index: call
         for index, output in enumerate(outputs)
         for call in calls
         if call.outputs is output
     }
     for call in calls:
-        if not any(call is used for used in found.values()):
+        if not any(call is used for used in call_of_output.values()):
             raise ValueError(
                 "With `distillation`, `TaskHeads` must be the last layer, as no output of the "
                 f"model shows its other heads. Layers follow {call.layer.name!r}: give it their "
                 "activation as `activation`, and their dtype as `dtype`."
             )
-    return found
+    return call_of_output
 
 
 def _alike(stored: keras.Variable | None, variable: keras.Variable) -> bool:

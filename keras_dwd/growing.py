@@ -19,20 +19,20 @@ _NOT_INHERITED = {*STATISTICS, "in_use", "center", "value", "group"}
 
 
 def names_of(
-    old: Variables, new: Variables, given: Mapping[str, str], dropped: Sequence[str]
+    old: Variables, new: Variables, renamed: Mapping[str, str], dropped: Sequence[str]
 ) -> dict[str, str]:
     """The new path of each old variable that is not dropped.
 
     Args:
         old: Variables of the previous model.
         new: Variables of the grown model.
-        given: New paths by old paths, of variables or layers.
+        renamed: New paths by old paths, of variables or layers.
         dropped: Patterns of old paths to drop.
 
     Raises:
         ValueError: If an old variable has no counterpart in the grown model.
     """
-    for what, patterns in (("renamed", given), ("dropped", dropped)):
+    for what, patterns in (("renamed", renamed), ("dropped", dropped)):
         for pattern in patterns:
             inside = f"{pattern}/*" if what == "renamed" else pattern
             if not any(fnmatchcase(path, inside) or path == pattern for path in old):
@@ -46,9 +46,9 @@ def names_of(
         if any(fnmatchcase(path, pattern) for pattern in dropped):
             continue
         # The longest matching name belongs to the variable itself or to its innermost layer.
-        matching = [n for n in given if path == n or path.startswith(f"{n}/")]
+        matching = [n for n in renamed if path == n or path.startswith(f"{n}/")]
         name = max(matching, key=len, default="")
-        other = given[name] + path[len(name) :] if matching else path
+        other = renamed[name] + path[len(name) :] if matching else path
         shape = tuple(variable.shape)
         if other not in new:
             unplaced.append(f"{path!r} {shape}")

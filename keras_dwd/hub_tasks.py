@@ -72,16 +72,16 @@ class HubTask(keras.Model):
             own[name] = getattr(task, name)
         own["weighted_metrics"] = weighted_metrics(task)
         named = dict(zip(("optimizer", "loss"), args, strict=False))
-        given = {n: v for n, v in (kwargs | named).items() if n != "sampler"}
-        super().compile(**given | own)
+        arguments = {n: v for n, v in (kwargs | named).items() if n != "sampler"}
+        super().compile(**arguments | own)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`fit` on what the preprocessor takes."""
         x, y, kwargs["sample_weight"] = self._prepared(x, y, kwargs.get("sample_weight"))
         validation = kwargs.get("validation_data")
         if validation is not None:
-            given = validation if isinstance(validation, (tuple, list)) else (validation,)
-            prepared = self._prepared(*given)
+            parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+            prepared = self._prepared(*parts)
             whole = isinstance(prepared[0], tf.data.Dataset)
             kwargs["validation_data"] = prepared[0] if whole else prepared
         return super().fit(x, y, *args, **kwargs)
@@ -167,7 +167,7 @@ def _as_lists(x: Any) -> Any:
     return x.tolist() if strings else x
 
 
-# The subclasses for task models, by the class that they are of.
+# Each model class with its subclass for KerasHub task models.
 _KINDS: dict[type, type[keras.Model]] = {}
 
 
@@ -175,9 +175,9 @@ def for_hub_tasks(kind: type[keras.Model]) -> type[keras.Model]:
     """A subclass of `DWDModel`, or of a subclass of it, for task models of KerasHub."""
     if issubclass(kind, HubTask) or kind in _KINDS:
         return _KINDS.get(kind, kind)
-    made = type(kind.__name__, (HubTask, kind), {"__module__": kind.__module__})
+    subclass = type(kind.__name__, (HubTask, kind), {"__module__": kind.__module__})
     name = f"{kind.__name__}OfHubTask"
-    _KINDS[kind] = keras.saving.register_keras_serializable("keras_dwd", name)(made)
+    _KINDS[kind] = keras.saving.register_keras_serializable("keras_dwd", name)(subclass)
     return _KINDS[kind]
 
 

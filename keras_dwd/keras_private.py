@@ -438,12 +438,12 @@ class OptimizerWrapper(keras.optimizers.Optimizer):
                 "You are calling `set_weights()` on an optimizer that has not yet been built: call "
                 "`build(trainable_variables)` first."
             )
-        given = [tuple(weight.shape) for weight in weights]
+        received = [tuple(weight.shape) for weight in weights]
         expected = [tuple(variable.shape) for variable in self.variables]
-        if given != expected:
+        if received != expected:
             raise ValueError(
                 "`weights` must have the number and the shapes of the `variables` of "
-                f"{self.name!r}, {expected}. Received: {given}"
+                f"{self.name!r}, {expected}. Received: {received}"
             )
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-# Methods that a model may override and that a model around it, or made of it, would not call.
+# Methods of the user's class that a wrapper or a functional copy would bypass.
 _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 

@@ -51,8 +51,8 @@ from keras_dwd.saving import (
 from keras_dwd.strength_check import warn_of_strength
 from keras_dwd.summary import ConsolidationSummary, summary_of
 from keras_dwd.task_graph.graph import TaskGraph
+from keras_dwd.training.consolidate_data import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.data import build_state, check_fit, check_task_ids
-from keras_dwd.training.given import batch_size_of, data_of, first_batches, verbosity
 from keras_dwd.training.step import TrainingStep
 from keras_dwd.variables import Arrays, by_path
 from keras_dwd.words import nearest
@@ -254,9 +254,9 @@ class DWDModel(CloneAware):
             "distillation": distillation,
             "name": name or model.name,
         }
-        made = wrapped(cls, model, inputs, settings | kwargs)
-        made._wraps_trained = was_trained(model)
-        return made
+        wrapper = wrapped(cls, model, inputs, settings | kwargs)
+        wrapper._wraps_trained = was_trained(model)
+        return wrapper
 
     # Settings and consolidation state.
 
@@ -411,8 +411,8 @@ class DWDModel(CloneAware):
         batch_size = integer("batch_size", batch_size, 1)
         if not self.compiled:
             raise ValueError("Compile the model first: its loss defines the Fisher information.")
-        given = (x, y, sample_weight)
-        whole = None if all(part is None for part in given) else data_of(self, *given)
+        task_data = (x, y, sample_weight)
+        whole = None if all(part is None for part in task_data) else data_of(self, *task_data)
         shown = verbosity(verbose)
         self._consolidation.add_task(self, first_batches(whole, steps), batch_size, shown)
         return self.consolidation

@@ -51,17 +51,17 @@ def report(results: Results | Sequence[Results]) -> str:
     Path("report.html").write_text(report("results.json"))
     ```
     """
-    given: Sequence[Any] = (
+    sources: Sequence[Any] = (
         results if isinstance(results, Sequence) and not isinstance(results, str) else [results]
     )
-    if not given:
+    if not sources:
         raise ValueError("`results` must hold at least one file. Received none.")
-    found = [results_of(each) for each in given]
+    loaded = [results_of(each) for each in sources]
     with style():
-        sections = "\n".join(map(_section, found))
-    titles = [str(each["protocol"]["title"]) for each in found]
+        sections = "\n".join(map(_section, loaded))
+    titles = [str(each["protocol"]["title"]) for each in loaded]
     contents = ""
-    if len(found) > 1:
+    if len(loaded) > 1:
         links = (f'<li><a href="#{_anchor(t)}">{_text(t)}</a></li>' for t in titles)
         contents = f"<nav><ul>{''.join(links)}</ul></nav>"
     return _PAGE.format(

@@ -140,19 +140,20 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         """Whether tasks are estimated for a variable: it has a strength, or had one before."""
         return self.strength_of(variable) > 0 or path in self.folded
 
-    def note_left_out(self, variables: Variables, tasks: int, loaded: bool = False) -> None:
-        """Note where tasks were learned without an estimate: a strength would not hold these.
+    def record_left_out(self, variables: Variables, tasks: int, loaded: bool = False) -> None:
+        """Record which variables tasks were learned without an estimate for, as λ was zero.
 
         Args:
             variables: The trainable variables, by path.
             tasks: The number of tasks learned.
-            loaded: Whether the tasks were loaded or inherited. Single variables may then have been
-                frozen, or not there, so that a strength leaves out only what has none held.
+            loaded: Whether the tasks were loaded or inherited. Loaded tasks may lack variables that
+                were frozen or absent then: a higher strength is refused only if none was estimated.
         """
-        held: dict[DWDRegularizer, list[bool]] = {self: []}
+        estimated: dict[DWDRegularizer, list[bool]] = {self: []}
         for path, variable in variables.items():
-            held.setdefault(self.regularizer_of(variable), []).append(self.holds(path, variable))
-        for regularizer, each in held.items():
+            regularizer = self.regularizer_of(variable)
+            estimated.setdefault(regularizer, []).append(self.holds(path, variable))
+        for regularizer, each in estimated.items():
             missing = not any(each) if loaded else not all(each)
             regularizer._left_out = bool(tasks and each and missing)
 
@@ -236,7 +237,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             self.anchors[path].assign(anchor)
 
     def layout(self) -> Any:
-        """What the traced training step is made of: if it changes, it must be traced again."""
+        """What tracing builds into the training step: if it changes, the step is traced again."""
         shapes = {n: tuple(array.shape) for n, array in self.slots().items()}
         return shapes, dict(self.budget_strengths.group_of), dict(self.folded)
 
@@ -269,10 +270,11 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                         for p, d in zip(block.paths, differences, strict=True)
                     ]
                 )
-            level = self.budget_strengths.of(key)
+            budget_strength = self.budget_strengths.of(key)
             for path, difference, pull in zip(block.paths, differences, pulls, strict=True):
                 if path in of_block:
-                    factor = of_block[path] if level is None else of_block[path] * level
+                    factor = of_block[path]
+                    factor = factor if budget_strength is None else factor * budget_strength
                     yield path, difference, factor * pull
 
     def _factors(self, variables: Variables) -> dict[str, tf.Tensor]:
@@ -334,9 +336,9 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         for key, block in self.precisions.items():
             moving = [path for path in block.paths if path in stiffness and path in factors]
             of_block = {path: factors[path] for path in moving}
-            level = self.budget_strengths.of(key)
+            budget_strength = self.budget_strengths.of(key)
             differences = self._differences(block, variables)
-            # All variables of a block at once, but for those whose strengths have changed apart.
+            # One step per block; one per variable where λ has changed by different factors.
             for paths in [moving] if _same(of_block) else [[path] for path in moving]:
                 if not paths:
                     continue
@@ -346,7 +348,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                     d if p in paths or p not in of_block else tf.sqrt(of_block[p] / factor) * d
                     for p, d in zip(block.paths, differences, strict=True)
                 ]
-                factor = factor if level is None else factor * level
+                factor = factor if budget_strength is None else factor * budget_strength
                 moves = block.proximal_correction(relative, [stiffness[p] / factor for p in moving])
                 for path, move in zip(block.paths, moves, strict=True):
                     if path in paths:
@@ -392,10 +394,10 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
     def state(self) -> Arrays:
         """All slots as arrays, by `NAME/PATH`; `level` holds the group's number and its λ_k."""
-        levels = {f"level/{key}": a for key, a in self.budget_strengths.state().items()}
+        budget_strengths = {f"level/{key}": a for key, a in self.budget_strengths.state().items()}
         slots = {name: np.asarray(v) for name, v in self.slots().items()}
         folded = {f"folded/{path}": np.asarray(strength) for path, strength in self.folded.items()}
-        return slots | levels | folded | {"tie": np.asarray(self.task_weight)}
+        return slots | budget_strengths | folded | {"tie": np.asarray(self.task_weight)}
 
     def prepare_state(
         self,
@@ -426,7 +428,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         arrays = {key: array for key, array in state.items() if key != "tie"}
         anchors: Arrays = {}
         task_anchors: Arrays = {}
-        levels: Arrays = {}
+        budget_strengths: Arrays = {}
         folded: Arrays = {}
         block_arrays: Arrays = {}
         for key, array in arrays.items():
@@ -440,9 +442,12 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
             whole_group = name != "level" or array[0] == np.floor(array[0])
             if not whole_group or (name == "folded" and not 0 < array <= _LARGEST):
                 raise FileError(f"The saved {key!r} has numbers that cannot be. {UNCHANGED}")
-            {"anchor": anchors, "center": task_anchors, "level": levels, "folded": folded}[name][
-                path
-            ] = array
+            {
+                "anchor": anchors,
+                "center": task_anchors,
+                "level": budget_strengths,
+                "folded": folded,
+            }[name][path] = array
         blocks: dict[str, Block] = {}
         for path, arrays_of_block in arrays_by_path(block_arrays).items():
             try:
@@ -455,9 +460,9 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
 
         strengths = {path: float(array) for path, array in folded.items()}
         if not strengths:  # an earlier format: its penalty was that of the strengths in force
-            held = {path: variables[path] for block in blocks.values() for path in block.paths}
+            in_blocks = {path: variables[path] for block in blocks.values() for path in block.paths}
             strengths = {
-                path: self.strength_of(v) for path, v in held.items() if self.strength_of(v)
+                path: self.strength_of(v) for path, v in in_blocks.items() if self.strength_of(v)
             }
 
         def commit() -> None:
@@ -470,7 +475,7 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
                 if keeps(path):
                     self.assign_slots(path, block, {p: anchors[p] for p in block.paths})
             self.pull_to_tasks(weight, task_anchors)
-            self.budget_strengths.load_state(levels)
+            self.budget_strengths.load_state(budget_strengths)
 
         return commit
 

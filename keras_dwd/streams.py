@@ -7,7 +7,7 @@ import keras
 
 from keras_dwd.checks import integer, number
 
-# The most that one step counts, in standard deviations, so that no single batch is a drift.
+# A step's rise is clipped to this many standard deviations, so that no single batch is a drift.
 _MOST = 4.0
 
 

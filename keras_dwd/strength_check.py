@@ -15,7 +15,7 @@ from keras_dwd.variables import by_path
 
 # The default strength, with which the estimator `influence` has been measured on many networks.
 _USUAL = 200.0
-# A penalty that is this part of the loss has no say.
+# A penalty below this part of the loss has no noticeable effect.
 _NO_SAY = 1e-3
 
 

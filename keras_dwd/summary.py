@@ -14,7 +14,7 @@ from keras_dwd.training.optimizer import form_of_pull
 from keras_dwd.variables import Variables, by_path, trainable_by_path
 from keras_dwd.words import counted, sized
 
-# The share of the precision of which `ConsolidationSummary.directions` tells in how many it is.
+# `ConsolidationSummary.directions` is the number of directions with this share of the precision.
 _MOST = 0.9
 
 
@@ -159,7 +159,7 @@ def summary_of(model: Learner, consolidation: Consolidation) -> ConsolidationSum
     regularizer, graph = consolidation.regularizer, consolidation.task_graph
     sums, importances = _importances(consolidation, variables)
     total = sum(sums.values())
-    held = _held(consolidation, trainable)
+    anchored = _anchored_by_layer(consolidation, trainable)
     layers = [
         LayerSummary(
             name,
@@ -167,7 +167,7 @@ def summary_of(model: Learner, consolidation: Consolidation) -> ConsolidationSum
             sums.get(name, 0.0) / total if total else 0.0,
             _reach(sums.get(name, 0.0), consolidation, of_layer),
         )
-        for name, of_layer in held.items()
+        for name, of_layer in anchored.items()
     ]
     last, several = consolidation.last_boundary, consolidation.workers.sharded
     return ConsolidationSummary(
@@ -205,27 +205,27 @@ def _importances(
         path = block.paths[0]
         folded = regularizer.folded.get(path, 0.0)
         factor = regularizer.strength_of(variables[path]) / folded if folded else 0.0
-        level = regularizer.budget_strengths.of(key)
-        factor *= 1.0 if level is None else float(level)
+        budget_strength = regularizer.budget_strengths.of(key)
+        factor *= 1.0 if budget_strength is None else float(budget_strength)
         arrays.append(factor * np.asarray(block.importances()))
         sums[_layer(path)] = sums.get(_layer(path), 0.0) + float(arrays[-1].sum(dtype="float64"))
     return sums, arrays
 
 
-def _held(consolidation: Consolidation, trainable: Variables) -> dict[str, Variables]:
+def _anchored_by_layer(consolidation: Consolidation, trainable: Variables) -> dict[str, Variables]:
     """The trainable variables that have an anchor here, by layer."""
-    held: dict[str, Variables] = {}
+    by_layer: dict[str, Variables] = {}
     for path, variable in trainable.items():
         if path in consolidation.regularizer.anchors:
-            held.setdefault(_layer(path), {})[path] = variable
-    return held
+            by_layer.setdefault(_layer(path), {})[path] = variable
+    return by_layer
 
 
-def _reach(total: float, consolidation: Consolidation, held: Mapping[str, Any]) -> float:
+def _reach(total: float, consolidation: Consolidation, paths: Mapping[str, Any]) -> float:
     """See `LayerSummary.reach`: ½ δ² tr Λ = 1."""
     if total <= 0:
         return math.inf
-    anchors = [np.asarray(consolidation.regularizer.anchors[path], "float64") for path in held]
+    anchors = [np.asarray(consolidation.regularizer.anchors[path], "float64") for path in paths]
     size = math.sqrt(sum(float((a**2).sum()) for a in anchors) / sum(a.size for a in anchors))
     return math.sqrt(2 / total) / size if size else math.inf
 

@@ -27,10 +27,10 @@ def by_path(model: keras.Model) -> Variables:
     layer. The second one is numbered `_1`, and so on, in the order of the model's layers, which is
     the same whenever the model is built.
     """
-    found = list(_walk(model, "", set()))
-    if len({path for path, _ in found}) < len(found):
-        found = _told_apart(found, model)
-    return dict(found)
+    named = list(_walk(model, "", set()))
+    if len({path for path, _ in named}) < len(named):
+        named = _told_apart(named, model)
+    return dict(named)
 
 
 def trainable_by_path(model: keras.Model) -> Variables:
@@ -56,20 +56,20 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
 
 
 def _told_apart(
-    found: list[tuple[str, keras.Variable]], model: keras.Model
+    named: list[tuple[str, keras.Variable]], model: keras.Model
 ) -> list[tuple[str, keras.Variable]]:
     """Number the layers, or else the variables, that share a path with earlier ones."""
     owners = {id(v): id(layer) for layer in layers_within(model) for v in own_variables(layer)}
     first: dict[str, int] = {}  # the owner of the first variable with a path
     namesakes: set[tuple[str, int]] = set()  # layers to be numbered, with their path
-    for path, variable in found:
+    for path, variable in named:
         owner = owners.get(id(variable))
         if owner is not None and "/" in path and first.setdefault(path, owner) != owner:
             namesakes.add((path.rpartition("/")[0], owner))
-    taken = {path for path, _ in found} | {path.rpartition("/")[0] for path, _ in found}
+    taken = {path for path, _ in named} | {path.rpartition("/")[0] for path, _ in named}
     names: dict[tuple[str, int], str] = {}
     result: dict[str, keras.Variable] = {}
-    for path, variable in found:
+    for path, variable in named:
         layer, slash, name = path.rpartition("/")
         key = (layer, owners.get(id(variable), 0))
         if key in namesakes:

@@ -54,9 +54,9 @@ def wrapped(
     if inputs is not None:
         return kind(inputs, model(inputs), **settings)
     if is_hub_task(model):
-        made = for_hub_tasks(kind)(model.input, model.output, **settings)
-        keep_hub_task(made, model)
-        return made
+        wrapper = for_hub_tasks(kind)(model.input, model.output, **settings)
+        keep_hub_task(wrapper, model)
+        return wrapper
     if not getattr(model, "inputs", None):
         inputs = _inputs_as_built(model)
         try:
@@ -193,10 +193,10 @@ def _named_inputs(shapes: Any, name: str) -> Any:
     )
 
 
-def copied(name: str, given: Any, kind: type[keras.Model]) -> Any:
+def copied(name: str, setting: Any, kind: type[keras.Model]) -> Any:
     """A copy of a setting or of its serialized form; the copy will hold the model's state."""
-    serialized = isinstance(given, dict) and "class_name" in given
-    copy = keras.saving.deserialize_keras_object(given) if serialized else given
+    serialized = isinstance(setting, dict) and "class_name" in setting
+    copy = keras.saving.deserialize_keras_object(setting) if serialized else setting
     if copy is not None and not isinstance(copy, kind):
-        raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {given!r}")
+        raise ValueError(f"`{name}` must be a {kind.__name__} or None. Received: {setting!r}")
     return copy if serialized or copy is None else type(copy).from_config(copy.get_config())

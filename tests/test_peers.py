@@ -93,7 +93,7 @@ def test_si_is_the_path_integral_also_where_the_pull_moves_the_weights():
         technique.begin_task(model)
         model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         model.end_task((x, y), (x, y), rng)
-        found = model.fisher.given
+        found = model.fisher.importance_by_path
         start, work = theta.copy(), np.zeros_like(theta)
         for _ in range(2):
             for part in (slice(0, 4), slice(4, 8)):
@@ -325,7 +325,9 @@ def test_rwalk_is_the_walk_of_a_loop_in_float64():
         positive = np.maximum(earlier, 0)
         omega, anchor = fisher / fisher.max() + positive / positive.max(), theta.copy()
         np.testing.assert_allclose(model.trainable_variables[0], theta, rtol=1e-4)
-        np.testing.assert_allclose(next(iter(model.fisher.given.values())), omega, rtol=2e-3)
+        np.testing.assert_allclose(
+            next(iter(model.fisher.importance_by_path.values())), omega, rtol=2e-3
+        )
         model.consolidate()
 
 
@@ -355,7 +357,7 @@ def test_freezing_keeps_the_largest_of_the_free_parameters():
     assert np.all(then[~held] != after[~held])
     other = Freezing(share=0.5)
     other.prepare_state(technique.state())()
-    np.testing.assert_array_equal(other.kept["frozen"][0], held)
+    np.testing.assert_array_equal(other.slots["frozen"][0], held)
 
 
 # Runs.
@@ -484,7 +486,7 @@ def test_an_importance_that_cannot_be():
         technique.values = values
         with pytest.raises(ValueError, match=error):
             model.end_task(None, None, rng)
-    assert not model.fisher.given
+    assert not model.fisher.importance_by_path
     other = learner(Wrong(), fisher=None)
     with pytest.raises(ValueError, match="must be `held_by_importance`"):
         other.end_task(None, None, rng)

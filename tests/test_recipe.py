@@ -161,7 +161,7 @@ def test_a_model_trained_by_a_cosine_can_be_saved(tmp_path):
 def test_weight_decay_of_sgd_adds_up_to_that_in_the_gradient():
     """Without any other gradient, against a loop of heavy-ball momentum."""
     recipe = Recipe("sgd", 0.01, weight_decay=0.01)
-    optimizer, weight = recipe.made_optimizer(recipe.rate()), keras.Variable([2.0])
+    optimizer, weight = recipe.build_optimizer(recipe.rate()), keras.Variable([2.0])
     optimizer.build([weight])
     expected, velocity = 2.0, 0.0
     for _ in range(300):
@@ -175,7 +175,7 @@ def test_weight_decay_of_sgd_adds_up_to_that_in_the_gradient():
 def test_weight_decay_of_adam_is_that_of_adamw():
     recipe = Recipe("adam", 0.01, weight_decay=0.1)
     found = []
-    for optimizer in (recipe.made_optimizer(0.01), keras.optimizers.AdamW(0.01, 0.1)):
+    for optimizer in (recipe.build_optimizer(0.01), keras.optimizers.AdamW(0.01, 0.1)):
         weight = keras.Variable([2.0, -1.0])
         optimizer.build([weight])
         for _ in range(3):

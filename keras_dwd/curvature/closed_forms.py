@@ -248,7 +248,7 @@ def squared_lookups(ids: tf.Tensor, g: tf.Tensor, weights: tf.Tensor, vocabulary
 
 def summed_lookups(ids: tf.Tensor, g: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The ids of each example in order, and the sum of the gradients where each begins, else 0."""
-    # In the order of the ids, the occurrences in an example are neighbours.
+    # Sorted by id, all occurrences of an id in an example are next to each other.
     order = tf.argsort(ids, axis=1)
     ids, g = (tf.gather(t, order, batch_dims=1) for t in (ids, g))
     differs = tf.cast(ids[:, 1:] != ids[:, :-1], "int32")
@@ -306,7 +306,7 @@ def _scale_and_shift_gradients(
 
 
 def _uses_its_bias(layer: keras.Layer) -> bool:
-    """Whether `use_bias` has its value from before the layer was built."""
+    """Whether the layer adds the bias that it has: not if `use_bias` was set to False since."""
     return layer.use_bias or getattr(layer, "bias", None) is None
 
 

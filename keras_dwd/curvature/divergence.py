@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_dwd.curvature.likelihood import classes_last, computes_as, known_loss, log_of
 from keras_dwd.keras_private import set_mask
 
-# Losses of Keras whose labels are what the model is to give: the output of a teacher is a label.
+# Keras losses whose labels look like outputs, so the teacher's output can serve as label.
 _OF_VALUES = {
     keras.losses.MeanSquaredError: keras.losses.mean_squared_error,
     keras.losses.MeanAbsoluteError: keras.losses.mean_absolute_error,
@@ -86,10 +86,10 @@ class Divergence:
         # Smoothed labels are above zero at all classes.
         least = 0.5 if self._kind == "binary" else 1 / size
         labels = classes_last(tf.reshape(y, tf.shape(output)), self._known.axis)
-        given = tf.cast(labels, "float32") >= least
+        positive = tf.cast(labels, "float32") >= least
         if counted is not None:
-            given &= (counted > 0)[..., None]
-        return tf.reduce_any(given, axis=range(len(given.shape) - 1))
+            positive &= (counted > 0)[..., None]
+        return tf.reduce_any(positive, axis=range(len(positive.shape) - 1))
 
     def values(
         self, teacher: tf.Tensor, student: tf.Tensor, old: tf.Tensor, axis: int | None = None
@@ -144,8 +144,8 @@ class Divergence:
             sample_weight: The sample weights of the output.
         """
         if self._known.ignored is not None:
-            kept = tf.cast(y, "float32") != float(self._known.ignored)
-            set_mask(values, tf.reshape(kept, tf.shape(values)))
+            not_ignored = tf.cast(y, "float32") != float(self._known.ignored)
+            set_mask(values, tf.reshape(not_ignored, tf.shape(values)))
         total = _Values(values, self.reduction)(output, output, sample_weight)
         return tf.reduce_sum(tf.cast(total, "float32"))
 

@@ -18,7 +18,8 @@ from keras_dwd.learner import Learner, data_loss
 # The loss gradients of the examples alone may differ from those in the batch by this share of their
 # squares: rounding stays far below, losses that compare examples are far above.
 TOLERANCE = 0.02
-# Outputs that differ by this share of their squares, in a batch and alone, do so not by rounding.
+# An output may differ by this share of its squares between an example alone and in its batch, from
+# rounding. If it differs by more, the examples of the batch influence each other.
 _MIXED = 1e-3
 # Below this mean square of their gradients the examples are learned, up to rounding.
 _LEAST_SQUARE = 1e-9
@@ -27,19 +28,19 @@ _LEAST_SQUARE = 1e-9
 # Structures, in which Keras allows `None` at any place.
 
 
-def leaves(structure: Any) -> list[Any]:
+def arrays_in(structure: Any) -> list[Any]:
     """The arrays or tensors in a structure, without `None`."""
     return [leaf for leaf in tf.nest.flatten(structure) if leaf is not None]
 
 
-def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
-    """A structure with `function` applied to all its leaves but `None`."""
+def map_arrays(function: Callable[[Any], Any], structure: Any) -> Any:
+    """A structure with `function` applied to all its arrays or tensors; `None` stays."""
     return tf.nest.map_structure(lambda a: None if a is None else function(a), structure)
 
 
 def count_of(batch: Any) -> tf.Tensor:
     """The number of examples of a batch, an int32 scalar. Graph code."""
-    first = leaves(batch)[0]
+    first = arrays_in(batch)[0]
     ragged = isinstance(first, tf.RaggedTensor)
     return tf.cast(first.nrows() if ragged else tf.shape(first)[0], "int32")
 
@@ -56,7 +57,7 @@ def part_of(batch: Any, first: Any, count: int) -> Any:
         sliced.set_shape((count, *leaf.shape[1:]))
         return sliced
 
-    return map_leaves(part, batch)
+    return map_arrays(part, batch)
 
 
 def one_each(sample_weight: Any) -> bool:
@@ -90,7 +91,7 @@ def carried_states(model: Learner) -> list[keras.Variable]:
 
 
 @contextmanager
-def kept(
+def restored_after(
     variables: Sequence[keras.Variable], within: Sequence[tf.Tensor] | None = None
 ) -> Iterator[None]:
     """Context manager that gives variables their current values again at its end. Graph code.
@@ -130,12 +131,12 @@ def loss_gradients(
     Returns:
         The gradients as a flat list, each in the shape of its output.
     """
-    given = tf.nest.flatten((batch, masks))
-    present = leaves(given)
+    flattened = tf.nest.flatten((batch, masks))
+    present = arrays_in(flattened)
 
     def gradients_of(example: list[Any]) -> list[tf.Tensor]:
         following = iter(example)
-        flat = [None if leaf is None else next(following) for leaf in given]
+        flat = [None if leaf is None else next(following) for leaf in flattened]
         alone, masked = tf.nest.pack_sequence_as((batch, masks), flat)
         return [g[0] for g in _output_gradients(model, alone, masked, scale)]
 
@@ -224,12 +225,12 @@ def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
     except Exception:  # such as a model with a fixed batch size
         return tf.zeros(())
     count = count_of(x)
-    found = [tf.zeros((), "bool")]
+    mixed = [tf.zeros((), "bool")]
     for output, single, same in zip(tf.nest.flatten(outputs), alone, again, strict=True):
         if not (isinstance(output, tf.Tensor) and output.dtype.is_floating):
             continue
         shapes = tf.shape(output)[1:], tf.shape(single)[1:]
-        found.append(tf.reduce_any((shapes[0] == count) & (shapes[1] == 1) & (count > 1)))
+        mixed.append(tf.reduce_any((shapes[0] == count) & (shapes[1] == 1) & (count > 1)))
         # Other axes may differ, such as one that is padded to the longest sequence of a batch.
         sizes = tf.concat([[1], tf.minimum(*shapes)], 0)
         in_batch, single, same = (
@@ -240,8 +241,8 @@ def mixing(model: Learner, x: Any, outputs: Any) -> tf.Tensor:
         difference = _square(in_batch - single)
         random = _square(single - same) > 1e-3 * difference
         comparable = tf.reduce_all(shapes[0] == shapes[1]) & ~random
-        found.append(comparable & (difference > _MIXED * _square(single + in_batch)))
-    return tf.cast(tf.reduce_any(tf.stack(found)), "float32")
+        mixed.append(comparable & (difference > _MIXED * _square(single + in_batch)))
+    return tf.cast(tf.reduce_any(tf.stack(mixed)), "float32")
 
 
 def _square(tensor: tf.Tensor) -> tf.Tensor:

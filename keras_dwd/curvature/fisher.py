@@ -19,18 +19,18 @@ from keras_dwd.curvature import (  # noqa: F401  (to register the rules)
 )
 from keras_dwd.curvature.examples import (
     TOLERANCE,
+    arrays_in,
     carried_states,
     carries_state,
     count_of,
     coupling,
     has_gradient,
-    kept,
-    leaves,
     loss_gradients,
     masks_of,
     mixing,
     one_each,
     part_of,
+    restored_after,
 )
 from keras_dwd.curvature.influence import LEAST_MARGIN, influence
 from keras_dwd.curvature.layer_recorder import Call, LayerRecorder
@@ -253,8 +253,8 @@ class Fisher(FixedSettings):
 
     def reset(self) -> None:
         """Reset the online estimate at the start of a new task."""
-        noted = [self.weight, self.examples_seen, self.coupling, self.contradiction]
-        for variable in [*noted, *self.slots.values()]:
+        scalars = [self.weight, self.examples_seen, self.coupling, self.contradiction]
+        for variable in [*scalars, *self.slots.values()]:
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
     def set_examples_seen(self, examples: int) -> None:
@@ -368,14 +368,14 @@ class Fisher(FixedSettings):
         weights = tf.fill((count,), 1 / tf.cast(count, "float32"))
         if sample_weight is not None:
             counted = counted_positions(model, y, outputs, masks)
-            given = example_weights(model, sample_weight, counted, not inner_weights)
-            weights *= 1.0 if given is None else given
+            factors = example_weights(model, sample_weight, counted, not inner_weights)
+            weights *= 1.0 if factors is None else factors
         of_loss = (x, labels, loss_outputs, *inner_weights)
         by_outputs = loss_gradients(model, of_loss, masks, scale)
-        self._note_coupling(coupling(model, of_loss, by_outputs, scale))
+        self._record_coupling(coupling(model, of_loss, by_outputs, scale))
         if not before:
             once = tf.cond(processed == 0, lambda: mixing(model, x, outputs), lambda: tf.zeros(()))
-            self._note_coupling(once)
+            self._record_coupling(once)
         margin, roots = self._roots(
             model, y, outputs, by_outputs, masks, weights > 0, scale, communicator, *inner_weights
         )
@@ -389,9 +389,9 @@ class Fisher(FixedSettings):
         of_users: dict[RuledLayer, list[LayerIO]] = {}
         for ruled, of_layer in flows.items():
             if of_layer:
-                found = self.layer_statistics(ruled, of_layer, weights)
-                statistics |= found
-                covered |= {name.partition("/")[2] for name in found}
+                layer_statistics = self.layer_statistics(ruled, of_layer, weights)
+                statistics |= layer_statistics
+                covered |= {name.partition("/")[2] for name in layer_statistics}
                 covered |= set(ruled.matrix_paths if ruled.form else ())
                 if is_of_user(ruled.rule):
                     of_users[ruled] = of_layer
@@ -414,12 +414,12 @@ class Fisher(FixedSettings):
         outputs: Any,
         by_outputs: list[tf.Tensor],
         masks: dict[int, tf.Tensor],
-        there: tf.Tensor,
+        has_weight: tf.Tensor,
         scale: float,
         communicator: Communicator,
         *weights: Any,
     ) -> tuple[tf.Tensor, list[tf.Tensor] | None]:
-        """What the estimate multiplies an example's gradients by; the mean squared margin.
+        """The mean squared margin, and by output the factor for the gradient of each example.
 
         Args:
             model: A compiled model.
@@ -427,8 +427,8 @@ class Fisher(FixedSettings):
             outputs: The outputs of the model.
             by_outputs: The gradients of each example's loss by the outputs of the loss, scaled.
             masks: Keras masks of the outputs, by index in the flat list of outputs.
-            there: Whether an example has a weight, `(batch,)`. Those without are ignored, such as
-                those that pad the batches of workers.
+            has_weight: Whether an example has a weight, `(batch,)`. Those without are ignored, such
+                as those that pad the batches of workers.
             scale: The factor in the gradients.
             communicator: The workers whose batches form one global batch.
             *weights: Sample weights of positions, if there are any.
@@ -446,7 +446,7 @@ class Fisher(FixedSettings):
         of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)]
         counted = counted_positions(model, y, outputs, masks, *weights)
         factors, margin = influence(
-            model, y, outputs, of_logits, counted, there, communicator, *weights
+            model, y, outputs, of_logits, counted, has_weight, communicator, *weights
         )
         more = [tf.sqrt(factor) for factor in factors]
         return margin, more if roots is None else [r * m for r, m in zip(roots, more, strict=True)]
@@ -507,8 +507,8 @@ class Fisher(FixedSettings):
             ones = tf.ones((count_of(batch),))
             squares = self._one_by_one(model, named, batch, ones, scale, [], roots)
             true = {name.partition("/")[2]: value for name, value in squares.items()}
-            found = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
-            return tf.reduce_max(tf.stack(found))
+            deviations = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
+            return tf.reduce_max(tf.stack(deviations))
 
         share = tf.cond(due, largest, lambda: tf.zeros(()))
         self.contradiction.assign(tf.maximum(self.contradiction.value, share))
@@ -563,7 +563,7 @@ class Fisher(FixedSettings):
 
         def squares(weight: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor]:
             x, y, *inner_weights = part_of(batch, index, 1)
-            with tf.GradientTape() as tape, kept(states, before):
+            with tf.GradientTape() as tape, restored_after(states, before):
                 outputs = self._loss_outputs(
                     model, model(batch[0] if together else x, training=False)
                 )
@@ -628,7 +628,7 @@ class Fisher(FixedSettings):
             )
 
     def _cause_of_zero(self, model: Learner) -> str:
-        if not leaves(model.loss) and not has_own_loss(model):
+        if not arrays_in(model.loss) and not has_own_loss(model):
             return (
                 "the model has no loss in `compile`, and losses that layers add with `add_loss` "
                 "are not part of it. Pass a loss to `compile`, or define `compute_loss` in a "
@@ -673,7 +673,7 @@ class Fisher(FixedSettings):
         self.failure = ""
         self.coupling.assign(0.0)
 
-    def _note_coupling(self, share: tf.Tensor) -> None:
+    def _record_coupling(self, share: tf.Tensor) -> None:
         self.coupling.assign(tf.maximum(self.coupling.value, share))
 
     @property
@@ -795,8 +795,8 @@ def _rescaled(outputs: Any, factors: list[tf.Tensor]) -> Any:
         set_mask(rescaled, mask_of(output))
         return rescaled
 
-    found = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
-    return tf.nest.pack_sequence_as(outputs, found) if tf.nest.is_nested(outputs) else found[0]
+    flat = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
+    return tf.nest.pack_sequence_as(outputs, flat) if tf.nest.is_nested(outputs) else flat[0]
 
 
 def _floats(x: Any) -> Any:

@@ -49,7 +49,7 @@ def squared_margins(
     """
     targets, losses = tf.nest.flatten(outputs), losses_of(model)
     all_of_each = [None] * len(targets)
-    found = []
+    margins = []
     for loss, output, where, weight in zip(
         losses, targets, counted or all_of_each, by_output(weights, losses), strict=True
     ):
@@ -72,8 +72,8 @@ def squared_margins(
         where *= tf.cast(tf.math.is_finite(flat(squares)), where.dtype)
         squares = tf.where(tf.math.is_finite(squares), squares, 0.0)
         total = tf.reduce_sum(flat(squares) * where, 1)
-        found.append(tf.math.divide_no_nan(total, tf.reduce_sum(where, 1)))
-    return found
+        margins.append(tf.math.divide_no_nan(total, tf.reduce_sum(where, 1)))
+    return margins
 
 
 def influence(
@@ -82,14 +82,14 @@ def influence(
     outputs: Any,
     gradients: Sequence[tf.Tensor],
     counted: Counted,
-    there: tf.Tensor,
+    has_weight: tf.Tensor,
     communicator: Communicator,
     weights: Any = None,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """What the estimator `influence` multiplies squared gradients by, and divides blocks by.
 
     An example counts less the larger its gradient by the outputs is, so that all count about the
-    same. Each loss counts by how it bends, relative to the squared margin of its output. Graph
+    same. Each loss counts by its curvature, relative to the squared margin of its output. Graph
     code.
 
     Args:
@@ -98,7 +98,7 @@ def influence(
         outputs: The outputs of the model.
         gradients: The gradient of each example's loss by the logits of each output.
         counted: See `counted_positions`.
-        there: Whether an example has a weight, `(batch,)`.
+        has_weight: Whether an example has a weight, `(batch,)`.
         communicator: The workers whose batches form one.
         weights: Sample weights of positions, if there are any.
 
@@ -109,11 +109,11 @@ def influence(
     columns = []
     for part in parts:
         g = tf.concat([flat(gradients[i]) for i in part], 1)
-        counts = there & present([counted[i] for i in part], outputs)
+        counts = has_weight & present([counted[i] for i in part], outputs)
         columns.append(tf.where(counts, tf.reduce_sum(g**2, 1), np.inf))
         columns += [margins[part[0]], *_along(model, y, outputs, gradients, part)]
     of_all = communicator.gather(tf.stack(columns, 1), "residuals")
-    found = []
+    by_part = []
     for k, part in enumerate(parts):
         squares, margin, along, lengths = (of_all[:, 4 * k + i] for i in range(4))
         exist = squares < np.inf
@@ -126,11 +126,13 @@ def influence(
         bend = _bend(model, part, *(share * column for column in (existing, along, lengths)))
         has_gradient = tf.reduce_any(exist & (squares > 0)) | (len(parts) == 1)
         mine = tf.math.reciprocal_no_nan(columns[4 * k] + median)
-        found.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
-    weight = tf.add_n([there for _, _, there in found])
-    overall = tf.math.divide_no_nan(tf.add_n([m * there for _, m, there in found]), weight)
-    factors = [tf.zeros_like(there, "float32")] * len(gradients)
-    for part, (factor, margin, _) in zip(parts, found, strict=True):
+        by_part.append((mine * bend, margin, tf.cast(has_gradient & (count > 0), "float32")))
+    weight = tf.add_n([counted_in for _, _, counted_in in by_part])
+    overall = tf.math.divide_no_nan(
+        tf.add_n([m * counted_in for _, m, counted_in in by_part]), weight
+    )
+    factors = [tf.zeros_like(has_weight, "float32")] * len(gradients)
+    for part, (factor, margin, _) in zip(parts, by_part, strict=True):
         for index in part:
             factors[index] = factor * ((overall + LEAST_MARGIN) / (margin + LEAST_MARGIN))
     return factors, overall
@@ -147,7 +149,7 @@ def _parts(model: Learner) -> list[list[int]]:
 def _bend(
     model: Learner, part: list[int], squares: tf.Tensor, along: tf.Tensor, lengths: tf.Tensor
 ) -> tf.Tensor:
-    """How strongly a loss bends, as ½ b e² does by b: g² relative to g e, with g = b e.
+    """The curvature b of the loss in the error e, estimated as g² / (g·e): exact for ½ b e².
 
     That is 2 for the squared error of one value, at any size of the errors. Cross-entropies, whose
     curvature vanishes as they are learned, count by their weight alone. So do losses that are no
@@ -163,7 +165,7 @@ def _bend(
 def _along(
     model: Learner, y: Any, outputs: Any, gradients: Sequence[tf.Tensor], part: list[int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """For each example g e, the product of the gradient with the error, and at most |g| |e|.
+    """Per example: the inner product of gradient and error, and its upper bound |g| |e|.
 
     Zero if there is no error: there is one where the labels have the shape of the outputs.
     """

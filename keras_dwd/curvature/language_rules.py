@@ -136,7 +136,7 @@ class Uses:
         return _squared_products(self.by_logits, self.hidden, weights, *lookups)
 
     def reverse_squares(self, weights: tf.Tensor) -> tf.Tensor:
-        """The same of a table of its own that is multiplied by."""
+        """Σ_b w_b D_b² for a separate (untied) output table."""
         return _squared_products(self.hidden, self.by_logits, weights)
 
     def projected(self, matrix: tf.Tensor) -> "Uses":

@@ -74,8 +74,8 @@ class LayerRecorder:
     ):
         self._layers = list({id(layer): layer for layer in layers}.values())
         self._cut = cut
-        self._found: dict[int, dict[str, Any]] = {}  # attributes by layer
-        self._found_cells: dict[int, dict[str, Any]] = {}  # those of its cell, by recurrent layer
+        self._attributes_before: dict[int, dict[str, Any]] = {}  # by id of the layer
+        self._cell_attributes_before: dict[int, dict[str, Any]] = {}  # of its cell
         self.entered: list[tf.Tensor] = []  # the inputs of layers, if `cut`
         self._activated = {id(layer) for layer in activated}
         self._methods = dict(methods or {})
@@ -87,9 +87,9 @@ class LayerRecorder:
     def __enter__(self) -> "LayerRecorder":
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for layer in self._layers:
-            self._found[id(layer)] = dict(layer.__dict__)
+            self._attributes_before[id(layer)] = dict(layer.__dict__)
             if isinstance(layer, keras.layers.RNN):
-                self._found_cells[id(layer)] = dict(layer.cell.__dict__)
+                self._cell_attributes_before[id(layer)] = dict(layer.cell.__dict__)
             layer.__dict__["call"] = self._recording(layer, layer.call)
             if "use_cudnn" in layer.__dict__:  # else `Bidirectional` computes both layers itself
                 layer.__dict__["use_cudnn"] = False
@@ -98,7 +98,7 @@ class LayerRecorder:
     def __exit__(self, *error: Any) -> None:
         for layer in self._layers:
             layer.__dict__.pop("call", None)
-            before = self._found[id(layer)]
+            before = self._attributes_before[id(layer)]
             for name in {"call", "use_cudnn"} & before.keys():  # `call` was replaced already
                 layer.__dict__[name] = before[name]
 
@@ -156,7 +156,7 @@ class LayerRecorder:
 
     @contextmanager
     def _recording_within(
-        self, layer: keras.Layer, inputs: tuple[Any, ...], found: list[tf.Tensor]
+        self, layer: keras.Layer, inputs: tuple[Any, ...], recordings: list[tf.Tensor]
     ) -> Iterator[None]:
         """Record what goes into the activation of a layer, or comes out of its method."""
         attributes = vars(layer)  # `setattr` would track an activation that is a layer again
@@ -172,7 +172,7 @@ class LayerRecorder:
             if threading.get_ident() != self._thread:
                 return function(*args, **kwargs)
             z = _repeated(function(*args, **kwargs), inputs[0]) if method else args[0]
-            found.append(z)
+            recordings.append(z)
             z = tf.stop_gradient(z) if self._cut else z
             return z if method else function(z)
 
@@ -193,12 +193,12 @@ class LayerRecorder:
         """
         if in_stateless_scope():
             return True
-        known = [(layer.__dict__, self._found[id(layer)])]
-        if id(layer) in self._found_cells:
-            known.append((layer.cell.__dict__, self._found_cells[id(layer)]))
+        known = [(layer.__dict__, self._attributes_before[id(layer)])]
+        if id(layer) in self._cell_attributes_before:
+            known.append((layer.cell.__dict__, self._cell_attributes_before[id(layer)]))
         return any(
-            value is not found.get(name) and any(map(_is_value, (value, found.get(name))))
-            for now, found in known
+            value is not before.get(name) and any(map(_is_value, (value, before.get(name))))
+            for now, before in known
             for name, value in now.items()
         )
 
@@ -215,13 +215,13 @@ def _inputs(bound: inspect.BoundArguments) -> tuple[Any, ...]:
 
 def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
     """The arguments after the first that differ from their defaults, see `Call`."""
-    given = {}
+    non_default = {}
     for name, value in list(bound.arguments.items())[1:]:
         default = bound.signature.parameters[name].default
         same = value is default or (type(value) is type(default) and value == default)
         if not (same or name == "training" or name.endswith("mask")):
-            given[name] = value
-    return given
+            non_default[name] = value
+    return non_default
 
 
 def _repeated(tensor: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:

@@ -43,13 +43,13 @@ def known_loss(loss: Any) -> KnownLoss:
         if loss is as_function:
             return KnownLoss(kind, from_logits=False)
         if isinstance(loss, as_class) and computes_as(loss, as_class):
-            given = loss_arguments(loss)
+            arguments = loss_arguments(loss)
             return KnownLoss(
                 kind,
-                bool(given.get("from_logits", False)),
-                int(given.get("axis", -1)),
-                given.get("ignore_class"),
-                float(given.get("label_smoothing", 0.0)),
+                bool(arguments.get("from_logits", False)),
+                int(arguments.get("axis", -1)),
+                arguments.get("ignore_class"),
+                float(arguments.get("label_smoothing", 0.0)),
             )
     return _OTHER
 
@@ -86,8 +86,8 @@ def check_likelihoods(model: Learner, unlabelled: bool) -> None:
     for name, loss in zip(output_names(model), losses, strict=True):
         if known_loss(loss).kind or (loss is None and any(other is not None for other in losses)):
             continue
-        given = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
-        received = f"The loss of {name!r} is {given}."
+        loss_name = None if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        received = f"The loss of {name!r} is {loss_name}."
         if unlabelled:
             raise ValueError(
                 "Inputs without labels: the labels are then drawn from the model, whose losses "
@@ -136,7 +136,7 @@ def counted_positions(
     Returns:
         The positions of each output, in its shape without the axis of the classes.
     """
-    found: Counted = []
+    positions: Counted = []
     flat, losses = [with_an_axis(t) for t in tf.nest.flatten(outputs)], losses_of(model)
     labels, each_weight = (by_output(values, losses) for values in (y, weights))
     for index, (loss, output) in enumerate(zip(losses, flat, strict=True)):
@@ -145,14 +145,14 @@ def counted_positions(
         if index in masks:
             counted.append(at_positions(tf.cast(masks[index], "bool"), shape, output))
         if known.ignored is not None and labels[index] is not None:
-            kept = tf.cast(labels[index], "float32") != float(known.ignored)
-            counted.append(tf.reshape(kept, shape))
+            not_ignored = tf.cast(labels[index], "float32") != float(known.ignored)
+            counted.append(tf.reshape(not_ignored, shape))
         if each_weight[index] is not None:
             positive = tf.cast(each_weight[index], "float32") > 0
             counted.append(at_positions(positive, shape, output))
         together = tf.reduce_all(tf.stack(counted), 0) if counted else None
-        found.append(None if together is None else tf.cast(together, "float32"))
-    return found
+        positions.append(None if together is None else tf.cast(together, "float32"))
+    return positions
 
 
 def by_output(values: Any, losses: list[Any]) -> list[Any]:
@@ -206,13 +206,13 @@ def positions_of(
         `None` if no output has positions, or if the model has a loss of its own.
     """
     losses, flat = losses_of(model), tf.nest.flatten(outputs)
-    found, several = [], False
+    factors, several = [], False
     for loss, output, each, weight in zip(
         losses, flat, counted, by_output(weights, losses), strict=True
     ):
         known = known_loss(loss)
         if known.kind not in ("sparse", "categorical", "binary") or len(output.shape) < 3:
-            found.append(tf.ones(tf.shape(output)[:1]))
+            factors.append(tf.ones(tf.shape(output)[:1]))
             continue
         several = True
         shape = tf.shape(classes_last(output, known.axis))[:-1]
@@ -222,8 +222,8 @@ def positions_of(
         divisor = {"mean": mask, "weighted mean": weighted}.get(_reduction(loss))
         total = 1.0 if divisor is None else tf.reduce_sum(_flat(divisor), 1)
         squares = tf.reduce_sum(_flat(weighted) ** 2, 1)
-        found.append(tf.math.divide_no_nan(total**2, squares))
-    return found if several and not has_own_loss(model) else None
+        factors.append(tf.math.divide_no_nan(total**2, squares))
+    return factors if several and not has_own_loss(model) else None
 
 
 def sample_labels(
@@ -250,19 +250,19 @@ def sample_labels(
     """
     check_likelihoods(model, unlabelled=y is None)
     flat, losses = tf.nest.flatten(outputs), losses_of(model)
-    given, positions = by_output(y, losses), counted or [None] * len(flat)
+    true_labels, positions = by_output(y, losses), counted or [None] * len(flat)
     drawn = [
         tf.zeros(tf.shape(output)[:1])
         if loss is None
-        else _drawn(loss, labels, output, tf.stack([first, place]), where)
+        else _sample_output_labels(loss, labels, output, tf.stack([first, place]), where)
         for place, (loss, labels, output, where) in enumerate(
-            zip(losses, given, flat, positions, strict=True)
+            zip(losses, true_labels, flat, positions, strict=True)
         )
     ]
     return tf.nest.pack_sequence_as(outputs, drawn) if tf.nest.is_nested(outputs) else drawn[0]
 
 
-def _drawn(
+def _sample_output_labels(
     loss: Any, y: Any, output: tf.Tensor, seed: tf.Tensor, counted: tf.Tensor | None
 ) -> tf.Tensor:
     """Labels of one output, see `sample_labels`."""
@@ -358,14 +358,14 @@ def sums_examples(model: Learner) -> bool:
     Raises:
         ValueError: If it is a sum at some outputs and a mean at others.
     """
-    found = reductions(model)
-    if "sum" in found and len(found) > 1:
+    kinds = reductions(model)
+    if "sum" in kinds and len(kinds) > 1:
         raise ValueError(
             "The estimators 'batch' and 'adam' need losses that are all sums over the batch or all "
             "means. Of this model some have the reduction 'sum' or None, others do not: give all "
             "the same `reduction`, or use the estimator 'empirical' or 'influence'."
         )
-    return found == {"sum"}
+    return kinds == {"sum"}
 
 
 def example_weights(
@@ -386,10 +386,10 @@ def example_weights(
     Raises:
         ValueError: If the losses would need different weights.
     """
-    found = reductions(model)
-    if "weighted mean" not in found:
+    kinds = reductions(model)
+    if "weighted mean" not in kinds:
         return tf.cast(tf.reshape(sample_weight, (-1,)), "float32") if per_example else None
-    if len(found) > 1 or (len(counted) > 1 and not per_example):
+    if len(kinds) > 1 or (len(counted) > 1 and not per_example):
         raise ValueError(
             "With the reduction 'mean_with_sample_weight' and several outputs, `sample_weight` "
             "must be one array with a weight per example, and all losses must have this reduction: "
@@ -455,7 +455,7 @@ def losses_of(model: Learner) -> list[Any]:
 
 def loss_weights_of(model: Learner) -> list[float]:
     """The factor of the loss of each output, in the order of `model.outputs`."""
-    given, losses = loss_weights(model), losses_of(model)
-    if isinstance(given, dict):
-        return [float(given.get(name, 1.0)) for name in output_names(model)]
-    return [1.0 if weight is None else float(weight) for weight in by_output(given, losses)]
+    weights, losses = loss_weights(model), losses_of(model)
+    if isinstance(weights, dict):
+        return [float(weights.get(name, 1.0)) for name in output_names(model)]
+    return [1.0 if weight is None else float(weight) for weight in by_output(weights, losses)]

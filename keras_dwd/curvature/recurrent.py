@@ -62,12 +62,12 @@ class _Unfolded:
 
     def of(self, flow: LayerIO) -> tuple[LayerIO, LayerIO]:
         """What the kernel and the recurrent kernel multiply in a call, each once. Graph code."""
-        for known, found in self._known:
+        for known, unfolded in self._known:
             if known is flow:
-                return found
-        found = _unfold(self._layer, flow)
-        self._known.append((flow, found))
-        return found
+                return unfolded
+        unfolded = _unfold(self._layer, flow)
+        self._known.append((flow, unfolded))
+        return unfolded
 
 
 class _InputRule(MatrixRule):
@@ -84,8 +84,8 @@ class _InputRule(MatrixRule):
         return True
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
-        found, _ = self._unfolded.of(flow)
-        return found.inputs[0], found.gradient
+        projection, _ = self._unfolded.of(flow)
+        return projection.inputs[0], projection.gradient
 
 
 class _StateRule(_InputRule):
@@ -95,8 +95,8 @@ class _StateRule(_InputRule):
         return _form(layer.recurrent_kernel, None)
 
     def rows(self, layer: keras.Layer, flow: LayerIO) -> tuple[tf.Tensor, tf.Tensor]:
-        _, found = self._unfolded.of(flow)
-        return found.inputs[0], found.gradient
+        _, projection = self._unfolded.of(flow)
+        return projection.inputs[0], projection.gradient
 
 
 class _BiasesRule(Rule):
@@ -148,14 +148,14 @@ def _unfold(layer: keras.Layer, flow: LayerIO) -> tuple[LayerIO, LayerIO]:
     states = flow.initial_state or loop.get_initial_state(tf.shape(inputs)[0])
     with tf.GradientTape() as tape:
         tape.watch(projected)
-        found, *last = loop(projected, initial_state=list(states), mask=flow.mask)
-        output = found[..., : cell.units]
+        per_step, *last = loop(projected, initial_state=list(states), mask=flow.mask)
+        output = per_step[..., : cell.units]
         output = output if layer.return_sequences else output[:, -1]
         outputs = [output, *last] if layer.return_state else [output]
     gradient = tape.gradient(outputs, projected, output_gradients=tf.nest.flatten(flow.gradient))
     if layer.go_backwards:  # the recurrence gives its results in the order of its steps
-        found = tf.reverse(found, [1])
-    _, state, *reset = tf.split(found, found.shape[-1] // cell.units, -1)
+        per_step = tf.reverse(per_step, [1])
+    _, state, *reset = tf.split(per_step, per_step.shape[-1] // cell.units, -1)
     rows, at_state = _products_with_state(cell, state, *reset, gradient=gradient)
     return LayerIO((inputs,), gradient, flow.first), LayerIO((rows,), at_state, flow.first)
 

@@ -30,7 +30,7 @@ def contradiction(
     """
     ones = tf.ones(tf.shape(flows[0].gradient)[:1])
     squares = ruled.rule.squares(ruled.layer, list(flows), ones)
-    found = {ruled.paths[name]: value for name, value in squares.items()}
+    by_path = {ruled.paths[name]: value for name, value in squares.items()}
     if ruled.form is not None:  # the factors are made of these rows
         a, g = ruled.all_rows(list(flows))
         if ruled.form.bias_shape is not None:
@@ -40,7 +40,7 @@ def contradiction(
         pairs = [(value, true[path]) for path, value in of_rows.items() if path in true]
     else:
         pairs = []
-    pairs += [(value, true[path]) for path, value in found.items() if path in true]
+    pairs += [(value, true[path]) for path, value in by_path.items() if path in true]
     shares = [tf.zeros(())]
     for value, expected in pairs:
         largest = tf.maximum(tf.reduce_max(tf.abs(value)), tf.reduce_max(expected))

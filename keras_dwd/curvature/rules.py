@@ -306,7 +306,7 @@ def register_rule(
     return register
 
 
-# What a subclass may define, or an instance replace, without computing anything else.
+# What a subclass or an instance may override without changing what the layer computes.
 _HARMLESS = {
     *("__init__", "build", "quantize", "get_config", "from_config", "get_build_config"),
     *("build_from_config", "save_own_variables", "load_own_variables", "count_params"),
@@ -377,10 +377,10 @@ def has_variables(layer: keras.Layer, names: tuple[str, ...] | Mapping[str, str]
     `computes_as` is about.
     """
     attributes = names if isinstance(names, Mapping) else {name: name for name in names}
-    held = {name: getattr(layer, attribute, None) for name, attribute in attributes.items()}
-    known = all(held.get(v.name) is v for v in own_trainable_variables(layer))
+    values = {name: getattr(layer, attribute, None) for name, attribute in attributes.items()}
+    known = all(values.get(v.name) is v for v in own_trainable_variables(layer))
     own = {id(v) for v in own_variables(layer)}
-    return known and all(v is None or id(v) in own for v in held.values())
+    return known and all(v is None or id(v) in own for v in values.values())
 
 
 @dataclass(frozen=True)
@@ -443,8 +443,8 @@ class RuledLayer:
             return None
         rule = _of_type(parent, _RULES)
         form = rule.matrix(layer) if rule is not None and rule.supports(layer) else None
-        held = {"kernel"} if form is None or form.bias_shape is None else {"kernel", "bias"}
-        return form if held <= self.paths.keys() else None
+        needed = {"kernel"} if form is None or form.bias_shape is None else {"kernel", "bias"}
+        return form if needed <= self.paths.keys() else None
 
     @property
     def beside(self) -> bool:
@@ -489,11 +489,13 @@ def methods_of(layers: Iterable[RuledLayer]) -> dict[int, str]:
 
 def _layers_with_variables(model: Learner) -> list[RuledLayer]:
     paths = {id(v): path for path, v in by_path(model).items()}
-    found = layers_within(model)
-    nested = {id(layer): rule for layer in found if (rule := nested_rule_for(layer))}
-    callers = Counter(id(nested[id(layer)].within(layer)) for layer in found if id(layer) in nested)
+    all_layers = layers_within(model)
+    nested = {id(layer): rule for layer in all_layers if (rule := nested_rule_for(layer))}
+    callers = Counter(
+        id(nested[id(layer)].within(layer)) for layer in all_layers if id(layer) in nested
+    )
     candidates, owners = [], Counter[int]()
-    for layer in found:
+    for layer in all_layers:
         if id(layer) in nested:
             candidates += _parts(layer, nested[id(layer)], paths)
         # Without the variables of nested layers.

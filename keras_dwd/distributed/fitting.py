@@ -21,22 +21,22 @@ from keras_dwd.variables import by_path
 _WRITERS = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard, keras.callbacks.RemoteMonitor)
 
 
-def check_compile(learned: Consolidation, workers: Workers, given: dict[str, Any]) -> None:
+def check_compile(learned: Consolidation, workers: Workers, arguments: dict[str, Any]) -> None:
     """Raise `ValueError` for settings that several workers do not support.
 
     Args:
         learned: The consolidation state of the model.
         workers: The workers that will train the model.
-        given: The arguments of `compile` by name. With several workers `jit_compile="auto"` is
+        arguments: The arguments of `compile` by name. With several workers `jit_compile="auto"` is
             changed to `False`, as XLA does not support Horovod.
     """
     if not workers.several:
         return
-    if given.setdefault("jit_compile", "auto") == "auto":
-        given["jit_compile"] = False
-    if given["jit_compile"]:
+    if arguments.setdefault("jit_compile", "auto") == "auto":
+        arguments["jit_compile"] = False
+    if arguments["jit_compile"]:
         raise ValueError("`jit_compile` must be False with several workers: XLA knows no Horovod.")
-    losses = [keras.losses.get(loss) for loss in tf.nest.flatten(given.get("loss"))]
+    losses = [keras.losses.get(loss) for loss in tf.nest.flatten(arguments.get("loss"))]
     if any(getattr(loss, "reduction", None) == "sum" for loss in losses):
         raise ValueError(
             "`loss` must be a mean over examples with several workers. Received one with the "
@@ -58,60 +58,60 @@ def check_compile(learned: Consolidation, workers: Workers, given: dict[str, Any
             )
 
 
-def share_fit(model: Learner, learned: Consolidation, given: dict[str, Any]) -> None:
+def share_fit(model: Learner, learned: Consolidation, arguments: dict[str, Any]) -> None:
     """Change the arguments of `fit` in place to this worker's share of the training.
 
     Args:
         model: A compiled model.
         learned: The consolidation state of the model.
-        given: The arguments of `fit` by name.
+        arguments: The arguments of `fit` by name.
     """
     workers = learned.workers
     rank, size = workers.communicator.rank, workers.communicator.size
-    x, orders = given.get("x"), list[keras.callbacks.Callback]()
-    split = given.pop("validation_split", 0.0)
-    by_class = given.pop("class_weight", None)
+    x, orders = arguments.get("x"), list[keras.callbacks.Callback]()
+    split = arguments.pop("validation_split", 0.0)
+    by_class = arguments.pop("class_weight", None)
     if isinstance(x, tf.data.Dataset):
-        x = _same_length(x, given, workers.communicator)
+        x = _same_length(x, arguments, workers.communicator)
         x = x if data.is_own(x) else data.training_dataset(x, rank, size)
-        given["x"] = x.map(lambda *batch: _by_class(batch, by_class)) if by_class else x
+        arguments["x"] = x.map(lambda *batch: _by_class(batch, by_class)) if by_class else x
     else:
-        if by_class and given.get("sample_weight") is not None:
+        if by_class and arguments.get("sample_weight") is not None:
             raise ValueError("Give `class_weight` or `sample_weight`, not both.")
-        parts = _arrays("x", (x, given.pop("y", None), given.pop("sample_weight", None)))
+        parts = _arrays("x", (x, arguments.pop("y", None), arguments.pop("sample_weight", None)))
         parts = _by_class(parts, by_class) if by_class else parts
-        if split and given.get("validation_data") is None:
+        if split and arguments.get("validation_data") is None:
             count = len(tf.nest.flatten(parts)[0])
             split_at = int(count * (1 - split))
-            given["validation_data"] = tf.nest.map_structure(lambda a: a[split_at:], parts)
+            arguments["validation_data"] = tf.nest.map_structure(lambda a: a[split_at:], parts)
             parts = tf.nest.map_structure(lambda a: a[:split_at], parts)
         seed = None
-        if given.get("shuffle", True):
+        if arguments.get("shuffle", True):
             drawn = {"seed": np.random.randint(0, 2**31 - 1, (), "int32")}
             seed = int(workers.communicator.broadcast(drawn, "seed")["seed"])
-        batch_size = integer("batch_size", given.pop("batch_size", None) or 32, 1)
+        batch_size = integer("batch_size", arguments.pop("batch_size", None) or 32, 1)
         ordered = data.TrainingArrays(parts, batch_size, rank, size, seed)
-        given["x"] = ordered.batches
+        arguments["x"] = ordered.batches
         orders.append(ordered)
-    given["shuffle"] = False  # the data is shuffled already
-    held_out = given.get("validation_data")
+    arguments["shuffle"] = False  # the data is shuffled already
+    held_out = arguments.get("validation_data")
     if held_out is not None:
-        batch_size = given.pop("validation_batch_size", None) or 32
-        given["validation_data"] = _own(held_out, batch_size, rank, size)
+        batch_size = arguments.pop("validation_batch_size", None) or 32
+        arguments["validation_data"] = _own(held_out, batch_size, rank, size)
     if not workers.leads:
-        given["verbose"] = 0
-    given["callbacks"] = _callbacks(model, learned, given.get("callbacks"), orders)
+        arguments["verbose"] = 0
+    arguments["callbacks"] = _callbacks(model, learned, arguments.get("callbacks"), orders)
 
 
-def share_evaluation(workers: Workers, given: dict[str, Any]) -> None:
+def share_evaluation(workers: Workers, arguments: dict[str, Any]) -> None:
     """Change the arguments of `evaluate` in place to this worker's share of the data."""
     communicator = workers.communicator
-    parts = (given.get("x"), given.pop("y", None), given.pop("sample_weight", None))
+    parts = (arguments.get("x"), arguments.pop("y", None), arguments.pop("sample_weight", None))
     all_data = parts[0] if isinstance(parts[0], tf.data.Dataset) else parts
-    batch_size = given.pop("batch_size", None) or 32
-    given["x"] = _own(all_data, batch_size, communicator.rank, communicator.size)
+    batch_size = arguments.pop("batch_size", None) or 32
+    arguments["x"] = _own(all_data, batch_size, communicator.rank, communicator.size)
     if not workers.leads:
-        given["verbose"] = 0
+        arguments["verbose"] = 0
 
 
 def _same_length(

@@ -56,7 +56,7 @@ def compared(
         )
     metric = metric or f"average_{primary(a['protocol']).name}"
     same = not differing(a, b)
-    found = []
+    comparisons = []
     for name in common:
         rows = [results["methods"][name]["metrics"] for results in (a, b)]
         if not all(metric in row for row in rows):
@@ -64,7 +64,7 @@ def compared(
             raise ValueError(f"`metric` must be one of {known}. Received: {metric!r}")
         one, other = (np.asarray(row[metric]["per_seed"], "float64") for row in rows)
         paired = same and len(one) == len(other)
-        found.append(
+        comparisons.append(
             Comparison(
                 name,
                 metric,
@@ -75,7 +75,7 @@ def compared(
                 paired,
             )
         )
-    return found
+    return comparisons
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -87,19 +87,19 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any
     }
 
 
-def comparison_table(found: list[Comparison], factor: int = 1) -> Table:
+def comparison_table(comparisons: list[Comparison], factor: int = 1) -> Table:
     """A table of comparisons for the terminal.
 
     Args:
-        found: The comparisons.
+        comparisons: The comparisons.
         factor: What values are multiplied by: 100 for percent.
     """
     digits = 1 if factor == 100 else 3
-    table = Table(title=f"{found[0].metric.replace('_', ' ')}{' %' if factor == 100 else ''}")
+    table = Table(title=f"{comparisons[0].metric.replace('_', ' ')}{' %' if factor == 100 else ''}")
     table.add_column("method", overflow="fold")
     for heading in ("a", "b", "b − a", "p", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for each in found:
+    for each in comparisons:
         test = "" if each.p is None else "paired" if each.paired else "Welch"
         p = "" if each.p is None else f"{each.p:.3f}"
         values = [f"{factor * v:.{digits}f}" for v in (each.a, each.b)]

@@ -128,8 +128,8 @@ class Experiment:
                 f"`profile` must be one of {', '.join(PROFILES)}. Received: {self.profile!r}"
             )
         self._refuse(_OF_IMAGES if kind == TEXT else _OF_TEXT, kind)
-        made = self._text(name) if kind == TEXT else self._images(kind, name)
-        recipe = made.profile.recipe.changed(
+        prepared = self._text(name) if kind == TEXT else self._images(kind, name)
+        recipe = prepared.profile.recipe.changed(
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             schedule=self.schedule,
@@ -139,8 +139,8 @@ class Experiment:
             mixup=self.mixup,
             keep_state=self.keep_state,
         )
-        self.prepared, self.measured, self.built = made, made.metrics, made.scenario
-        self.protocol = replace(made.profile, recipe=recipe)
+        self.prepared, self.measured, self.built = prepared, prepared.metrics, prepared.scenario
+        self.protocol = replace(prepared.profile, recipe=recipe)
         self.setting, self.tasks = self.built.setting, len(self.built.tasks)
         self.epochs = self.epochs or self.protocol.epochs
 
@@ -187,8 +187,8 @@ class Experiment:
         details = _order(kind, seed)
         if self.model is not None and self.consolidate_on is not None:
             known = datasets.load(self.consolidate_on, self.data_dir)
-            built, profile, found = after_model(Path(self.model), known, built, profile)
-            details += f", {found}"
+            built, profile, description = after_model(Path(self.model), known, built, profile)
+            details += f", {description}"
         if self.validation is not None:
             built = built.holdout(self.validation)
         return Prepared(
@@ -208,8 +208,8 @@ class Experiment:
     def _text(self, names: str) -> Prepared:
         if self.profile != "cpu":
             raise ValueError(f"`profile` must be cpu for text. Received: {self.profile!r}")
-        given = {name: getattr(self, name) for name in _OF_TEXT}
-        settings = TextSettings(**{name: g for name, g in given.items() if g is not None})
+        chosen = {name: getattr(self, name) for name in _OF_TEXT}
+        settings = TextSettings(**{name: g for name, g in chosen.items() if g is not None})
         return text_sequence(names, self.data_dir, settings, self.validation, say=_say)
 
     def run(
@@ -282,7 +282,7 @@ class Experiment:
         chosen = {name: strengths.get(name, method.strength) for name, method in known.items()}
         settings = {name: known[name].configuration(s) for name, s in chosen.items()}
         results: dict[str, Any] = {}
-        made = {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
+        document = {"protocol": self.describe(seeds), "versions": versions(), "methods": results}
         left = len(chosen) * seeds
         for name, strength in chosen.items():
             runs: list[SequenceResult] = []
@@ -293,8 +293,8 @@ class Experiment:
                 left -= 1
                 results[name] = {"settings": settings[name], **summarize(runs)}
                 if keep is not None:
-                    keep(made | ({"unfinished": left} if left else {}))
-        return made
+                    keep(document | ({"unfinished": left} if left else {}))
+        return document
 
     def describe(self, seeds: int) -> dict[str, Any]:
         """The protocol as text (`title`, `text`) and as values."""

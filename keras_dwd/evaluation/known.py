@@ -90,12 +90,12 @@ def _activation(model: keras.Model) -> Any:
     return getattr(layer_of(outputs[0]), "activation", None) if single else None
 
 
-def _check_shape(path: Path, expected: Any, given: Any, name: str) -> None:
-    fits = len(expected) == len(given) and all(
-        e in (None, g) for e, g in zip(expected, given, strict=True)
+def _check_shape(path: Path, expected: Any, received: Any, name: str) -> None:
+    fits = len(expected) == len(received) and all(
+        e in (None, g) for e, g in zip(expected, received, strict=True)
     )
     if not fits:
         raise ValueError(
             f"`--model`: {str(path)!r} takes examples of shape {tuple(expected)}. {name!r} has "
-            f"examples of shape {tuple(given)}."
+            f"examples of shape {tuple(received)}."
         )

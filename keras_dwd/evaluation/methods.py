@@ -284,7 +284,7 @@ def method_named(name: str) -> Method:
     _, colon, estimator = plain.partition(":")
     method = METHODS.get(base)
     fixed = method is not None and method.settings in (_plain, _lwf)
-    # Without a penalty only other variants than those of the penalty make a difference.
+    # Methods without a penalty take only the variants that do not change the penalty.
     if method is None or (fixed and (colon or {*variants} - {"task-norm", "keep-state"})):
         raise ValueError(
             f"Unknown method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}."

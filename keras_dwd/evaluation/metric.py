@@ -129,7 +129,7 @@ def task_metrics(metrics: Metrics) -> tuple[TaskMetric, ...]:
     """
     if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics:
         raise ValueError(f"`metrics` must be a list of at least one. Received: {metrics!r}")
-    made = []
+    converted = []
     for metric in metrics:
         if isinstance(metric, str):
             metric = TaskMetric(metric)
@@ -140,11 +140,11 @@ def task_metrics(metrics: Metrics) -> tuple[TaskMetric, ...]:
                 "`metrics` must hold metrics of Keras, their names, or `TaskMetric(name, "
                 f"function, higher_is_better)`. Received: {metric!r}"
             )
-        made.append(metric)
-    names = [metric.name for metric in made]
+        converted.append(metric)
+    names = [metric.name for metric in converted]
     if len({*names}) < len(names):
         raise ValueError(f"`metrics` must have different names. Received: {', '.join(names)}")
-    return tuple(made)
+    return tuple(converted)
 
 
 def primary(protocol: Mapping[str, Any]) -> TaskMetric:
@@ -203,31 +203,31 @@ class Evaluator:
         return np.array(columns).T
 
     def _values(self, model: keras.Model, batches: Any, data: Any) -> list[float]:
-        found: dict[Any, Any] = {}
+        results: dict[Any, Any] = {}
         if batches is not None:
-            found[None] = model.evaluate(batches, verbose=0, return_dict=True)
+            results[None] = model.evaluate(batches, verbose=0, return_dict=True)
         for metric in self.metrics:
-            if not metric.of_keras and metric.source not in found:
-                found[metric.source] = metric.source(model, data)  # type: ignore[misc]
+            if not metric.of_keras and metric.source not in results:
+                results[metric.source] = metric.source(model, data)  # type: ignore[misc]
         return [
-            _value(metric, found[None if metric.of_keras else metric.source])
+            _value(metric, results[None if metric.of_keras else metric.source])
             for metric in self.metrics
         ]
 
 
-def _value(metric: TaskMetric, found: Any) -> float:
-    """The value of a metric among those that were found with it."""
-    if isinstance(found, Mapping):
-        if metric.name not in found:
+def _value(metric: TaskMetric, result: Any) -> float:
+    """The value of a metric among those computed with it."""
+    if isinstance(result, Mapping):
+        if metric.name not in result:
             of = "`compile_settings`" if metric.of_keras else "the function"
             raise ValueError(
                 f"{of} must give a metric called {metric.name!r}, which is what is compared. "
-                f"Received: {', '.join(map(str, sorted(found)))}"
+                f"Received: {', '.join(map(str, sorted(result)))}"
             )
-        found = found[metric.name]
-    array = np.asarray(found)
+        result = result[metric.name]
+    array = np.asarray(result)
     if array.shape != () or array.dtype.kind not in "iuf" or not np.isfinite(array):
-        raise ValueError(f"{metric.name!r} must be a finite number. Received: {found!r}")
+        raise ValueError(f"{metric.name!r} must be a finite number. Received: {result!r}")
     return float(array)
 
 

@@ -32,10 +32,12 @@ class L2(Technique):
     name = "l2"
 
     def importance(self, model: DWDModel, data: Any) -> list[np.ndarray]:
-        found = {path: np.ones(v.shape) for path, v in trainable_by_path(model).items()}
+        importances = {path: np.ones(v.shape) for path, v in trainable_by_path(model).items()}
         for path, flags in model._consolidation.head_gate.in_use.items():  # heads of other tasks
-            found[path] *= np.reshape(np.asarray(flags), (-1, *[1] * (found[path].ndim - 1)))
-        return list(found.values())
+            importances[path] *= np.reshape(
+                np.asarray(flags), (-1, *[1] * (importances[path].ndim - 1))
+            )
+        return list(importances.values())
 
 
 class MemoryAwareSynapses(Technique):
@@ -88,7 +90,7 @@ class Tracking(Technique):
 
     Attributes:
         names: Names of these arrays.
-        kept: Of each name one for each trainable variable, in their order: layers may have other
+        slots: Of each name one for each trainable variable, in their order: layers may have other
             names when a run is resumed.
     """
 
@@ -96,25 +98,25 @@ class Tracking(Technique):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: dict[str, list[keras.Variable]] = {}
+        self.slots: dict[str, list[keras.Variable]] = {}
 
     def begin_task(self, model: DWDModel) -> None:
-        if not self.kept:
+        if not self.slots:
             shapes = [v.shape for v in model.trainable_variables]
-            self.kept = {n: [untracked(np.zeros(s), n) for s in shapes] for n in self.names}
+            self.slots = {n: [untracked(np.zeros(s), n) for s in shapes] for n in self.names}
 
     def begin(self, name: str, values: Sequence[Any] | None = None) -> None:
         """Set the arrays of a name to `values`, to zeros by default."""
-        for i, variable in enumerate(self.kept[name]):
+        for i, variable in enumerate(self.slots[name]):
             variable.assign(np.zeros(variable.shape) if values is None else values[i])
 
     def of(self, path: str, model: Learner) -> list[keras.Variable]:
         """The arrays of a trainable variable, in the order of `names`."""
         at = list(trainable_by_path(model)).index(path)
-        return [self.kept[name][at] for name in self.names]
+        return [self.slots[name][at] for name in self.names]
 
     def state(self) -> Arrays:
-        return {f"{n}/{i}": np.array(v) for n, vs in self.kept.items() for i, v in enumerate(vs)}
+        return {f"{n}/{i}": np.array(v) for n, vs in self.slots.items() for i, v in enumerate(vs)}
 
     def prepare_state(self, state: Arrays) -> Commit:
         numbers = range(len(state) // len(self.names))
@@ -123,7 +125,7 @@ class Tracking(Technique):
 
         def commit() -> None:
             if state:
-                self.kept = {
+                self.slots = {
                     n: [untracked(state[f"{n}/{i}"], n) for i in numbers] for n in self.names
                 }
 
@@ -161,12 +163,12 @@ class SynapticIntelligence(Tracking):
             work.assign_sub(tf.cast(gradient * moves[path], "float32"))
 
     def importance(self, model: DWDModel, data: Any) -> list[np.ndarray]:
-        found = []
+        importances = []
         for path, variable in trainable_by_path(model).items():
             work, start = (np.asarray(v, "float64") for v in self.of(path, model))
             distance = np.asarray(variable, "float64") - start
-            found.append(np.maximum(work, 0) / (distance**2 + self.damping))
-        return found
+            importances.append(np.maximum(work, 0) / (distance**2 + self.damping))
+        return importances
 
     def get_config(self) -> dict[str, Any]:
         return {"name": self.name, "damping": self.damping}
@@ -268,11 +270,11 @@ class Freezing(Tracking):
             if getattr(variable, "per_task", False):
                 continue
             frozen, value = self.of(path, model)
-            now, held = np.asarray(variable, "float32"), np.array(frozen)
-            free = np.flatnonzero(held == 0)
+            now, flags = np.asarray(variable, "float32"), np.array(frozen)
+            free = np.flatnonzero(flags == 0)
             largest = free[np.argsort(-np.abs(now.ravel()[free]), kind="stable")]
-            held.ravel()[largest[: round(self.share * len(free))]] = 1
-            frozen.assign(held)
+            flags.ravel()[largest[: round(self.share * len(free))]] = 1
+            frozen.assign(flags)
             value.assign(now)
 
     def get_config(self) -> dict[str, Any]:
@@ -300,14 +302,14 @@ class Replay(Technique):
     def end_task(self, model: DWDModel, data: Any, rng: np.random.Generator) -> None:
         empty = not self.memory.slots
         for x, y, weight in batches(data, _BATCH):
-            kept = (x, y) if weight is None else (x, y, weight)
+            example = (x, y) if weight is None else (x, y, weight)
             if weight is not None and not self.weighted:
                 raise ValueError(f"{self.name!r} does not work with sample weights.")
-            self.memory.add([*tf.nest.flatten(kept), *self.noted(model, x)], rng)
+            self.memory.add([*tf.nest.flatten(example), *self.extras(model, x)], rng)
         if empty and model.train_function is not None:  # steps draw from the memory from now on
             model.make_train_function(force=True)
 
-    def noted(self, model: DWDModel, x: Any) -> list[Any]:
+    def extras(self, model: DWDModel, x: Any) -> list[Any]:
         """What to keep with examples besides inputs and labels."""
         return []
 
@@ -323,7 +325,7 @@ class Replay(Technique):
             draw: Number of the draw, if there are several in a step.
 
         Returns:
-            Inputs, labels, and what was noted with them.
+            Inputs, labels, and what `extras` has added to them.
         """
         pattern = tuple(data[:2])
         seed = self.seed(model, draw)
@@ -359,13 +361,13 @@ class ExperienceReplay(Replay):
     def batch(self, model: Learner, data: Any) -> Any:
         if not self.memory.slots:
             return data
-        x, y, kept = self.replayed(model, data, count_of(data[0]))
+        x, y, weights = self.replayed(model, data, count_of(data[0]))
         both = tf.nest.map_structure(lambda a, b: tf.concat([a, b], 0), tuple(data[:2]), (x, y))
         if len(data) < 3 or data[2] is None:
             return both
         # Examples of a task without weights count as much as those of weight 1.
         replayed = (
-            packed_as(kept, data[2]) if kept else tf.nest.map_structure(tf.ones_like, data[2])
+            packed_as(weights, data[2]) if weights else tf.nest.map_structure(tf.ones_like, data[2])
         )
         return (*both, tf.nest.map_structure(lambda a, b: tf.concat([a, b], 0), data[2], replayed))
 
@@ -391,7 +393,7 @@ class DarkExperienceReplay(Replay):
         super().__init__(size)
         self.alpha, self.beta = number("alpha", alpha, 0), number("beta", beta, 0)
 
-    def noted(self, model: DWDModel, x: Any) -> list[Any]:
+    def extras(self, model: DWDModel, x: Any) -> list[Any]:
         return tf.nest.flatten(model(x, training=False))
 
     def gradients(self, model: Learner, data: Any, gradients: Named) -> Named:
@@ -400,11 +402,11 @@ class DarkExperienceReplay(Replay):
         count = count_of(data[0])
         variables = trainable_by_path(model)
         with tf.GradientTape() as tape:
-            x, _, noted = self.replayed(model, data, count)
+            x, _, old_outputs = self.replayed(model, data, count)
             outputs = tf.nest.flatten(model(x, training=True))
             distances = [
                 tf.reduce_sum(tf.cast(z - f, "float32") ** 2) / tf.cast(count, "float32")
-                for z, f in zip(noted, outputs, strict=True)
+                for z, f in zip(old_outputs, outputs, strict=True)
             ]
             x, y, _ = self.replayed(model, data, count, draw=1)
             again = data_loss(model, x, y, model(x, training=True))
@@ -458,5 +460,7 @@ def projected(gradients: Named, reference: Named) -> Named:
 
 
 def _gradients_of(tape: tf.GradientTape, loss: tf.Tensor, variables: Variables) -> Named:
-    found = tape.gradient(loss, [v.value for v in variables.values()], unconnected_gradients="zero")
-    return {path: tf.convert_to_tensor(g) for path, g in zip(variables, found, strict=True)}
+    gradients = tape.gradient(
+        loss, [v.value for v in variables.values()], unconnected_gradients="zero"
+    )
+    return {path: tf.convert_to_tensor(g) for path, g in zip(variables, gradients, strict=True)}

@@ -91,8 +91,8 @@ class Recipe:
             raise ValueError(f"`momentum` is a setting of SGD. Received: {self.momentum!r}")
         for name in ("augment", "keep_state"):
             if not isinstance(getattr(self, name), bool):
-                given = getattr(self, name)
-                raise ValueError(f"`{name}` must be True or False. Received: {given!r}")
+                flag = getattr(self, name)
+                raise ValueError(f"`{name}` must be True or False. Received: {flag!r}")
         if self.keep_state and self.schedule == "cosine":
             raise ValueError(
                 "`keep_state` needs the schedule 'constant': 'cosine' counts the steps of each "
@@ -123,19 +123,19 @@ class Recipe:
         Another optimizer has its own default learning rate and momentum, and a constant learning
         rate no warm-up.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        if given.get("optimizer", self.optimizer) != self.optimizer:
-            given = {"learning_rate": None, "momentum": None} | given
-        if given.get("schedule") == "constant":
-            given = {"warmup": 0.0} | given
-        return replace(self, **given)
+        changes = {name: value for name, value in settings.items() if value is not None}
+        if changes.get("optimizer", self.optimizer) != self.optimizer:
+            changes = {"learning_rate": None, "momentum": None} | changes
+        if changes.get("schedule") == "constant":
+            changes = {"warmup": 0.0} | changes
+        return replace(self, **changes)
 
     def rate(self) -> "float | CosineOfTask":
         """The learning rate as a new optimizer takes it: a number or a schedule."""
         assert self.learning_rate is not None
         return CosineOfTask(self.learning_rate) if self.schedule == "cosine" else self.learning_rate
 
-    def made_optimizer(self, rate: "float | CosineOfTask") -> keras.optimizers.Optimizer:
+    def build_optimizer(self, rate: "float | CosineOfTask") -> keras.optimizers.Optimizer:
         """A new optimizer with this learning rate, see `rate`."""
         if self.momentum is None:
             return keras.optimizers.Adam(rate, weight_decay=self.weight_decay or None)

@@ -53,9 +53,9 @@ class Reservoir:
         if not self.slots:
             self.slots = [_slot(np.zeros((self.size, *a.shape[1:]), a.dtype)) for a in arrays]
         for slot, array in zip(self.slots, arrays, strict=True):
-            kept = np.array(slot)
-            kept[list(place_of)] = array[list(place_of.values())]
-            slot.assign(kept)
+            contents = np.array(slot)
+            contents[list(place_of)] = array[list(place_of.values())]
+            slot.assign(contents)
         self._count(self.seen + count)
 
     def draw(self, count: tf.Tensor | int, seed: tf.Tensor) -> list[tf.Tensor]:

@@ -93,40 +93,40 @@ def cell(key: str, metric: dict[str, Any], percent: bool = True) -> str:
 
 def dry_table(experiment: Experiment, strengths: dict[str, float], seeds: int) -> Table:
     """Table of what an experiment would run: tasks, sizes, methods and the number of runs."""
-    made = Table(title=experiment.describe(seeds)["title"])
-    made.add_column("")
-    made.add_column("training examples", justify="right")
-    made.add_column("test examples", justify="right")
+    sizes_table = Table(title=experiment.describe(seeds)["title"])
+    sizes_table.add_column("")
+    sizes_table.add_column("training examples", justify="right")
+    sizes_table.add_column("test examples", justify="right")
     for task in experiment.built.tasks:
         sizes = [len(data[1]) for data in (task.train, task.test)]
-        made.add_row(task.name, *(f"{size:,}" for size in sizes))
+        sizes_table.add_row(task.name, *(f"{size:,}" for size in sizes))
     batch, epochs = experiment.protocol.batch_size, experiment.epochs or 0
     steps = epochs * sum(-(-len(t.train[1]) // batch) for t in experiment.built.tasks)
     parameters = experiment.protocol.build(experiment.built).count_params()
     known = ", ".join(f"{n} (λ = {s:g})" if s else n for n, s in strengths.items())
-    made.caption = (
+    sizes_table.caption = (
         f"{counted(parameters, 'parameter')}; {counted(len(strengths), 'method')}: {known}; "
         f"{counted(seeds, 'seed')}, {counted(len(strengths) * seeds, 'run')} of "
         f"{counted(steps, 'step')}"
     )
-    return made
+    return sizes_table
 
 
-def plan_table(made: Plan, curvature: str, replicated: bool) -> Table:
+def plan_table(plan: Plan, curvature: str, replicated: bool) -> Table:
     """Table of a `Plan`: what each worker needs, one use per row."""
     title = (
-        f"{counted(made.parameters, 'parameter')}, {counted(made.workers, 'worker')}, {curvature}"
+        f"{counted(plan.parameters, 'parameter')}, {counted(plan.workers, 'worker')}, {curvature}"
     )
     table = Table(title=f"{title}{', replicated' if replicated else ', sharded'}")
     table.add_column("of each worker")
     table.add_column("", justify="right")
-    for name, value in made.memory.items():
+    for name, value in plan.memory.items():
         table.add_row(name, sized(value))
-    table.add_row("total memory", sized(made.total), style="bold")
-    table.add_row("sent at each step", sized(made.step_bytes))
-    table.add_row("sent at each Fisher update", sized(made.fisher_bytes))
-    table.add_row("sent at a boundary with a pass over data", sized(made.boundary_bytes))
-    if made.step_seconds is not None and made.boundary_seconds is not None:
-        table.add_row("a step, besides computing", f"{made.step_seconds:.3g} s")
-        table.add_row("a boundary, besides computing", f"{made.boundary_seconds:.3g} s")
+    table.add_row("total memory", sized(plan.total), style="bold")
+    table.add_row("sent at each step", sized(plan.step_bytes))
+    table.add_row("sent at each Fisher update", sized(plan.fisher_bytes))
+    table.add_row("sent at a boundary with a pass over data", sized(plan.boundary_bytes))
+    if plan.step_seconds is not None and plan.boundary_seconds is not None:
+        table.add_row("a step, besides computing", f"{plan.step_seconds:.3g} s")
+        table.add_row("a boundary, besides computing", f"{plan.boundary_seconds:.3g} s")
     return table

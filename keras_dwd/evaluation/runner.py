@@ -100,10 +100,10 @@ class SequenceResult:
         What is computed from a further metric has its name in it: `loss_forgetting`.
         """
         training, boundaries = sum(self.train_seconds), sum(self.boundary_seconds)
-        found = self.matrix.metrics()
+        results = self.matrix.metrics()
         for matrix in self.others.values():
-            found |= matrix.metrics(first=False)
-        return found | {
+            results |= matrix.metrics(first=False)
+        return results | {
             "steps_per_second": self.steps / training,
             "steps_per_second_with_boundaries": self.steps / (training + boundaries),
             "seconds": training + boundaries,
@@ -201,7 +201,7 @@ def run_sequence(
         technique.augment = cropped_and_flipped
 
     rate = recipe.rate()
-    optimizer = recipe.made_optimizer(rate)
+    optimizer = recipe.build_optimizer(rate)
     settings = {
         "optimizer": DWDOptimizer(optimizer) if method.decoupled else optimizer,
         "loss": loss,
@@ -350,7 +350,7 @@ class _Run:
             if self.technique:
                 self.technique.begin_task(model)
         if self.technique:
-            self.technique.start(_drawn(self.seed, t))
+            self.technique.start(_seed_of_task(self.seed, t))
         workers = model.workers
         if isinstance(self.rate, CosineOfTask):
             batches = _batches(task.train, self.batch_size, workers.communicator.size)
@@ -359,7 +359,7 @@ class _Run:
         if progress.epoch < self.epochs and not task.known:
             changed = recipe.changes_batches or recipe.bucket
             ordered = progress.checkpoints is not None or workers.several or changed
-            order = _drawn(self.seed, t) if ordered else None
+            order = _seed_of_task(self.seed, t) if ordered else None
             data, own = _fit_arguments(model, task.train, self.batch_size, order, recipe)
             shown = self.callbacks(t, task) if self.callbacks else []
             model.fit(
@@ -384,8 +384,8 @@ class _Run:
             sample = tf.nest.map_structure(np.asarray, cut(sample, self.recipe.bucket))
         if isinstance(model, TechniqueModel):
             model.end_task(task.train, sample, np.random.default_rng([self.seed, t, 1]))
-        given = sample if self.method.boundary_pass or task.known else None
-        model.consolidate(given, batch_size=self.batch_size, verbose=0)
+        pass_data = sample if self.method.boundary_pass or task.known else None
+        model.consolidate(pass_data, batch_size=self.batch_size, verbose=0)
         self.result.boundary_seconds.append(time.perf_counter() - started)
 
 
@@ -437,7 +437,7 @@ def _check_classes(scenario: Scenario) -> None:
             )
 
 
-def _drawn(seed: int, task: int) -> int:
+def _seed_of_task(seed: int, task: int) -> int:
     """A seed that depends on those of the run and on the task."""
     return int(np.random.default_rng([seed, task]).integers(2**31 - 1))
 

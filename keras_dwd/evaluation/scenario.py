@@ -268,10 +268,10 @@ def are_classes(labels: Any) -> bool:
 def _outputs(tasks: Sequence[Task]) -> int:
     """The default of `Scenario.outputs`."""
     parts = [data for task in tasks for data in (task.train, task.test)]
-    given = [d[1] for d in parts if isinstance(d, (tuple, list)) and len(d) in (2, 3)]
-    if not given:
+    labels = [d[1] for d in parts if isinstance(d, (tuple, list)) and len(d) in (2, 3)]
+    if not labels:
         raise ValueError("`outputs` is needed where all tasks are `tf.data`.")
-    arrays = [np.asarray(_arrays(y)[0]) for y in given]
+    arrays = [np.asarray(_arrays(y)[0]) for y in labels]
     if all(are_classes(array) for array in arrays):
         return int(max((array.max() for array in arrays if array.size), default=0)) + 1
     return int(np.prod(arrays[0].shape[1:]))

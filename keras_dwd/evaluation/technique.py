@@ -142,7 +142,7 @@ class GivenImportance(DiagonalFisher):
 
     def __init__(self) -> None:
         super().__init__("empirical", gamma=None)
-        self.given: Arrays = {}
+        self.importance_by_path: Arrays = {}
 
     def give(self, importance: Sequence[np.ndarray], model: Learner) -> None:
         """Set the importance for the next boundary, one array for each trainable variable.
@@ -157,29 +157,31 @@ class GivenImportance(DiagonalFisher):
                 "`importance` must give an array for each of `model.trainable_variables`, in its "
                 f"shape. Received arrays of shape {shapes}."
             )
-        given = dict(zip(variables, map(np.asarray, importance), strict=True))
-        for path, values in given.items():
+        importance_by_path = dict(zip(variables, map(np.asarray, importance), strict=True))
+        for path, values in importance_by_path.items():
             if not np.all(values >= 0):
                 raise ValueError(
                     f"`importance` must be at least 0. Received for {path!r}: {values.min()}"
                 )
-        self.given = given
+        self.importance_by_path = importance_by_path
 
     def estimate(
         self, optimizer: Any = None, variables: Any = None, summed: bool = False
     ) -> Arrays:
         """The importance given, by `fisher/PATH`."""
-        if not self.given:
+        if not self.importance_by_path:
             raise ValueError("No importance was given: the technique must define `importance`.")
-        wanted = self.given if variables is None else variables
+        paths = self.importance_by_path if variables is None else variables
         return {
-            f"fisher/{p}": np.asarray(self.given[p], "float32") for p in wanted if p in self.given
+            f"fisher/{p}": np.asarray(self.importance_by_path[p], "float32")
+            for p in paths
+            if p in self.importance_by_path
         }
 
     def reset(self) -> None:
-        """Forget what was given, at the start of a new task."""
+        """Forget the importance, at the start of a new task."""
         super().reset()
-        self.given = {}
+        self.importance_by_path = {}
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments: none."""
@@ -225,7 +227,7 @@ class TechniqueModel(DWDModel):
         return _Step(**parts, technique=self.technique)
 
     def end_task(self, data: Any, sample: Any, rng: np.random.Generator) -> None:
-        """Let the technique note a task that was learned, before it is consolidated."""
+        """Let the technique record a task that was learned, before it is consolidated."""
         assert self.technique is not None
         importance = self.technique.importance(self, sample)
         if importance is not None:
@@ -254,14 +256,14 @@ class _Step(TrainingStep):
     def _differentiate(
         self, model: Learner, x: Any, y: Any, sample_weight: Any
     ) -> tuple[Any, tf.Tensor, Gradients]:
-        y_pred, loss, found = super()._differentiate(model, x, y, sample_weight)
-        if found.scale is not None:
+        y_pred, loss, gradients = super()._differentiate(model, x, y, sample_weight)
+        if gradients.scale is not None:
             raise ValueError(
                 f"{self.technique.name!r} does not work with a scaled loss, as of mixed_float16."
             )
-        changed = self.technique.gradients(model, (x, y, sample_weight), _named(found))
-        found.total = [changed.get(path) for path in found.variables]
-        return y_pred, loss, found
+        changed = self.technique.gradients(model, (x, y, sample_weight), _named(gradients))
+        gradients.total = [changed.get(path) for path in gradients.variables]
+        return y_pred, loss, gradients
 
     def _update_weights(self, model: Learner, gradients: Gradients) -> None:
         if type(self.technique).moved is Technique.moved:

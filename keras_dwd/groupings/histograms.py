@@ -41,8 +41,8 @@ def histograms(blocks: Mapping[str, Block], assignments: Arrays) -> dict[str, An
                 members = groups == group
             weights = np.where(importances > 0, members, 0).ravel()
             if weights.any():
-                found = np.bincount(bins.ravel(), weights, _BINS * PER_DECADE // _FINE)
-                counts[group] = counts.get(group, 0) + found
+                bin_counts = np.bincount(bins.ravel(), weights, _BINS * PER_DECADE // _FINE)
+                counts[group] = counts.get(group, 0) + bin_counts
     used = np.flatnonzero(sum(counts.values())) if counts else np.zeros(0, int)
     if not len(used):
         return {"per_decade": PER_DECADE, "first": 0, "counts": {}}
@@ -82,5 +82,5 @@ def concentration(importances: Iterable[np.ndarray], share: float = 0.9) -> floa
 def _bins(importances: np.ndarray) -> np.ndarray:
     """The number of the fine bin of each importance."""
     values = np.maximum(np.asarray(importances, "float64"), 10.0**_LOWEST)
-    found = np.floor((np.log10(values) - _LOWEST) * _FINE)
-    return np.clip(found, 0, _BINS - 1).astype("int64")
+    indices = np.floor((np.log10(values) - _LOWEST) * _FINE)
+    return np.clip(indices, 0, _BINS - 1).astype("int64")

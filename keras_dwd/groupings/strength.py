@@ -194,20 +194,20 @@ class Budget(Strength):
         return {"share": self.share, "rate": self.rate}
 
 
-def strength_from(given: Any) -> Strength:
+def strength_from(setting: Any) -> Strength:
     """The rule for the argument `strengths`: a rule, its name, its config, or a list of numbers."""
     known = {"importance": Importance, "evidence": Evidence, "budget": Budget}
-    if isinstance(given, Strength):
-        return given
-    if isinstance(given, dict) and "class_name" in given:
-        return keras.saving.deserialize_keras_object(given)
-    if isinstance(given, str) and given in known:
-        return known[given]()
-    if isinstance(given, Sequence) and not isinstance(given, str) and given:
-        return Fixed(given)
+    if isinstance(setting, Strength):
+        return setting
+    if isinstance(setting, dict) and "class_name" in setting:
+        return keras.saving.deserialize_keras_object(setting)
+    if isinstance(setting, str) and setting in known:
+        return known[setting]()
+    if isinstance(setting, Sequence) and not isinstance(setting, str) and setting:
+        return Fixed(setting)
     raise ValueError(
         f"`strengths` must be one of {', '.join(map(repr, known))}, a `Strength`, or a number for "
-        f"each group. Received: {given!r}"
+        f"each group. Received: {setting!r}"
     )
 
 

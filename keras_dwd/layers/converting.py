@@ -90,7 +90,7 @@ class _Conversion:
 
     def __init__(self, tasks: int, per_task_affine: bool):
         self._settings = {"tasks": tasks, "per_task_affine": per_task_affine}
-        self._made: dict[int, tuple[keras.Layer, keras.Layer]] = {}  # original and new, by id
+        self._new_layers: dict[int, tuple[keras.Layer, keras.Layer]] = {}  # original and new, by id
         self._takes_task: set[int] = set()  # ids of new layers that take the task as well
 
     def converted(self, model: keras.Model) -> keras.Model:
@@ -132,9 +132,9 @@ class _Conversion:
         """The new layer for a layer; operations, which have no state, are shared."""
         if not isinstance(layer, keras.Layer):
             return layer
-        if id(layer) not in self._made:
-            self._made[id(layer)] = layer, self._new(layer)
-        return self._made[id(layer)][1]
+        if id(layer) not in self._new_layers:
+            self._new_layers[id(layer)] = layer, self._new(layer)
+        return self._new_layers[id(layer)][1]
 
     def _new(self, layer: keras.Layer) -> keras.Layer:
         graph = isinstance(layer, keras.Model) and runs_its_graph(layer)
@@ -159,7 +159,7 @@ class _Conversion:
 
     def copy_weights(self) -> None:
         """Copy the weights of the original layers, for each task where it has its own."""
-        for layer, new in self._made.values():
+        for layer, new in self._new_layers.values():
             if isinstance(layer, keras.Model) and runs_its_graph(layer):
                 continue  # its layers are copied one by one
             if type(layer) is keras.layers.BatchNormalization:

@@ -102,7 +102,7 @@ class TaskNormalization(keras.layers.BatchNormalization):
             def initialize(shape: Any, dtype: Any = None) -> Any:  # all tasks alike
                 return ops.broadcast_to(initializer((channels,), dtype=dtype), shape)
 
-            made = self.add_weight(
+            weight = self.add_weight(
                 shape=(self.tasks, channels) if per_task else (channels,),
                 initializer=initialize,
                 regularizer=getattr(self, f"{name}_regularizer") if trained else None,
@@ -112,8 +112,8 @@ class TaskNormalization(keras.layers.BatchNormalization):
                 name=name,
             )
             if per_task:  # tells `DWDModel` that the first axis is the task
-                made.per_task = True
-            return made
+                weight.per_task = True
+            return weight
 
         self.gamma = variable("gamma", self.per_task_affine, True) if self.scale else None
         self.beta = variable("beta", self.per_task_affine, True) if self.center else None
@@ -170,19 +170,19 @@ class TaskNormalization(keras.layers.BatchNormalization):
     def _update(self, x: Any, task: Any, mask: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
         """Update the moving statistics; returns those of the batch, of absent tasks the moving."""
         count, of_batch = self._moments(x, task, mask)
-        there = count > 0
+        occurs = count > 0
         for moving, old, new in zip(
             (self.moving_mean, self.moving_variance), (mean, variance), of_batch, strict=True
         ):
             moved = old * self.momentum + new * (1.0 - self.momentum)
-            moving.assign(ops.where(there, moved, ops.cast(moving, x.dtype)))
+            moving.assign(ops.where(occurs, moved, ops.cast(moving, x.dtype)))
         now = ops.max(self.updated) + 1
-        self.updated.assign(ops.where(ops.any(there, axis=-1), now, self.updated))
-        return ops.where(there, of_batch[0], mean), ops.where(there, of_batch[1], variance)
+        self.updated.assign(ops.where(ops.any(occurs, axis=-1), now, self.updated))
+        return ops.where(occurs, of_batch[0], mean), ops.where(occurs, of_batch[1], variance)
 
     def _moments(self, x: Any, task: Any, mask: Any) -> tuple[Any, tuple[Any, Any]]:
         """How many values of each task count, and their mean and variance, by channel."""
-        rank, kept = len(x.shape), None
+        rank, present = len(x.shape), None
         positions = [i for i in range(1, rank) if i != self.axis % rank]
         if mask is not None:
             if len(mask.shape) != rank - 1:
@@ -190,18 +190,20 @@ class TaskNormalization(keras.layers.BatchNormalization):
                     "`mask` must have one dimension less than the inputs. Received: mask of shape "
                     f"{tuple(mask.shape)}, inputs of shape {tuple(x.shape)}"
                 )
-            kept = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), ops.shape(x))
+            present = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), ops.shape(x))
 
         def total(values: Any) -> Any:
-            counted = values if kept is None else ops.where(kept, values, ops.zeros_like(values))
+            counted = (
+                values if present is None else ops.where(present, values, ops.zeros_like(values))
+            )
             return ops.segment_sum(ops.sum(counted, axis=tuple(positions)), task, self.tasks)
 
-        if kept is None:
+        if present is None:
             each = math.prod(ops.shape(x)[i] for i in positions)
             examples = ops.segment_sum(ops.ones_like(task, dtype=x.dtype), task, self.tasks)
             count = ops.expand_dims(examples * ops.cast(each, x.dtype), -1)
         else:
-            count = total(ops.cast(kept, x.dtype))
+            count = total(ops.cast(present, x.dtype))
         divisor = ops.maximum(count, 1)
         mean = total(x) / divisor
         variance = total(ops.square(x - self.of_examples(mean, task, rank))) / divisor

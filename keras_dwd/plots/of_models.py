@@ -56,13 +56,13 @@ def layer_importance(retained: Retained) -> Figure:
     if not layers:
         raise ValueError("Nothing is retained: no layer is held.")
     with style():
-        made, ((axis,),) = figure(0.6 + 0.22 * len(layers))
+        fig, ((axis,),) = figure(0.6 + 0.22 * len(layers))
         axis.barh(range(len(layers)), [100 * layer["share"] for layer in layers], color=COLORS[1])
         axis.set_yticks(range(len(layers)), [shortened(str(x["name"]), 24) for x in layers])
         axis.invert_yaxis()
         axis.grid(axis="x")
         axis.set_xlabel("share of the precision %")
-    return made
+    return fig
 
 
 def groups(retained: Retained) -> Figure:
@@ -84,17 +84,19 @@ def groups(retained: Retained) -> Figure:
     ```
     """
     values = retained_of(retained)
-    found, histograms = list(values["groups"]), values["histograms"]
-    if not found:
+    all_groups, histograms = list(values["groups"]), values["histograms"]
+    if not all_groups:
         raise ValueError("There are no groups: the model has no grouping, or learned no task.")
     counts = histograms.get("counts", {})
     with style():
         rows = 1 + bool(counts)
-        made, axes = figure(1.0 + 0.2 * len(found) + 2.2 * bool(counts), rows)
+        fig, axes = figure(1.0 + 0.2 * len(all_groups) + 2.2 * bool(counts), rows)
         axis = axes[0, 0]
-        for row, group in enumerate(found):
+        for row, group in enumerate(all_groups):
             axis.barh(row, group["strength"], color=_color(group["group"]))
-        axis.set_yticks(range(len(found)), [f"{g['group']}: {g['size']:,}" for g in found])
+        axis.set_yticks(
+            range(len(all_groups)), [f"{g['group']}: {g['size']:,}" for g in all_groups]
+        )
         axis.invert_yaxis()
         axis.grid(axis="x")
         axis.set_xlabel("λ_k")
@@ -118,7 +120,7 @@ def groups(retained: Retained) -> Figure:
             axis.grid(axis="y")
             axis.set_xlabel("Fisher information of the last task, power of ten")
             axis.set_ylabel("directions")
-    return made
+    return fig
 
 
 def layers_by_groups(retained: Retained) -> Figure:
@@ -139,20 +141,20 @@ def layers_by_groups(retained: Retained) -> Figure:
     plots.layers_by_groups(model).savefig("layers_by_groups.svg")
     ```
     """
-    found = list(retained_of(retained)["groups"])
-    if not found:
+    all_groups = list(retained_of(retained)["groups"])
+    if not all_groups:
         raise ValueError("There are no groups: the model has no grouping, or learned no task.")
-    names = list(dict.fromkeys(name for group in found for name in group["layers"]))
-    counts = np.array([[float(g["layers"].get(name, 0)) for g in found] for name in names])
+    names = list(dict.fromkeys(name for group in all_groups for name in group["layers"]))
+    counts = np.array([[float(g["layers"].get(name, 0)) for g in all_groups] for name in names])
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     shown = slice(None, _MOST_LAYERS)
     with style():
-        made, ((axis,),) = figure(0.9 + 0.24 * len(names[shown]))
+        fig, ((axis,),) = figure(0.9 + 0.24 * len(names[shown]))
         heat(axis, np.ma.masked_invalid(shares[shown]), 100.0, lambda share: f"{share:.0f}")
-        axis.set_xticklabels([str(group["group"]) for group in found])
+        axis.set_xticklabels([str(group["group"]) for group in all_groups])
         axis.set_yticklabels([shortened(str(name), 24) for name in names[shown]])
         axis.set_xlabel("% of the layer in group")
-    return made
+    return fig
 
 
 def task_graph(retained: Retained) -> Figure:
@@ -177,7 +179,7 @@ def task_graph(retained: Retained) -> Figure:
     if weights.ndim != 2 or not len(weights):
         raise ValueError("There is no task graph, or it has no task yet.")
     with style():
-        made, axes = figure(2.6, 1, 2)
+        fig, axes = figure(2.6, 1, 2)
         graph, matrix = axes[0]
         angles = np.pi / 2 - 2 * np.pi * np.arange(len(weights)) / len(weights)
         x, y = np.cos(angles), np.sin(angles)
@@ -197,7 +199,7 @@ def task_graph(retained: Retained) -> Figure:
         numbered(matrix, *weights.shape)
         matrix.set_xlabel("task")
         matrix.set_ylabel("task")
-    return made
+    return fig
 
 
 def _color(group: int) -> str:

@@ -55,13 +55,13 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
     plots.accuracy_over_time("results.json", ["finetune", "dwd"]).savefig("over_time.svg")
     ```
     """
-    found = results_of(results)
-    label, factor = _label(found)
-    names, tasks = chosen_methods(found, methods), list(found["protocol"]["tasks"])
+    loaded = results_of(results)
+    label, factor = _label(loaded)
+    names, tasks = chosen_methods(loaded, methods), list(loaded["protocol"]["tasks"])
     columns = min(len(tasks), 3)
     rows = -(-len(tasks) // columns)
     with style():
-        made, axes = figure(0.7 + 1.25 * rows, rows, columns, sharex=True, sharey=True)
+        fig, axes = figure(0.7 + 1.25 * rows, rows, columns, sharex=True, sharey=True)
         learned = np.arange(1, len(tasks) + 1)
         for index, axis in enumerate(axes.flat):
             if index >= len(tasks):
@@ -70,8 +70,8 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
             axis.grid(axis="y")
             axis.set_title(f"{index + 1}: {shortened(str(tasks[index]), 18)}")
             for name in names:
-                values = factor * matrices_of(found, name)[:, index:, index]
-                x, color = learned[index:], _color(found, name)
+                values = factor * matrices_of(loaded, name)[:, index:, index]
+                x, color = learned[index:], _color(loaded, name)
                 dashed = "--" if name == "joint" else "-"
                 marker = "o" if len(tasks) <= 10 else None
                 axis.plot(
@@ -83,13 +83,13 @@ def accuracy_over_time(results: Results, methods: Sequence[str] | None = None) -
             if factor == 100:
                 axis.set_ylim(0, 103)
         axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
-        made.supxlabel("tasks learned", fontsize=9)
-        made.supylabel(label, fontsize=9)
+        fig.supxlabel("tasks learned", fontsize=9)
+        fig.supylabel(label, fontsize=9)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        made.legend(
+        fig.legend(
             handles, labels, loc="outside upper center", ncols=min(len(names), 4), frameon=False
         )
-    return made
+    return fig
 
 
 def accuracy_matrix(results: Results, method: str) -> Figure:
@@ -108,13 +108,13 @@ def accuracy_matrix(results: Results, method: str) -> Figure:
     plots.accuracy_matrix("results.json", "dwd").savefig("matrix.svg")
     ```
     """
-    found = results_of(results)
-    chosen_methods(found, [method])
-    label, factor = _label(found)
-    values = factor * matrices_of(found, method).mean(0)
+    loaded = results_of(results)
+    chosen_methods(loaded, [method])
+    label, factor = _label(loaded)
+    values = factor * matrices_of(loaded, method).mean(0)
     values[np.triu_indices(len(values), 1)] = np.nan  # of tasks that are still to come
     with style():
-        made, ((axis,),) = figure(min(0.9 + 0.36 * len(values), 5.0))
+        fig, ((axis,),) = figure(min(0.9 + 0.36 * len(values), 5.0))
         digits = ".0f" if factor == 100 else ".3g"
         limit = 100.0 if factor == 100 else None
         heat(axis, np.ma.masked_invalid(values), limit, lambda value: f"{value:{digits}}")
@@ -122,7 +122,7 @@ def accuracy_matrix(results: Results, method: str) -> Figure:
         axis.set_xlabel(f"{label} on task")
         axis.set_ylabel("after task")
         axis.set_title(shortened(method, 48))
-    return made
+    return fig
 
 
 def method_comparison(
@@ -145,21 +145,21 @@ def method_comparison(
     plots.method_comparison("results.json", "forgetting").savefig("forgetting.svg")
     ```
     """
-    found = results_of(results)
-    names = list(found["methods"]) if methods is None else chosen_methods(found, methods)
-    metric = metric or f"average_{primary(found['protocol']).name}"
-    known = set.intersection(*(set(found["methods"][name]["metrics"]) for name in names))
+    loaded = results_of(results)
+    names = list(loaded["methods"]) if methods is None else chosen_methods(loaded, methods)
+    metric = metric or f"average_{primary(loaded['protocol']).name}"
+    known = set.intersection(*(set(loaded["methods"][name]["metrics"]) for name in names))
     if metric not in known:
         raise ValueError(
             f"`metric` must be one of {', '.join(sorted(known))}. Received: {metric!r}"
         )
-    factor = factor_of(found, metric)
+    factor = factor_of(loaded, metric)
     with style():
-        made, ((axis,),) = figure(0.7 + 0.24 * len(names))
+        fig, ((axis,),) = figure(0.7 + 0.24 * len(names))
         for row, name in enumerate(names):
-            measured = found["methods"][name]["metrics"][metric]
+            measured = loaded["methods"][name]["metrics"][metric]
             seeds = factor * np.asarray(measured["per_seed"])
-            color = _color(found, name)
+            color = _color(loaded, name)
             axis.barh(row, factor * measured["mean"], height=0.62, color=color, alpha=0.45)
             axis.plot(seeds, np.full(len(seeds), row), "o", color=color, markersize=3.5)
         axis.set_yticks(range(len(names)), [shortened(name) for name in names])
@@ -167,7 +167,7 @@ def method_comparison(
         axis.axvline(0, color=FAINT, lw=0.8)
         axis.grid(axis="x")
         axis.set_xlabel(f"{metric.replace('_', ' ')}{' %' if factor > 1 else ''}")
-    return made
+    return fig
 
 
 def strength_curve(results: Results, methods: Sequence[str] | None = None) -> Figure:
@@ -189,21 +189,21 @@ def strength_curve(results: Results, methods: Sequence[str] | None = None) -> Fi
     plots.strength_curve("tuned.json").savefig("strength.svg")
     ```
     """
-    found = results_of(results)
-    tuned = {n: t for n, t in tuned_of(found).items() if methods is None or n in methods}
+    loaded = results_of(results)
+    tuned = {n: t for n, t in tuned_of(loaded).items() if methods is None or n in methods}
     if not tuned:
         raise ValueError("The results have no λ that were tried: `keras-dwd tune` tries them.")
     if methods is None:
         best = sorted(tuned, key=lambda n: (n not in _REFERENCES, -max(tuned[n].values())))
         tuned = {name: tuned[name] for name in tuned if name in best[:_MOST_LINES]}
-    label, factor = _label(found)
-    sign = 1 if primary(found["protocol"]).higher_is_better else -1
+    label, factor = _label(loaded)
+    sign = 1 if primary(loaded["protocol"]).higher_is_better else -1
     with style():
-        made, ((axis,),) = figure(2.9)
+        fig, ((axis,),) = figure(2.9)
         for name, tried in tuned.items():
             strengths = sorted(tried)
             values = [factor * tried[s] for s in strengths]
-            color = _color(found, name, list(tuned))
+            color = _color(loaded, name, list(tuned))
             axis.plot(strengths, values, "o-", color=color, label=shortened(name), markersize=3)
             best_index = int(np.argmax(sign * np.array(values)))
             axis.plot(strengths[best_index], values[best_index], "o", mfc="none", mec=color, ms=9)
@@ -212,8 +212,8 @@ def strength_curve(results: Results, methods: Sequence[str] | None = None) -> Fi
         axis.grid()
         axis.set_xlabel("λ")
         axis.set_ylabel(f"{label} on validation data")
-        made.legend(loc="outside upper center", ncols=min(len(tuned), 3), frameon=False)
-    return made
+        fig.legend(loc="outside upper center", ncols=min(len(tuned), 3), frameon=False)
+    return fig
 
 
 def _rank(results: Mapping[str, Any], name: str) -> float:

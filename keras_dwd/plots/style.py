@@ -53,11 +53,11 @@ def style() -> Iterator[None]:
 
 def figure(height: float, rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, Any]:
     """A figure of the common width with a grid of axes, always as an array of two dimensions."""
-    made = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
-    axes = made.subplots(rows, columns, squeeze=False, **settings)
+    fig = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
+    axes = fig.subplots(rows, columns, squeeze=False, **settings)
     for axis in axes.flat:
         axis.set_facecolor("none")
-    return made, axes
+    return fig, axes
 
 
 def heat(axis: Any, values: Any, highest: float | None = None, text: Any = None) -> None:

@@ -143,21 +143,21 @@ class Factor:
         count = len(scaled)
         return Factor._truncated(basis @ vectors, scaled + rest, rest, count, count)
 
-    def among(self, held: np.ndarray, more: np.ndarray | None, size: int) -> "Factor":
+    def among(self, rows: np.ndarray, more: np.ndarray | None, size: int) -> "Factor":
         """The factor extended to more rows, over which the trace of ρ is spread.
 
         Args:
-            held: Indices of this factor's rows in the full matrix.
+            rows: Indices of this factor's rows in the full matrix.
             more: Indices of the rows to cover in the full matrix, `None` for all of them.
             size: The number of rows of the full matrix.
         """
-        if more is not None and len(more) == len(held):
+        if more is not None and len(more) == len(rows):
             return self
         height = size if more is None else len(more)
         directions = self.vectors.shape[1]
         vectors = np.zeros((height, directions))
-        vectors[held if more is None else np.searchsorted(more, held)] = self.vectors
-        rest = self.rest * (len(held) - directions) / max(height - directions, 1)
+        vectors[rows if more is None else np.searchsorted(more, rows)] = self.vectors
+        rest = self.rest * (len(rows) - directions) / max(height - directions, 1)
         return Factor(vectors, self.values, np.asarray(rest))
 
     def grown(self, places: np.ndarray, size: int) -> "Factor":

@@ -74,24 +74,24 @@ class TaskGraph(FixedSettings):
         self.layer = layer
         self.batch_size = integer("batch_size", batch_size, 4)
         self.unbiased = bool(unbiased)
-        self.given = None if weights is None else np.asarray(weights, "float64")
-        if self.given is not None:
-            square = self.given.ndim == 2 and self.given.shape[0] == self.given.shape[1]
-            if not (square and np.isfinite(self.given).all() and (self.given >= 0).all()):
+        self.fixed_weights = fixed = None if weights is None else np.asarray(weights, "float64")
+        if fixed is not None:
+            square = fixed.ndim == 2 and fixed.shape[0] == fixed.shape[1]
+            if not (square and np.isfinite(fixed).all() and (fixed >= 0).all()):
                 raise ValueError(
                     "`weights` must be a square matrix of numbers >= 0, a row and a column for "
                     f"each task. Received: {weights!r}"
                 )
-            if not np.allclose(self.given, self.given.T):
+            if not np.allclose(fixed, fixed.T):
                 raise ValueError(f"`weights` must be symmetric. Received: {weights!r}")
         self._weights: list[list[float]] = []
         self._digests: list[str] = []  # digest of the model's weights after each task
         if (self.folder / _INDEX).exists():
             self._weights, self._digests = self._read_index()
-        self._there = list(self._digests)  # the digests in the folder, as last read or written
+        self._digests_in_folder = list(self._digests)  # as last read or written
         if probe is not None:
             self._keep_probe(probe)
-        elif self.given is None and not (self.folder / _PROBE).exists():
+        elif self.fixed_weights is None and not (self.folder / _PROBE).exists():
             raise ValueError(
                 f"`probe` is needed: {str(self.folder)!r} holds no probe inputs, and no `weights` "
                 "are given."
@@ -99,8 +99,8 @@ class TaskGraph(FixedSettings):
 
     @property
     def weights(self) -> np.ndarray | None:
-        """The fixed edge weights that were given, or `None`."""
-        return self.given
+        """The fixed edge weights, or `None`."""
+        return self.fixed_weights
 
     @property
     def matrix(self) -> np.ndarray:
@@ -123,7 +123,7 @@ class TaskGraph(FixedSettings):
             learned: Number of tasks the model has learned.
             digest: Digest of its weights after the last of these tasks.
         """
-        if (self.folder / _INDEX).exists() and self._read_index()[1] != self._there:
+        if (self.folder / _INDEX).exists() and self._read_index()[1] != self._digests_in_folder:
             raise ValueError(
                 f"`folder` {str(self.folder)!r} holds other tasks than when this graph was made: "
                 "another model has gone on in it. Each needs a folder of its own."
@@ -139,12 +139,12 @@ class TaskGraph(FixedSettings):
         if self.layer is not None and self.layer not in {x.name for x in _layers(model)}:
             known = ", ".join(layer.name for layer in _layers(model))
             raise ValueError(f"`layer` must be one of {known}. Received: {self.layer!r}")
-        if self.given is not None and self.tasks >= len(self.given):
+        if self.fixed_weights is not None and self.tasks >= len(self.fixed_weights):
             raise ValueError(
-                f"`weights` must have a row for each task. Received {len(self.given)} rows, and "
-                f"task {self.tasks + 1}."
+                "`weights` must have a row for each task. Received "
+                f"{len(self.fixed_weights)} rows, and task {self.tasks + 1}."
             )
-        if self.given is None:
+        if self.fixed_weights is None:
             try:
                 batch = next(self._pieces())
                 check_inputs(model, batch)
@@ -169,20 +169,20 @@ class TaskGraph(FixedSettings):
             f"weights/{path}": np.asarray(variable, "float32")
             for path, variable in _shared(by_path(model)).items()
         }
-        if self.given is None:
+        if self.fixed_weights is None:
             arrays["representation"] = self.representation(model)
         write_arrays(self._path(self.tasks), arrays, {})
         weights, digests = [*self._weights, row], [*self._digests, digest.hex()]
         index = {"version": 1, "weights": weights, "digests": digests}
         write_json(self.folder / _INDEX, index)
         self._weights, self._digests = weights, digests
-        self._there = list(digests)
+        self._digests_in_folder = list(digests)
 
     def weights_to(self, model: Learner) -> np.ndarray:
         """Edge weights w_ij between each earlier task and the current model, `(tasks,)`."""
-        if self.given is not None:
-            last = self.tasks >= len(self.given)  # no task follows
-            return np.zeros(self.tasks) if last else self.given[: self.tasks, self.tasks]
+        if self.fixed_weights is not None:
+            last = self.tasks >= len(self.fixed_weights)  # no task follows
+            return np.zeros(self.tasks) if last else self.fixed_weights[: self.tasks, self.tasks]
         if not self.tasks:
             return np.zeros(0)
         now = self.representation(model)
@@ -289,7 +289,7 @@ class TaskGraph(FixedSettings):
             "folder": str(self.folder),
             "strength": self.strength,
             "layer": self.layer,
-            "weights": None if self.given is None else self.given.tolist(),
+            "weights": None if self.fixed_weights is None else self.fixed_weights.tolist(),
             "batch_size": self.batch_size,
             "unbiased": self.unbiased,
         }
@@ -323,7 +323,7 @@ class TaskGraph(FixedSettings):
             if not np.isfinite(np.asarray(part)).all():
                 raise ValueError("`probe` must be finite. It has values that are NaN or Inf.")
         named = {str(name): np.asarray(part) for name, part in parts.items()}
-        if self.tasks and self.given is None:
+        if self.tasks and self.fixed_weights is None:
             stored, _ = read_arrays(self.folder / _PROBE)
             if stored.keys() != named.keys() or any(
                 not np.array_equal(stored[name], named[name]) for name in stored

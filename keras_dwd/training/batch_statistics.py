@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_dwd.communicator import Communicator
-from keras_dwd.curvature.examples import carried_states, kept, map_leaves
+from keras_dwd.curvature.examples import carried_states, map_arrays, restored_after
 from keras_dwd.curvature.fisher import Fisher, Statistics
 from keras_dwd.keras_private import loss_metric
 from keras_dwd.learner import Learner
@@ -16,11 +16,11 @@ from keras_dwd.variables import Variables
 
 @dataclass
 class _Graph:
-    """A graph, and what it was made for.
+    """A traced graph, and what it was traced for.
 
     Attributes:
         key: Tells whether it can be used again.
-        objects: Those whose ids are in the key, kept so that no others get these.
+        objects: The objects whose ids are in the key; a reference keeps the ids from being reused.
         all_sizes: Whether it is traced for batches of all sizes.
         function: The `tf.function`.
     """
@@ -65,7 +65,7 @@ class BatchStatistics:
         """
 
         def compute(batch: Any) -> Statistics:
-            with kept([v for metric in model.metrics for v in metric.variables]):
+            with restored_after([v for metric in model.metrics for v in metric.variables]):
                 return fisher.batch_statistics(
                     model, variables, batch, loss_scale(model), communicator
                 )
@@ -82,7 +82,7 @@ class BatchStatistics:
             all_sizes = not fixed and not carried_states(model)
             self._graphs[several] = _Graph(key, objects, all_sizes, function)
         graph = self._graphs[several]
-        traced_for = map_leaves(_of_any_size, batch) if graph.all_sizes else batch
+        traced_for = map_arrays(_of_any_size, batch) if graph.all_sizes else batch
         try:
             traced = graph.function.get_concrete_function(traced_for)
         except Exception:
@@ -92,7 +92,8 @@ class BatchStatistics:
             graph.all_sizes = False  # a model that must know the size, or the error comes again
             return self(model, fisher, variables, batch, communicator)
         if any(map(tf.is_symbolic_tensor, traced.captured_inputs)):
-            return compute(batch)  # they are of the calling step, and another has no access
+            # The graph captured tensors of the step being traced, so it cannot be reused.
+            return compute(batch)
         return graph.function(batch)
 
 

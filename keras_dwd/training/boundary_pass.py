@@ -62,8 +62,13 @@ class BoundaryPass:
         states = states_of(model)
         if carried_states(model):  # of as many examples as the batches of the model have
             chunk = next(size for i in model.inputs if (size := i.shape[0]) is not None)
-        noted = (fisher.examples_seen, fisher.coupling, fisher.contradiction, *states)
-        before = [np.array(v) for v in noted]
+        restored = (
+            fisher.examples_seen,
+            fisher.coupling,
+            fisher.contradiction,
+            *states,
+        )
+        before = [np.array(v) for v in restored]
         alone = communicator if communicator.size == 1 else _ALONE  # each batch is one worker's
         bar = None
         if verbose == 1:
@@ -100,7 +105,7 @@ class BoundaryPass:
             elif verbose:
                 print(f"Fisher information of {counted(examples, 'example')}")
         finally:  # also if the pass fails
-            for variable, value in zip(noted, before, strict=True):
+            for variable, value in zip(restored, before, strict=True):
                 variable.assign(value)
         self.examples = examples
         if communicator.size > 1:  # there may be fewer batches than workers

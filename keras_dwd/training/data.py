@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_dwd.curvature.examples import leaves, map_leaves, part_of
+from keras_dwd.curvature.examples import arrays_in, map_arrays, part_of
 from keras_dwd.curvature.likelihood import (
     check_likelihoods,
     losses_of,
@@ -28,23 +28,23 @@ from keras_dwd.learner import Learner
 from keras_dwd.variables import Variables
 
 
-def check_fit(model: Learner, given: Mapping[str, Any]) -> None:
+def check_fit(model: Learner, arguments: Mapping[str, Any]) -> None:
     """Raise `ValueError` if the data in the arguments of `fit` is invalid.
 
     Args:
         model: A compiled model.
-        given: The arguments of `fit` by name.
+        arguments: The arguments of `fit` by name.
     """
-    validation = given.get("validation_data")
+    validation = arguments.get("validation_data")
     validation = validation if isinstance(validation, (tuple, list)) else (validation,)
-    training = (given.get("x"), given.get("y"), given.get("sample_weight"))
+    training = (arguments.get("x"), arguments.get("y"), arguments.get("sample_weight"))
     for prefix, data in (("", training), ("validation_data: ", validation)):
         for name, part in zip(("x", "y", "sample_weight"), data, strict=False):
             check_finite(f"{prefix}{name}", part)
         check_labels(model, data[1] if len(data) > 1 else None)
 
 
-def build_state(model: Learner, given: Mapping[str, Any]) -> None:
+def build_state(model: Learner, arguments: Mapping[str, Any]) -> None:
     """Create the variables of metrics and optimizer before the training step is traced.
 
     A step that creates variables would be traced twice. Does nothing for data whose batch shapes
@@ -52,13 +52,13 @@ def build_state(model: Learner, given: Mapping[str, Any]) -> None:
 
     Args:
         model: A compiled model.
-        given: The arguments of `fit` by name.
+        arguments: The arguments of `fit` by name.
     """
-    x = given.get("x")
-    batch: Any = (x, given.get("y"), given.get("sample_weight"))
+    x = arguments.get("x")
+    batch: Any = (x, arguments.get("y"), arguments.get("sample_weight"))
     if isinstance(x, tf.data.Dataset):
         batch = x.element_spec
-    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in leaves(batch[:1])):
+    elif not all(isinstance(a, (np.ndarray, tf.Tensor)) for a in arrays_in(batch[:1])):
         return
     try:
         build_before_tracing(model, tf.nest.map_structure(_with_any_batch_size, batch))
@@ -199,14 +199,14 @@ def batches(data: Any, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
         data = map(data.__getitem__, range(data.num_batches))
     for batch in data:
         parts = keras.utils.unpack_x_y_sample_weight(batch)
-        lengths = {_length(a) for a in leaves(parts)}
+        lengths = {_length(a) for a in arrays_in(parts)}
         if len(lengths) != 1:
             raise ValueError(
                 f"`x` and `y` must hold as many examples as each other. Received {sorted(lengths)}."
             )
         for start in range(0, lengths.pop(), batch_size):
             piece = partial(_piece, start=start, stop=start + batch_size)
-            x, y, sample_weight = map_leaves(piece, parts)
+            x, y, sample_weight = map_arrays(piece, parts)
             yield x, y, sample_weight
 
 
@@ -214,8 +214,8 @@ def examples_in(data: Any) -> int | None:
     """The number of examples in arrays, as `batches` takes them; `None` for other data."""
     if not (isinstance(data, (tuple, dict)) or hasattr(data, "shape")):
         return None
-    found = list(leaves(keras.utils.unpack_x_y_sample_weight(data)))
-    return _length(found[0]) if found else None
+    arrays = list(arrays_in(keras.utils.unpack_x_y_sample_weight(data)))
+    return _length(arrays[0]) if arrays else None
 
 
 def _length(array: Any) -> int:
@@ -252,7 +252,7 @@ def _arrays(data: Any) -> list[np.ndarray]:
     if data is None or isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
         return []
     arrays = []
-    for leaf in leaves(data):
+    for leaf in arrays_in(data):
         if isinstance(leaf, tf.RaggedTensor):
             leaf = leaf.flat_values
         elif isinstance(leaf, tf.SparseTensor):

@@ -55,9 +55,9 @@ class HeadGate:
             active[path] *= tf.reshape(tf.cast(self.in_use[path].value, "float32"), (-1, *ones))
         return active
 
-    def restore_inactive(self, kept: list[tuple[Any, ...]]) -> None:
+    def restore_inactive(self, entries: list[tuple[Any, ...]]) -> None:
         """Undo the optimizer's update of the heads that are not in use. Graph code."""
-        for variable, before, mask in kept:
+        for variable, before, mask in entries:
             variable.assign(tf.where(mask, variable.value, before))
 
     def reset(self) -> None:

@@ -140,7 +140,7 @@ def proximal_updates(
             shape of the variable or as a scalar.
     """
     pulled: set[int] = set()
-    wanted = {id(v) for v in variables}
+    variable_ids = {id(v) for v in variables}
 
     def around(leaf: Any) -> keras_private.Around:
         metric = _metric_of(leaf)
@@ -156,7 +156,7 @@ def proximal_updates(
                 if metric
                 else _measured(gradient, v.value - value)
                 for v, gradient, value in zip(variables, gradients, before, strict=True)
-                if id(v) in wanted
+                if id(v) in variable_ids
             }
             with keras_private.shifted_iterates(leaf, variables, rate):
                 pull(stiffness)

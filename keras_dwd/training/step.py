@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_dwd.curvature.examples import carried_states, count_of, kept, states_of
+from keras_dwd.curvature.examples import carried_states, count_of, restored_after, states_of
 from keras_dwd.curvature.fisher import Fisher, mean_gradient_statistics
 from keras_dwd.distillation import Distillation
 from keras_dwd.distributed.workers import Workers
@@ -129,12 +129,12 @@ class TrainingStep:
         with tf.GradientTape(persistent=True) as tape:  # of the layers' own regularizers
             added = added_loss(model, one) if self.head_gate.in_use else None
         nothing = [None] * len(gradients)
-        found = Gradients(
+        collected = Gradients(
             variables, list(gradients), nothing, added, None if scale is one else scale, tape
         )
-        self._average(model, found, tf.zeros(()))
-        active = self.head_gate.mark_active(variables, found.of_data())
-        self._update_weights(model, found)
+        self._average(model, collected, tf.zeros(()))
+        active = self.head_gate.mark_active(variables, collected.of_data())
+        self._update_weights(model, collected)
         self.head_gate.restore_inactive(active)
 
     def _differentiate(
@@ -143,21 +143,22 @@ class TrainingStep:
         """The outputs, loss and gradients, exactly as Keras computes them, plus distillation."""
         variables = trainable_by_path(model)
         distillation, targets = self.distillation, []
-        # First, as running the model forgets the losses that its layers added before.
+        # First, because running the model clears the losses that its layers have added.
         taught = distillation and distillation.teach(model, x, self.anchors)
         with tf.GradientTape(persistent=True) as tape:
             with recorded_heads() as calls:
                 y_pred = model(x, training=True)
             loss = total_loss(model, x, y, y_pred, sample_weight, training=True)
             added = added_loss(model, loss)
-            if added is not None and has_own_loss(model):  # of them what the loss has in it
+            if added is not None and has_own_loss(model):
+                # An own `compute_loss` may use only part of the added losses: take that part.
                 added = loss - data_loss(model, x, y, y_pred, sample_weight, training=True)
             scaled_loss = model.optimizer.scale_loss(loss)
             if distillation and taught:
                 distilled = distillation.loss(model, taught, y, y_pred, sample_weight, calls)
                 targets.append(model.optimizer.scale_loss(distilled))
         if distillation:
-            distillation.note(model, y, y_pred, sample_weight, calls)
+            distillation.record_labels(model, y, y_pred, sample_weight, calls)
         of_distillation: list[Any] = [None] * len(variables)
         if targets and self._takes_gradients:  # which must not have distillation in them
             of_distillation = tape.gradient(targets.pop(), list(variables.values()))
@@ -209,7 +210,10 @@ class TrainingStep:
                 statistics = mean_gradient_statistics(model, gradients.variables, of_data, examples)
             else:
                 communicator = self.workers.communicator
-                with kept(states_of(model)), kept(carried_states(model), before):
+                with (
+                    restored_after(states_of(model)),
+                    restored_after(carried_states(model), before),
+                ):
                     local_statistics = self.statistics(
                         model, fisher, self.pulled, batch, communicator
                     )

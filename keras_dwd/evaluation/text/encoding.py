@@ -46,9 +46,11 @@ class Encoding:
 
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The tokens of each row's prompt, with the separator at its end."""
-        made = self.tokenizer
-        encoded = made.encode([row.prompt for row in rows])
-        return [[*made.start, *self._shortened(tokens), *made.separator] for tokens in encoded]
+        tokenizer = self.tokenizer
+        encoded = tokenizer.encode([row.prompt for row in rows])
+        return [
+            [*tokenizer.start, *self._shortened(tokens), *tokenizer.separator] for tokens in encoded
+        ]
 
     @property
     def _room(self) -> int:

@@ -73,15 +73,15 @@ class Generator:
 
     def _continuations(self, prompts: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
         """What follows each prompt, `(prompts, steps)`; the prompts are padded at the start."""
-        given = prompts != PAD
-        lengths = tf.reduce_sum(tf.cast(given, "int32"), 1)
-        logits, cache = self._read(prompts, given)
+        prompt_mask = prompts != PAD
+        lengths = tf.reduce_sum(tf.cast(prompt_mask, "int32"), 1)
+        logits, cache = self._read(prompts, prompt_mask)
         scores, last = tf.math.top_k(tf.nn.log_softmax(logits), self.beams)
         written = tf.pad(last[..., None], [[0, 0], [0, 0], [0, steps - 1]])
         empty = [(k[:, :0], v[:, :0]) for k, v in cache]
         own = [tuple(tf.repeat(t, self.beams, 0) for t in pair) for pair in empty]
         first = _Beams(tf.constant(1), scores, last, written, own)
-        follow = self._following(cache, given, lengths)
+        follow = self._following(cache, prompt_mask, lengths)
         shapes = tf.nest.map_structure(lambda t: t.shape, first)
         unknown = tf.TensorShape((None, None, *cache[0][0].shape[2:]))
         invariants = shapes._replace(cache=[(unknown, unknown)] * self._blocks)
@@ -95,14 +95,14 @@ class Generator:
         best = tf.argmax(beams.scores / count, 1, "int32")
         return tf.gather(beams.written, best, axis=1, batch_dims=1)
 
-    def _following(self, cache: Cache, given: tf.Tensor, lengths: tf.Tensor) -> Any:
+    def _following(self, cache: Cache, prompt_mask: tf.Tensor, lengths: tf.Tensor) -> Any:
         """A function that adds a token to the beams of all prompts."""
 
         def follow(beams: _Beams) -> _Beams:
-            count = tf.shape(given)[0]
+            count = tf.shape(prompt_mask)[0]
             positions = tf.repeat(lengths + beams.step - 1, self.beams)[:, None]
             logits, own = self._next(
-                tf.reshape(beams.last, (-1, 1)), positions, cache, beams.cache, given
+                tf.reshape(beams.last, (-1, 1)), positions, cache, beams.cache, prompt_mask
             )
             logits = tf.reshape(logits, (count, self.beams, -1))
             tokens = logits.shape[-1] or tf.shape(logits)[-1]
@@ -123,11 +123,11 @@ class Generator:
 
         return follow
 
-    def _read(self, prompts: tf.Tensor, given: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+    def _read(self, prompts: tf.Tensor, prompt_mask: tf.Tensor) -> tuple[tf.Tensor, Cache]:
         """The logits of the first token to write, and keys and values of the prompts."""
-        positions = tf.maximum(tf.cumsum(tf.cast(given, "int32"), 1) - 1, 0)
+        positions = tf.maximum(tf.cumsum(tf.cast(prompt_mask, "int32"), 1) - 1, 0)
         columns = tf.range(tf.shape(prompts)[1])
-        allowed = (columns[:, None] >= columns[None]) & given[:, None, None, :]
+        allowed = (columns[:, None] >= columns[None]) & prompt_mask[:, None, None, :]
         cache: Cache = []
 
         def attention(block: int, query: Any, key: Any, value: Any) -> Any:
@@ -143,7 +143,7 @@ class Generator:
         positions: tf.Tensor,
         cache: Cache,
         own: Cache,
-        given: tf.Tensor,
+        prompt_mask: tf.Tensor,
     ) -> tuple[tf.Tensor, Cache]:
         """The logits of the token after `last`, and keys and values of what was written."""
         longer: Cache = []
@@ -155,12 +155,12 @@ class Generator:
             # All beams of a prompt attend to the same keys of the prompt, which are not copied.
             together = tf.reshape(query, (-1, self.beams, *query.shape[2:]))
             early = tf.einsum("bqhd,bkhd->bqhk", together, of_prompt[0])
-            early = tf.where(given[:, None, None], early, -1e9)
+            early = tf.where(prompt_mask[:, None, None], early, -1e9)
             late = tf.einsum("bqhd,bkhd->bqhk", query, keys)
             late = tf.reshape(late, tf.concat([tf.shape(early)[:3], tf.shape(late)[3:]], 0))
             scores = tf.concat([early, late], -1) * query.shape[-1] ** -0.5
             shares = tf.nn.softmax(scores)
-            split = tf.shape(given)[1]
+            split = tf.shape(prompt_mask)[1]
             y = tf.einsum("bqhk,bkhd->bqhd", shares[..., :split], of_prompt[1])
             of_late = tf.reshape(shares[..., split:], (-1, 1, y.shape[2], tf.shape(keys)[1]))
             return tf.reshape(y, tf.shape(query)) + tf.einsum("bqhk,bkhd->bqhd", of_late, values)

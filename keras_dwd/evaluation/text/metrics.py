@@ -97,8 +97,8 @@ def _columns(references: References) -> list[list[str | None]]:
 
 
 def _plain(text: str) -> str:
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+    characters = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", characters).split())
 
 
 def _overlap(text: str, reference: str) -> float:

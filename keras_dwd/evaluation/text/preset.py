@@ -96,15 +96,15 @@ class PresetWriter:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             tokens = np.full(shape, self._tokenizer.pad, "int32")
-            given = np.zeros(shape, "int32")
+            mask = np.zeros(shape, "int32")
             for row in range(self.batch_size):  # the last batch is filled up by its last prompt
                 prompt = prompts[chosen[min(row, len(chosen) - 1)]]
-                tokens[row, : len(prompt)], given[row, : len(prompt)] = prompt, 1
-            found = self._generate(
-                {"token_ids": tokens, "padding_mask": given},
+                tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+            generated = self._generate(
+                {"token_ids": tokens, "padding_mask": mask},
                 stop_token_ids=(self._tokenizer.end,),
             )
-            for i, row in zip(chosen, found["token_ids"], strict=False):
+            for i, row in zip(chosen, generated["token_ids"], strict=False):
                 own = row[len(prompts[i]) :][:steps].tolist()
                 written[i] = list(itertools.takewhile(lambda t: t != self._tokenizer.end, own))
         return written

@@ -79,9 +79,9 @@ class Pretraining:
         folder = cache_folder() if cache_dir is None else cache_dir.expanduser()
         about = {"version": _VERSION, **asdict(self), "text": _digest(texts)}
         path = folder / f"decoder-{_digest([json.dumps(about, sort_keys=True)])[:16]}.safetensors"
-        found = _read(path, about)
-        if found is not None:
-            return found
+        cached = _read(path, about)
+        if cached is not None:
+            return cached
         say(f"Pretraining on {sum(map(len, texts)):,} characters, once: kept as {path}")
         tokenizer: Tokenizer = ByteTokenizer()
         if self.tokenizer == "bpe":
@@ -175,11 +175,11 @@ def cache_folder() -> Path:
 
 
 def _digest(texts: Sequence[str]) -> str:
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for text in texts:
-        made.update(text.encode())
-        made.update(b"\0")
-    return made.hexdigest()
+        digest.update(text.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def _read(path: Path, about: dict[str, Any]) -> tuple[Tokenizer, list[np.ndarray]] | None:

@@ -59,11 +59,11 @@ class Scorer:
             self._made = weakref.ref(model), write, likelihood
         rows, texts = self.written(write, data)
         references = [row.references for row in rows]
-        found = {
+        scores = {
             name: passed(texts, rows) if name == PASSED else METRICS[name](texts, references)
             for name in self.names
         }
-        return {**found, **likelihood(data)}
+        return {**scores, **likelihood(data)}
 
     def written(self, write: Write, data: Any) -> tuple[list[Row], list[str]]:
         """The rows of the data, and what is written for each."""

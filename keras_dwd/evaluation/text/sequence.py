@@ -136,16 +136,16 @@ def _with_leftovers(
     read: Sequence[TextTask], folder: Path, settings: TextSettings
 ) -> tuple[list[TextTask], list[str]]:
     """The tasks with the rows that are used, and text of rows that are not."""
-    found = {task.name: task for task in read}
-    others = [name for name in names_in(folder) if name not in found]
-    found |= {name: load(name, folder) for name in others}
+    task_of = {task.name: task for task in read}
+    others = [name for name in names_in(folder) if name not in task_of]
+    task_of |= {name: load(name, folder) for name in others}
     tasks, texts = [], []
-    for name in sorted(found):
-        task, rest = found[name].limited(settings.examples, settings.tests)
+    for name in sorted(task_of):
+        task, rest = task_of[name].limited(settings.examples, settings.tests)
         tasks.append(task)
         texts += [text for row in rest for text in (row.source, row.target)]
-    kept = {task.name: task for task in tasks}
-    return [kept[task.name] for task in read], list(dict.fromkeys(texts))
+    limited_of = {task.name: task for task in tasks}
+    return [limited_of[task.name] for task in read], list(dict.fromkeys(texts))
 
 
 def _arrays(
@@ -160,11 +160,11 @@ def _arrays(
         count = max(1, round(validation * len(train)))
         test = tuple(train[i] for i in order[:count])[: len(task.test)]
         train = tuple(train[i] for i in order[count:])
-    made = [language.inputs(encoding.examples(rows)) for rows in (train, test)]
-    return Task(task.name, *made)
+    arrays = [language.inputs(encoding.examples(rows)) for rows in (train, test)]
+    return Task(task.name, *arrays)
 
 
 def _metrics(scorer: Scorer, names: Sequence[str]) -> tuple[TaskMetric, ...]:
     shares = ("rouge_l", "token_accuracy", *names)
-    made = [TaskMetric(name, scorer, higher_is_better=True, percent=True) for name in shares]
-    return (*made, TaskMetric("loss", scorer, higher_is_better=False, percent=False))
+    metrics = [TaskMetric(name, scorer, higher_is_better=True, percent=True) for name in shares]
+    return (*metrics, TaskMetric("loss", scorer, higher_is_better=False, percent=False))

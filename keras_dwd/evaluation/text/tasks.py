@@ -89,13 +89,13 @@ class TextTask:
             test: The largest number of rows for validation and for tests, of each.
         """
         count = min(train, max(1, 4 * len(self.train) // 5))
-        kept = replace(
+        smaller = replace(
             self,
             train=self.train[:count],
             validation=self.validation[:test],
             test=self.test[:test],
         )
-        return kept, self.train[count:]
+        return smaller, self.train[count:]
 
 
 def load(name: str, data_dir: Path | None = None) -> TextTask:
@@ -152,9 +152,9 @@ def _stem(name: str, folder: Path) -> Path:
             return stem
     available = names_in(folder)
     for beginning in KINDS[name].files if name in KINDS else ():
-        found = [other for other in available if other.startswith(beginning)]
-        if found:
-            return folder / found[0]
+        matches = [other for other in available if other.startswith(beginning)]
+        if matches:
+            return folder / matches[0]
     raise FileNotFoundError(
         f"There is no task {name!r} in {str(folder)!r}. Tasks with training and test data there: "
         f"{', '.join(available) or 'none'}."

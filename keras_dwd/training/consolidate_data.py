@@ -1,4 +1,4 @@
-"""What `consolidate` was given, as data for the pass at a boundary."""
+"""The arguments of `consolidate` as data for the pass at a boundary."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -30,8 +30,8 @@ def data_of(model: Learner, x: Any, y: Any = None, sample_weight: Any = None) ->
     Raises:
         ValueError: If labels or weights are given twice or without inputs, or if `x` is ambiguous.
     """
-    for name, given in (("y", y), ("sample_weight", sample_weight)):
-        if given is None:
+    for name, argument in (("y", y), ("sample_weight", sample_weight)):
+        if argument is None:
             continue
         if x is None:
             raise ValueError(f"`{name}` was given without `x`.")
@@ -90,16 +90,16 @@ def _are_inputs(model: Learner, x: Any) -> bool:
     return isinstance(x, dict) or hasattr(x, "shape")
 
 
-def _of_list(model: Learner, given: list[Any]) -> Any:
+def _of_list(model: Learner, parts: list[Any]) -> Any:
     """A list of batches, or `[x, y]` where the model has one input."""
-    arrays = [hasattr(part, "shape") for part in given]
+    arrays = [hasattr(part, "shape") for part in parts]
     single = len(model.inputs) == 1
-    if not any(arrays) and all(isinstance(part, tuple) for part in given):
-        return given  # batches
-    if single and given and all(arrays) and len(given) in (2, 3):
-        return _numpy(tuple(given))
-    if single and given and all(isinstance(p, (tuple, list)) and _pair(p) for p in given):
-        return given
+    if not any(arrays) and all(isinstance(part, tuple) for part in parts):
+        return parts  # batches
+    if single and parts and all(arrays) and len(parts) in (2, 3):
+        return _numpy(tuple(parts))
+    if single and parts and all(isinstance(p, (tuple, list)) and _pair(p) for p in parts):
+        return parts
     raise ValueError(
         "A list may be several inputs, inputs and labels, or batches: it does not tell which. "
         f"{_HOW}"
@@ -147,7 +147,7 @@ def verbosity(verbose: Any) -> int:
     return int(verbose)
 
 
-def batch_size_of(*given: Any) -> Any:
+def batch_size_of(*arguments: Any) -> Any:
     """The integer among arguments by position, which is a batch size, or `None`."""
-    numbers = [g for g in given if isinstance(g, (int, np.integer)) and not isinstance(g, bool)]
+    numbers = [g for g in arguments if isinstance(g, (int, np.integer)) and not isinstance(g, bool)]
     return numbers[0] if numbers else None
