@@ -23,6 +23,7 @@ from keras_dwd.distributed import data
 from keras_dwd.distributed.launch import launch
 from keras_dwd.distributed.workers import Workers
 from keras_dwd.groupings import LayerGrouping
+from keras_dwd_command.app import app
 
 if not os.environ.get("KERAS_DWD_REQUIRE_HOROVOD"):  # `make test` requires Horovod
     pytest.importorskip("horovod", reason="Horovod is not installed")
@@ -297,7 +298,7 @@ def test_a_message_that_one_worker_does_not_answer_is_named(tmp_path):
 def test_the_command_line_without_horovod_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "horovod.runner.common.util.hosts", None)
     monkeypatch.delenv("HOROVOD_RANK", raising=False)
-    result = CliRunner().invoke(cli.app, ["run", "--workers", "2"])
+    result = CliRunner().invoke(app, ["run", "--workers", "2"])
     assert isinstance(result.exception, ModuleNotFoundError)
     assert "build_horovod.py" in str(result.exception)
 
@@ -314,9 +315,9 @@ def test_the_command_line_runs_workers_and_resumes(tmp_path):
         timeout=200,
     )
     assert first.returncode == 0, first.stderr
-    again = CliRunner().invoke(cli.app, base)
+    again = CliRunner().invoke(app, base)
     assert "--resume" in str(again.exception)
-    resumed = CliRunner().invoke(cli.app, [*base, "--resume"])
+    resumed = CliRunner().invoke(app, [*base, "--resume"])
     assert resumed.exit_code == 0, resumed.output
     matrices = [
         json.loads(done.stdout)["methods"]["dwd-online"]["accuracy_matrices"]
@@ -417,7 +418,7 @@ def test_workers_run_the_command_that_was_given(monkeypatch):
     monkeypatch.setattr(cli, "launch", lambda command, workers: seen.append(command) or 0)
     monkeypatch.delenv("HOROVOD_RANK", raising=False)
     given = ["run", "--class-order-seed", "0", "--workers", "2", "--sharded", "--tasks", "2"]
-    assert CliRunner().invoke(cli.app, given).exit_code == 0
+    assert CliRunner().invoke(app, given).exit_code == 0
     words = seen[0]
     assert words[1:4] == ["-m", "keras_dwd_command", "run"]
     assert words[words.index("--class-order-seed") + 1] == "0"

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import blobs, long
+from cases import blobs, long, state_of
 from keras import layers
 
 from keras_dwd import DiagonalFisher, Distillation, DWDModel, KroneckerFisher
@@ -105,9 +105,7 @@ def test_file_round_trip(tmp_path):
     again = keras.models.load_model(tmp_path / "heads.keras")
     x = task_data(2)[0]
     np.testing.assert_array_equal(model.predict(x, verbose=0), again.predict(x, verbose=0))
-    np.testing.assert_array_equal(
-        again._consolidation.head_gate.in_use["heads/kernel"], [True, False, False]
-    )
+    np.testing.assert_array_equal(state_of(again)["in_use/heads/kernel"], [True, False, False])
 
 
 def test_each_head_is_initialised_on_its_own():
