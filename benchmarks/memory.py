@@ -23,50 +23,36 @@ PROTOCOL = (
 )
 
 
+def classifier(keras, shape, *between, **of_input):
+    """A network for ten classes."""
+    head = keras.layers.Dense(10, activation="softmax")
+    return keras.Sequential([keras.Input(shape, **of_input), *between, head])
+
+
 def dense(keras):
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(256, activation="relu"),
-            keras.layers.Dense(256, activation="relu"),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
-    )
+    hidden = (keras.layers.Dense(256, activation="relu") for _ in range(2))
+    return classifier(keras, (784,), *hidden)
 
 
 def conv(keras):
-    return keras.Sequential(
-        [
-            keras.Input((16, 16, 3)),
-            keras.layers.Conv2D(32, 3, activation="relu"),
-            keras.layers.Conv2D(64, 3, strides=2, activation="relu"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(128, activation="relu"),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
+    return classifier(
+        keras,
+        (16, 16, 3),
+        keras.layers.Conv2D(32, 3, activation="relu"),
+        keras.layers.Conv2D(64, 3, strides=2, activation="relu"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(128, activation="relu"),
     )
 
 
 def many_positions(keras):
-    return keras.Sequential(
-        [
-            keras.Input((128, 128, 64)),
-            keras.layers.Conv2D(64, 3, activation="relu"),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
-    )
+    layers = keras.layers.Conv2D(64, 3, activation="relu"), keras.layers.GlobalAveragePooling2D()
+    return classifier(keras, (128, 128, 64), *layers)
 
 
 def many_tokens(keras):
-    return keras.Sequential(
-        [
-            keras.Input((2048,), dtype="int32"),
-            keras.layers.Embedding(500, 32),
-            keras.layers.GlobalAveragePooling1D(),
-            keras.layers.Dense(10, activation="softmax"),
-        ]
-    )
+    layers = keras.layers.Embedding(500, 32), keras.layers.GlobalAveragePooling1D()
+    return classifier(keras, (2048,), *layers, dtype="int32")
 
 
 STATES = {"dense, 784–256–256": dense, "conv, 16 × 16": conv}

@@ -1,5 +1,6 @@
 """The Fisher statistics of a batch, by one graph for training steps and the boundary pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,18 +76,17 @@ class BatchStatistics:
         # `compile` creates a new loss, for which the graph must be traced again.
         objects = [fisher, loss_metric(model), communicator, *variables.values(), *model.metrics]
         key = [*variables, *map(id, objects)]
-        function = tf.function(compute, reduce_retracing=True, autograph=False)  # as in `fit`
         several = communicator.size > 1
         if several not in self._graphs or self._graphs[several].key != key:
             fixed = any(i.shape[0] is not None for i in model.inputs or ())
             all_sizes = not fixed and not carried_states(model)
-            self._graphs[several] = _Graph(key, objects, all_sizes, function)
+            self._graphs[several] = _Graph(key, objects, all_sizes, _function(compute))
         graph = self._graphs[several]
         traced_for = map_arrays(_of_any_size, batch) if graph.all_sizes else batch
         try:
             traced = graph.function.get_concrete_function(traced_for)
         except Exception:
-            graph.function = function  # TensorFlow cannot use one again that was not traced
+            graph.function = _function(compute)  # TensorFlow cannot use the other one any more
             if not graph.all_sizes:
                 raise
             graph.all_sizes = False  # a model that must know the size, or the error comes again
@@ -95,6 +95,10 @@ class BatchStatistics:
             # The graph captured tensors of the step being traced, so it cannot be reused.
             return compute(batch)
         return graph.function(batch)
+
+
+def _function(compute: Callable[[Any], Statistics]) -> Any:
+    return tf.function(compute, reduce_retracing=True, autograph=False)  # as in `fit`
 
 
 def _of_any_size(leaf: Any) -> Any:
