@@ -546,7 +546,7 @@ def test_layers_that_inference_does_not_call_have_no_fisher_information(monkeypa
     x, y = blobs(8)
     base(x, training=True)
     model = compiled(base, **EXACT)
-    monkeypatch.setattr(DiagonalFisher, "_one_by_one", None)  # the slow path
+    monkeypatch.setattr("keras_dwd.curvature.fisher.one_by_one", None)  # the slow path
     model.fit(x, y, verbose=0)
     model.consolidate((x, y))
     assert len(model.regularizer.precisions) == 2

@@ -9,7 +9,6 @@ from keras import layers
 
 from keras_dwd import DiagonalFisher, DWDModel, KroneckerFisher
 from keras_dwd.curvature import rules
-from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.variables import by_path, trainable_by_path
 
@@ -124,7 +123,7 @@ CORE = ("masked_bidirectional", "gru_reset_before")
 )
 def test_closed_forms_are_those_of_single_examples(cases, kronecker, monkeypatch):
     """Kronecker factors of both kernels and squared gradients of two biases; or a diagonal."""
-    monkeypatch.setattr(Fisher, "_one_by_one", None)  # fails on the slow path
+    monkeypatch.setattr("keras_dwd.curvature.fisher.one_by_one", None)  # fails on the slow path
     x, y = data()
     fisher = (KroneckerFisher if kronecker else DiagonalFisher)("empirical", gamma=None)
     model = made(network(cases), fisher)
@@ -200,7 +199,7 @@ def test_both_directions_are_called_on_a_gpu_too():
 
 def test_a_stateful_layer_starts_from_its_states(monkeypatch):
     """The states before a batch are constants; without them no gradient could be right."""
-    monkeypatch.setattr(Fisher, "_one_by_one", None)  # fails on the slow path
+    monkeypatch.setattr("keras_dwd.curvature.fisher.one_by_one", None)  # fails on the slow path
     inputs = keras.Input(batch_shape=(3, TIME, FEATURES))
     layer = layers.GRU(UNITS, stateful=True, name="gru")
     base = keras.Model(inputs, layers.Dense(3, name="head")(layer(inputs)))

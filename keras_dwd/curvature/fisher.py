@@ -1,6 +1,6 @@
 """Estimates of the Fisher information, online in the training step or in one pass over data."""
 
-import itertools
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -17,6 +17,13 @@ from keras_dwd.curvature import (  # noqa: F401  (to register the rules)
     lora_rules,
     recurrent,
 )
+from keras_dwd.curvature.example_gradients import (
+    layer_flows,
+    one_by_one,
+    taken_calls,
+    times,
+    unscaled,
+)
 from keras_dwd.curvature.examples import (
     TOLERANCE,
     arrays_in,
@@ -24,16 +31,13 @@ from keras_dwd.curvature.examples import (
     carries_state,
     count_of,
     coupling,
-    has_gradient,
     loss_gradients,
     masks_of,
     mixing,
     one_each,
-    part_of,
-    restored_after,
 )
 from keras_dwd.curvature.influence import LEAST_MARGIN, influence
-from keras_dwd.curvature.layer_recorder import Call, LayerRecorder
+from keras_dwd.curvature.layer_recorder import LayerRecorder
 from keras_dwd.curvature.likelihood import (
     by_logits,
     counted_positions,
@@ -48,7 +52,7 @@ from keras_dwd.curvature.likelihood import (
 from keras_dwd.curvature.rule_check import TOLERANCE as RULE_TOLERANCE
 from keras_dwd.curvature.rule_check import contradiction, is_of_user
 from keras_dwd.curvature.rules import GENERIC, LayerIO, RuledLayer, methods_of, ruled_layers
-from keras_dwd.keras_private import layers_within, mask_of, set_mask
+from keras_dwd.keras_private import mask_of, set_mask
 from keras_dwd.learner import Learner, data_loss, has_own_loss
 from keras_dwd.precision.block import Block
 from keras_dwd.precision.diagonal import Diagonal
@@ -380,9 +384,9 @@ class Fisher(FixedSettings):
             model, y, outputs, by_outputs, masks, weights > 0, scale, communicator, *inner_weights
         )
         if roots is not None:
-            by_outputs = [_times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
-        calls = {ruled: _taken_calls(ruled, recorder.calls(ruled.recorded)) for ruled in layers}
-        flows = _flows(tape, calls, tf.nest.flatten(loss_outputs), by_outputs, scale, first)
+            by_outputs = [times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
+        calls = {ruled: taken_calls(ruled, recorder.calls(ruled.recorded)) for ruled in layers}
+        flows = layer_flows(tape, calls, tf.nest.flatten(loss_outputs), by_outputs, scale, first)
 
         statistics: Statistics = {}
         covered: set[str] = set()
@@ -402,7 +406,9 @@ class Fisher(FixedSettings):
         if of_users and not before:
             self._check_rules(model, variables, of_users, batch, scale, processed == 0, roots)
         if rest:
-            statistics |= self._one_by_one(model, rest, batch, weights, scale, before, roots)
+            of_model = functools.partial(self._loss_outputs, model)
+            sums = one_by_one(model, rest, batch, weights, scale, before, roots, of_model)
+            statistics |= {f"fisher/{path}": squares for path, squares in sums.items()}
         shapes = self._shapes(model, variables)
         known = {name: value for name, value in statistics.items() if name in shapes}
         return known | dict.fromkeys(self._margins(known), margin)
@@ -442,8 +448,8 @@ class Fisher(FixedSettings):
         if self.estimator != "influence":
             return tf.zeros(()), roots
         if roots is not None:
-            by_outputs = [_times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
-        of_logits = [_unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)]
+            by_outputs = [times(r, g) for r, g in zip(roots, by_outputs, strict=True)]
+        of_logits = [unscaled(g, scale) for g in by_logits(model, outputs, by_outputs)]
         counted = counted_positions(model, y, outputs, masks, *weights)
         factors, margin = influence(
             model, y, outputs, of_logits, counted, has_weight, communicator, *weights
@@ -495,7 +501,7 @@ class Fisher(FixedSettings):
             batch: `(x, y)`, followed by sample weights if they are part of an example's loss.
             scale: The loss is multiplied by this factor before differentiation.
             due: Scalar boolean.
-            roots: See `_one_by_one`.
+            roots: See `one_by_one`.
         """
         self._checked_rules = [
             f"{type(ruled.rule).__name__} of {ruled.layer.name!r}" for ruled in of_users
@@ -505,8 +511,8 @@ class Fisher(FixedSettings):
 
         def largest() -> tf.Tensor:
             ones = tf.ones((count_of(batch),))
-            squares = self._one_by_one(model, named, batch, ones, scale, [], roots)
-            true = {name.partition("/")[2]: value for name, value in squares.items()}
+            of_model = functools.partial(self._loss_outputs, model)
+            true = one_by_one(model, named, batch, ones, scale, [], roots, of_model)
             deviations = [contradiction(ruled, flows, true) for ruled, flows in of_users.items()]
             return tf.reduce_max(tf.stack(deviations))
 
@@ -528,62 +534,8 @@ class Fisher(FixedSettings):
             loss, [v.value for v in variables.values()], unconnected_gradients="zero"
         )
         return mean_gradient_statistics(
-            model, variables, [_unscaled(g, scale) for g in gradients], examples
+            model, variables, [unscaled(g, scale) for g in gradients], examples
         )
-
-    def _one_by_one(
-        self,
-        model: Learner,
-        variables: Variables,
-        batch: tuple[Any, ...],
-        weights: tf.Tensor,
-        scale: float,
-        before: list[tf.Tensor],
-        roots: list[tf.Tensor] | None,
-    ) -> Statistics:
-        """Σ_b w_b g_b² for layers without recorded calls: runs the model example by example.
-
-        A model with states for each example is run on the whole batch for each of them instead.
-
-        Uses a loop: `tf.vectorized_map` computes wrong values for ops of many axes on CPUs
-        (TensorFlow 2.21 with oneDNN).
-
-        Args:
-            model: A compiled model.
-            variables: The variables to differentiate with respect to, by path.
-            batch: `(x, y)`, followed by sample weights if they are part of an example's loss.
-            weights: The weights w_b.
-            scale: The loss is multiplied by this factor before differentiation.
-            before: The values of `carried_states(model)` before the batch.
-            roots: By output, what the gradient by it is multiplied by, `(batch,)`; `None` for ones.
-        """
-        values = [v.value for v in variables.values()]
-        states = carried_states(model)
-        together = any(carries_state(layer) for layer in layers_within(model))
-
-        def squares(weight: tf.Tensor, index: tf.Tensor) -> list[tf.Tensor]:
-            x, y, *inner_weights = part_of(batch, index, 1)
-            with tf.GradientTape() as tape, restored_after(states, before):
-                outputs = self._loss_outputs(
-                    model, model(batch[0] if together else x, training=False)
-                )
-                if together:
-                    masks = part_of(masks_of(outputs), index, 1)
-                    outputs = part_of(outputs, index, 1)
-                    for place, mask in masks.items():
-                        set_mask(tf.nest.flatten(outputs)[place], mask)
-                if roots is not None:
-                    outputs = _rescaled(outputs, [tf.gather(root, [index]) for root in roots])
-                loss = scale * data_loss(model, x, y, outputs, *inner_weights)
-            gradients = tape.gradient(loss, values, unconnected_gradients="zero")
-            return [weight * _unscaled(g, scale) ** 2 for g in gradients]
-
-        def add(sums: list[tf.Tensor], example: Any) -> list[tf.Tensor]:
-            return [a + b for a, b in zip(sums, squares(*example), strict=True)]
-
-        zeros = [tf.zeros(v.shape) for v in variables.values()]
-        sums = tf.foldl(add, (weights, tf.range(count_of(batch))), zeros)
-        return {f"fisher/{path}": s for path, s in zip(variables, sums, strict=True)}
 
     def _loss_outputs(self, model: Learner, outputs: Any) -> Any:
         """The outputs that the loss is computed from; negated for the estimator `negated`."""
@@ -719,91 +671,3 @@ def mean_gradient_statistics(
         for path, g in zip(paths, gradients, strict=True)
         if g is not None
     }
-
-
-def _taken_calls(ruled: RuledLayer, calls: list[Call] | None) -> list[Call] | None:
-    """The recorded calls of a layer; `None` if its rule does not hold for all of them."""
-    of_layer = calls or []
-    if ruled.random and any(call.trains for call in of_layer):
-        return None
-    taken = all(
-        call.plain if ruled.rule is GENERIC else ruled.rule.takes(call.arguments)
-        for call in of_layer
-    )
-    return calls if taken else None
-
-
-def _flows(
-    tape: tf.GradientTape,
-    calls: Mapping[RuledLayer, list[Call] | None],
-    targets: list[tf.Tensor],
-    by_targets: list[tf.Tensor],
-    scale: float,
-    first: tf.Tensor,
-) -> dict[RuledLayer, list[LayerIO] | None]:
-    """Inputs and gradients of all calls of each layer, from one backward pass. Graph code.
-
-    Args:
-        tape: Has recorded the calls.
-        calls: The recorded calls of each layer; `None` for those to differentiate otherwise.
-        targets: The outputs that the loss is computed from.
-        by_targets: The gradient of each example's loss by them.
-        scale: The factor in these gradients.
-        first: The number of examples processed before.
-    """
-    known = {id(call): call for of_layer in calls.values() for call in of_layer or ()}
-    differentiable = [has_gradient(target) for target in targets]
-    gradients = tape.gradient(
-        list(itertools.compress(targets, differentiable)),
-        [call.output for call in known.values()],
-        output_gradients=list(itertools.compress(by_targets, differentiable)),
-        unconnected_gradients="zero",
-    )
-    flows = {
-        key: LayerIO(
-            tuple(_floats(i) for i in call.inputs),
-            tf.nest.map_structure(lambda g: _unscaled(g, scale), gradient),
-            first,
-            tf.nest.map_structure(_floats, call.initial_state),
-            call.mask,
-        )
-        for (key, call), gradient in zip(known.items(), gradients, strict=True)
-    }
-    return {
-        ruled: None if of_layer is None else [flows[id(call)] for call in of_layer]
-        for ruled, of_layer in calls.items()
-    }
-
-
-def _times(factors: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
-    """The gradient of each example times its factor, multiplied in float32."""
-    factors = tf.reshape(factors, [-1] + [1] * (len(gradient.shape) - 1))
-    return tf.cast(factors * tf.cast(gradient, "float32"), gradient.dtype)
-
-
-def _rescaled(outputs: Any, factors: list[tf.Tensor]) -> Any:
-    """The outputs as they are, but their gradients multiplied by a factor for each example."""
-
-    def one(output: Any, factor: tf.Tensor) -> Any:
-        @tf.custom_gradient
-        def same(values: tf.Tensor) -> Any:
-            return tf.identity(values), lambda g: _times(factor, g)
-
-        if not has_gradient(output):
-            return output
-        rescaled = same(output)
-        set_mask(rescaled, mask_of(output))
-        return rescaled
-
-    flat = [one(o, f) for o, f in zip(tf.nest.flatten(outputs), factors, strict=True)]
-    return tf.nest.pack_sequence_as(outputs, flat) if tf.nest.is_nested(outputs) else flat[0]
-
-
-def _floats(x: Any) -> Any:
-    """Floating-point tensors in float32; anything else as it is."""
-    return tf.cast(x, "float32") if tf.is_tensor(x) and x.dtype.is_floating else x
-
-
-def _unscaled(gradient: Any, scale: float) -> tf.Tensor:
-    """The gradient divided by `scale`, dense and in float32; embeddings give `tf.IndexedSlices`."""
-    return tf.cast(tf.convert_to_tensor(gradient), "float32") / scale
