@@ -15,7 +15,6 @@ import tensorflow as tf
 
 from keras_dwd.checks import integer
 from keras_dwd.evaluation import datasets
-from keras_dwd.evaluation.known import after_model
 from keras_dwd.evaluation.methods import Method, method_named
 from keras_dwd.evaluation.metric import ACCURACY, Metrics, metric_settings, task_metrics
 from keras_dwd.evaluation.prepared import Prepared
@@ -23,6 +22,7 @@ from keras_dwd.evaluation.profiles import PROFILES, profile_for
 from keras_dwd.evaluation.runner import FISHER_EXAMPLES, SequenceResult, run_sequence
 from keras_dwd.evaluation.scenario import KINDS, Scenario, Task, permuted, split
 from keras_dwd.evaluation.text.sequence import TextSettings, text_sequence
+from keras_dwd.evaluation.trained_model import after_model
 from keras_dwd.version import __version__
 from keras_dwd.words import counted, nearest
 
