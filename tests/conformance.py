@@ -383,6 +383,29 @@ def quantised(model: Any) -> dict[str, Any]:
     return logs
 
 
+def quantised_in_training(model: Any) -> dict[str, Any]:
+    """Goes on with what a quantized model can still train: biases and other layers."""
+    if model.get_layer("hidden").quantization_mode is None:
+        fit(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Layer InputLayer")
+            model.quantize("int8")
+        model.compile(keras.optimizers.Adam(0.01), LOSS, metrics=["accuracy"])
+    return fit(model)
+
+
+def checkpointed(model: Any) -> dict[str, Any]:
+    """The best epoch is saved, and the file gives what the model did then."""
+    with tempfile.TemporaryDirectory() as folder:
+        best = CALLBACKS.ModelCheckpoint(f"{folder}/best.keras", "loss", save_best_only=True)
+        logs = fit(model, epochs=3, callbacks=[best])
+        again = keras.models.load_model(f"{folder}/best.keras")
+    if np.argmin(logs["loss"]) == 2:  # the last epoch was the best
+        np.testing.assert_array_equal(again.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert np.isfinite(again.predict(X, verbose=0)).all()
+    return logs
+
+
 def masks(model: Any) -> dict[str, Any]:
     return fit(model, SEQUENCES, np.repeat(Y[:, None], 5, 1))
 
@@ -426,6 +449,7 @@ HABITS: dict[str, Habit] = {
     "frozen layers": Habit(prepare=frozen),
     "LoRA": Habit(prepare=with_lora),
     '`quantize("int8")` of what was trained': Habit(train=quantised),
+    'training after `quantize("int8")`': Habit(train=quantised_in_training),
     "averaged weights (`use_ema`)": Habit(
         compile=lambda: {"optimizer": keras.optimizers.Adam(use_ema=True)},
         train=lambda m: fit(m, validation_data=(X, Y), callbacks=[CALLBACKS.SwapEMAWeights()]),
@@ -457,11 +481,7 @@ HABITS: dict[str, Habit] = {
             lambda folder: CALLBACKS.CSVLogger(folder / "log.csv"),
         )
     ),
-    "`ModelCheckpoint`": Habit(
-        train=with_files(
-            lambda folder: CALLBACKS.ModelCheckpoint(folder / "best.keras", save_best_only=True)
-        )
-    ),
+    "`ModelCheckpoint`": Habit(train=checkpointed),
     "`EarlyStopping` with the best weights": Habit(train=early),
     "`PyDataset`": Habit(train=lambda m: m.fit(Batches(), epochs=2, verbose=0).history),
     "generators": Habit(train=generator),
