@@ -39,7 +39,7 @@ from keras_dwd.keras_private import (
     within_hdf5,
 )
 from keras_dwd.layers.task_heads import TaskHeads
-from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.regularizer import DEFAULT_STRENGTH, DWDRegularizer
 from keras_dwd.saving import (
     as_plain,
     cloned_settings,
@@ -807,7 +807,7 @@ class DWDModel(CloneAware):
 def _default_strength(model: keras.Model, distillation: Distillation | None) -> float:
     """λ for a model that is given none."""
     heads = any(isinstance(layer, TaskHeads) for layer in layers_within(model))
-    return 20.0 if distillation is not None and heads else 200.0
+    return 20.0 if distillation is not None and heads else DEFAULT_STRENGTH
 
 
 def _hint(kind: type, name: str) -> str:

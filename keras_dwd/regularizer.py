@@ -20,6 +20,8 @@ from keras_dwd.state import UNCHANGED, Commit, refuse
 from keras_dwd.variables import Arrays, Variables, insert, untracked
 
 Anchor = Literal["folded", "latest"]
+DEFAULT_STRENGTH = 200.0
+"""λ where none is given; measured with the estimator `influence` on many networks."""
 NAMES = {"anchor", "center", "folded", "level", *BLOCK_ARRAYS}
 """The names of the regularizer's arrays in files, each of which is about a variable."""
 SCALARS = {"tie"}
@@ -77,7 +79,9 @@ class DWDRegularizer(FixedSettings, keras.regularizers.Regularizer):
         [Schwarz et al., 2018](https://arxiv.org/abs/1805.06370), section 4 (online EWC).
     """
 
-    def __init__(self, strength: float = 200.0, decay: float = 1.0, anchor: Anchor = "latest"):
+    def __init__(
+        self, strength: float = DEFAULT_STRENGTH, decay: float = 1.0, anchor: Anchor = "latest"
+    ):
         if anchor not in ("folded", "latest"):
             raise ValueError(f"`anchor` must be 'folded' or 'latest'. Received: {anchor!r}")
         # λ as a variable, which the traced training step reads.

@@ -7,7 +7,7 @@ from keras_dwd.curvature.fisher import Fisher
 from keras_dwd.curvature.kronecker import KroneckerFisher
 from keras_dwd.groupings.gmm import GaussianMixtureGrouping
 from keras_dwd.groupings.grouping import Grouping
-from keras_dwd.regularizer import DWDRegularizer
+from keras_dwd.regularizer import DEFAULT_STRENGTH, DWDRegularizer
 
 __all__ = ["dwd", "ewc", "online_ewc"]
 
@@ -74,7 +74,7 @@ def online_ewc(strength: float = 100.0, decay: float = 0.9) -> Settings:
     return _ewc(DWDRegularizer(strength, decay=decay))
 
 
-def dwd(strength: float = 200.0, online: bool = True) -> Settings:
+def dwd(strength: float = DEFAULT_STRENGTH, online: bool = True) -> Settings:
     """Dynamic Weight Decoupling (DWD), the defaults of `DWDModel`.
 
     The precision is made of Kronecker factors of the Fisher information. A Gaussian mixture divides

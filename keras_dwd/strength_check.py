@@ -9,12 +9,11 @@ import numpy as np
 from keras_dwd.consolidation import Consolidation
 from keras_dwd.curvature.likelihood import known_loss, losses_of
 from keras_dwd.learner import Learner
+from keras_dwd.regularizer import DEFAULT_STRENGTH
 from keras_dwd.summary import importance_by_layer
 from keras_dwd.training.optimizer import form_of_pull
 from keras_dwd.variables import by_path
 
-# The default strength, with which the estimator `influence` has been measured on many networks.
-_USUAL = 200.0
 # A penalty below this part of the loss has no noticeable effect.
 _NO_SAY = 1e-3
 
@@ -41,17 +40,17 @@ def warn_of_strength(
             f"The strength λ = {strength:g} is so large that this `fit` learned next to nothing: "
             f"its loss is {loss:.3g} after {len(losses)} epochs, no better than guessing, and a "
             "single step of the optimizer in any direction costs more than that in penalty. Lower "
-            f"`model.strength`; {_USUAL:g} is usual.",
+            f"`model.strength`; {DEFAULT_STRENGTH:g} is usual.",
             stacklevel=3,
         )
     elif consolidation.fisher.estimator == "influence":  # of which the scale is known
         penalty = float(consolidation.penalty(model))
-        if penalty < _NO_SAY * loss and penalty * _USUAL / strength > loss:
+        if penalty < _NO_SAY * loss and penalty * DEFAULT_STRENGTH / strength > loss:
             warnings.warn(
                 f"The strength λ = {strength:g} is so small that it holds nothing: the penalty is "
                 f"{penalty:.2g}, less than {_NO_SAY:.1%} of the loss, though with the usual λ = "
-                f"{_USUAL:g} these weights would cost more than the loss. Raise `model.strength`, "
-                "or set it to 0 for fine-tuning.",
+                f"{DEFAULT_STRENGTH:g} these weights would cost more than the loss. Raise "
+                "`model.strength`, or set it to 0 for fine-tuning.",
                 stacklevel=3,
             )
 
